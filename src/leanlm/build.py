@@ -1,0 +1,105 @@
+"""Configuration to objects, the same way for training, evaluation and generation."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from leanlm.config import Config, Settings
+from leanlm.data.batches import GlobalBatches, Lanes, WholeSplit, Windows
+from leanlm.data.tokens import Tokens
+from leanlm.launch import rank, world_size
+from leanlm.models.contract import Model, initialize
+from leanlm.module import LanguageModel, RecurrentLanguageModel
+from leanlm.prepare import ignored
+from leanlm.strategies.plan import PRECISIONS, Plan
+
+
+def model(config: Config, plan: Plan, vocabulary: int) -> Model:
+    """The configured model with its initial weights, in the plan's parameter type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(PRECISIONS[plan.precision][0])
+    try:
+        net = instantiate(config.model, vocabulary=vocabulary, sequence=config.sequence)
+    finally:
+        torch.set_default_dtype(before)
+    initialize(net, config.seed)
+    return net
+
+
+def module(settings: Settings, net: Model) -> LanguageModel:
+    config = settings.config
+    kind = RecurrentLanguageModel if net.carries_state else LanguageModel
+    return kind(net, settings.plan, config.optim, config.seed, config.max_steps, config.clip)
+
+
+def training_batches(settings: Settings, tokens: Tokens, net: Model) -> GlobalBatches:
+    """This rank's micro-batches."""
+    config, plan = settings.config, settings.plan
+    order = (Lanes if net.carries_state else Windows)(
+        len(tokens.splits["train"]), config.sequence, config.global_batch, config.seed
+    )
+    return GlobalBatches(
+        tokens.splits["train"], order, plan.replicate, rank(), plan.accumulate_grad_batches, ignored(config, tokens)
+    )
+
+
+def whole_split(settings: Settings, tokens: Tokens, net: Model, numbers: Any) -> WholeSplit:
+    """This rank's part of a split (or of any token numbers), each token once."""
+    config, plan = settings.config, settings.plan
+    overlap = config.val_overlap
+    if net.carries_state:
+        overlap = max(overlap, config.sequence)  # a lane first reads some text to come to a state
+        length = WholeSplit.lane_length(len(numbers), config.val_lanes, overlap)
+    else:
+        length = config.sequence
+    rows = max(1, min(plan.micro_batch(config.global_batch), -(-len(numbers) // length)))
+    return WholeSplit(
+        numbers, tokens.tokenizer.start, config.sequence, length, overlap, rows, plan.replicate, rank(), ignored(config, tokens)
+    )
+
+
+def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Sequence[Logger], max_steps: int = -1) -> pl.Trainer:
+    """Lightning's Trainer for a plan. Intervals are in optimizer steps; Lightning counts micro-batches."""
+    config, plan = settings.config, settings.plan
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    return pl.Trainer(
+        accelerator=config.device["accelerator"],
+        devices=max(1, world_size()),
+        strategy=strategy(plan),
+        precision=PRECISIONS[plan.precision][1],  # type: ignore[arg-type]
+        accumulate_grad_batches=plan.accumulate_grad_batches,
+        max_steps=max_steps,
+        max_epochs=-1,
+        val_check_interval=config.val_every * plan.accumulate_grad_batches,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        inference_mode=False,  # carried state and sharded parameters outlive a validation
+        callbacks=list(callbacks),
+        logger=list(loggers),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def strategy(plan: Plan) -> Strategy | str:
+    if plan.replicate == 1:
+        return "auto"
+    return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def loggers(config: Config, run_path: str) -> list[Logger]:
+    """The loggers of `conf/logger`, for the run's folder; only rank 0 has any."""
+    if rank() != 0 or not config.logger:
+        return []
+    nodes = [dict(node) for node in config.logger.values()]
+    return [instantiate(node | {node.pop("into"): run_path}) for node in nodes]

@@ -1,0 +1,122 @@
+"""Saving, resuming, and stopping in good order."""
+
+import signal
+import threading
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from leanlm import __version__
+from leanlm.callbacks.record import Record, validate_now
+from leanlm.launch import Stopped, say
+from leanlm.module import LanguageModel
+from leanlm.runs import Run
+from leanlm.strategies import checkpoint
+
+
+class Checkpoints(pl.Callback):
+    """Saves every `every` steps and at the end; resumes from `start`; on SIGTERM or Ctrl-C saves, then raises Stopped.
+
+    A checkpoint is taken before the first micro-batch of a step, when the validation of the step before is in it too.
+    """
+
+    def __init__(self, run: Run, record: Record, every: int, val_every: int, keep: int, fingerprint: str, start: Any = None) -> None:
+        self.run, self.record, self.every, self.val_every, self.keep = run, record, every, val_every, keep
+        self.fingerprint, self.start = fingerprint, start
+        self.saved = -1
+        self.signal = 0
+        self.handlers: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.start is None:
+            return
+        assert isinstance(module, LanguageModel)
+        carried, state = checkpoint.load(self.start, module.net, trainer.optimizers[0])
+        module.carry(carried)
+        step, micros = state["step"], state["step"] * module.plan.accumulate_grad_batches
+        loop = trainer.fit_loop.epoch_loop
+        loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+        total = loop.batch_progress.total
+        total.ready = total.started = total.processed = total.completed = micros
+        loop._batches_that_stepped = step
+        self.saved = step
+        self.record.seconds, self.record.tokens = state["seconds"], state["tokens"]
+        self.record.validated, self.record.val_loss = state["validated"], state["val_loss"]
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.handlers[number] = signal.signal(number, self._on_signal)
+        step = trainer.global_step
+        if step and step % self.val_every == 0 and self.record.validated != step:
+            validate_now(trainer)  # the run was stopped before it came to this
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch.micro == 0:
+            self._stop_if_told(trainer, module)
+            if batch.step % self.every == 0 and batch.step not in (0, self.saved):
+                self.save(trainer, module)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.state.fn == "fit":
+            self._stop_if_told(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.saved != trainer.global_step:
+            self.save(trainer, module)
+        self._restore_handlers()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self.record.flush()
+        self._restore_handlers()
+
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write a checkpoint of the state after the last whole step. All ranks must call it."""
+        assert isinstance(module, LanguageModel)
+        self.record.flush()
+        state = {
+            "step": trainer.global_step,
+            "seconds": self.record.seconds,
+            "tokens": self.record.tokens,
+            "validated": self.record.validated,
+            "val_loss": self.record.val_loss,
+            "plan": module.plan.asdict(),
+            "text": self.fingerprint,
+            "versions": {"leanlm": __version__, "torch": torch.__version__},
+        }
+        checkpoint.save(self.run.checkpoints, module.net, trainer.optimizers[0], module.carried(), state, self.keep)
+        self.saved = trainer.global_step
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self.signal and now - self.first_signal > 2:  # a launcher passes on the signal that the terminal sent too
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal, self.first_signal = number, now
+            say(f"\n{signal.Signals(number).name}: saving a checkpoint (again to leave at once)")
+
+    def _stop_if_told(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, LanguageModel)
+        number = self.signal
+        if module.plan.world > 1:  # signals reach the ranks at different times; stop all at the same step
+            told = torch.tensor(number, device=module.device)
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+            number = int(told)
+        if number:
+            if self.saved != trainer.global_step:
+                self.save(trainer, module)
+            raise Stopped(
+                number,
+                f"stopped by {signal.Signals(number).name} after step {trainer.global_step}; to go on: "
+                f"python -m leanlm.train resume={self.run.path}",
+            )
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}

@@ -1,0 +1,106 @@
+"""Loss, gradient norm, learning rate and speed of a run, to `metrics.csv` and to the configured loggers."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from leanlm.errors import UserError
+from leanlm.module import LanguageModel
+from leanlm.runs import Run, Table
+
+
+class Record(pl.Callback):
+    """Writes a row every `every` steps and after each validation, and validates when training ends.
+
+    Attributes:
+        row: the newest values, for the progress bar.
+        seconds: spent in training steps, without validation, over all sessions of the run.
+        tokens: counted in those steps.
+        validated: the last step after which the whole split was validated, and `val_loss` its loss in nats per token.
+    """
+
+    def __init__(self, run: Run, every: int) -> None:
+        self.run, self.every = run, every
+        self.row: dict[str, float] = {}
+        self.seconds, self.tokens = 0.0, 0
+        self.validated, self.val_loss = 0, float("nan")
+        self.table: Table | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.table = Table(self.run, trainer.global_step)
+        self.logged = self.seconds, self.tokens
+        self.mark = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert isinstance(module, LanguageModel)
+        if batch.micro < module.plan.accumulate_grad_batches - 1:
+            return
+        now = time.perf_counter()
+        self.seconds, self.mark = self.seconds + now - self.mark, now
+        self.tokens += batch.step_tokens
+        step = trainer.global_step
+        if step % self.every == 0 or step == 1 or step == trainer.max_steps:
+            loss = float(module.global_loss())
+            if loss != loss or loss in (float("inf"), float("-inf")):
+                raise UserError(
+                    f"the training loss is {loss} at step {step}: lower optim.lr (now {module.optimizer.lr:g}) or set clip "
+                    f"(now {module.clip:g}); resume={self.run.path} goes back to the last checkpoint"
+                )
+            seconds, tokens = self.seconds - self.logged[0], self.tokens - self.logged[1]
+            self.logged = self.seconds, self.tokens
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            self.row = {"train_loss": loss, "grad_norm": float(module.grad_norm), "lr": rate, "tokens_per_second": tokens / seconds}
+            self._write(trainer, step, self.row)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, LanguageModel)
+        self.validated, self.val_loss = trainer.global_step, float(module.split_loss.compute())
+        self._write(trainer, trainer.global_step, {"val_loss": self.val_loss})
+        self.mark = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.validated != trainer.global_step:
+            validate_now(trainer)
+        self.flush()
+
+    def flush(self) -> None:
+        if self.table is not None:
+            self.table.flush()
+
+    def _write(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
+        if self.table is not None:
+            self.table.add(step, values)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step)
+
+
+def validate_now(trainer: pl.Trainer) -> None:
+    """Run the validation of a fit outside its turn."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+
+
+def peak_memory() -> int:
+    """Largest memory of this process so far in bytes: allocated on its GPU, or resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_memory_of_ranks() -> list[int]:
+    """`peak_memory` of each rank. All ranks must call it."""
+    peaks = [peak_memory()]
+    if dist.is_available() and dist.is_initialized():
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, peaks[0])
+        return gathered
+    return peaks

@@ -1,0 +1,324 @@
+"""The typed schema of a run, and every check that can be made before any work starts.
+
+All problems of a command line are reported together, each with its arithmetic and what to write instead.
+"""
+
+import difflib
+import importlib
+import inspect
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from leanlm.data import tokenizer as tokenizers
+from leanlm.data.corpus import Corpus
+from leanlm.errors import UserError
+from leanlm.launch import launched, world_size
+from leanlm.optim import Optim
+from leanlm.runs import Run
+from leanlm.strategies.plan import Plan, resolve
+
+FOLDER = str(Path(__file__).resolve().parents[2] / "conf")
+
+
+@dataclass
+class Config:
+    """What `conf/train.yaml` composes. Sizes count rows and tokens; every interval counts optimizer steps."""
+
+    seed: int = 1
+    devices: int | None = None
+    max_steps: int = 1000
+    global_batch: int = 32
+    sequence: int = 128
+    clip: float = 1.0
+    log_every: int = 10
+    val_every: int = 250
+    val_lanes: int = 32
+    val_overlap: int = 0
+    checkpoint_every: int = 250
+    keep_checkpoints: int = 2
+    resume: str | None = None
+    run_dir: str | None = None
+    sample: str = "\n"
+    model: Any = None
+    data: Any = None
+    strategy: Plan = field(default_factory=Plan)
+    optim: Optim = field(default_factory=Optim)
+    logger: Any = None
+    device: Any = None
+
+
+# What a resumed run may set anew; anything else would make another run of it.
+RESUMABLE = {
+    "resume", "run_dir", "strategy", "devices", "device", "logger", "max_steps", "log_every", "val_every",
+    "val_lanes", "val_overlap", "checkpoint_every", "keep_checkpoints", "sample", "data.path",
+}  # fmt: skip
+
+DATA_KEYS = {"_target_", "tokenizer", "vocabulary", "ignore"}  # the rest of the group goes to the corpus function
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A configuration found good: `config` with its types, `plan` with its numbers, `corpus` found on disk."""
+
+    config: Config
+    plan: Plan
+    corpus: Corpus
+
+
+def check(config: DictConfig) -> Settings:
+    """Raise UserError with every problem of a configuration, or return it ready for use."""
+    problems, typed = _types(config)
+    if typed is None:
+        raise UserError(*problems)
+    positive = ("max_steps", "global_batch", "sequence", "log_every", "val_every", "checkpoint_every", "keep_checkpoints", "val_lanes")
+    problems += [f"{key}={getattr(typed, key)}: it must be at least 1" for key in positive if getattr(typed, key) < 1]
+    problems += [f"{key}={getattr(typed, key)}: it must not be negative" for key in ("seed", "clip", "val_overlap") if getattr(typed, key) < 0]
+    if typed.devices is not None and typed.devices < 1:
+        problems.append(f"devices={typed.devices}: at least 1, or null for as many as the plan uses")
+    devices = world_size() if launched() else typed.devices
+    if launched() and typed.devices not in (None, devices):
+        problems.append(f"devices={typed.devices}, but {devices} processes were started: leave devices out under torchrun")
+    plan, found = resolve(typed.strategy, devices, typed.global_batch)
+    problems += found + typed.optim.problems() + _device(typed.device) + _model(typed)
+    corpus, found = _corpus(typed)
+    problems += found
+    if corpus is not None and not problems:
+        problems += fits(typed, {split: corpus.size(split) for split in corpus.splits}, at_most=True)
+    if problems or corpus is None:
+        raise UserError(*problems)
+    return Settings(typed, plan, corpus)
+
+
+def fits(config: Config, sizes: dict[str, int], at_most: bool = False) -> list[str]:
+    """Whether the text is long enough for the batches. `sizes`: split -> tokens (`at_most`: bytes, which no tokenizer
+    here exceeds)."""
+    what = "bytes" if at_most else "tokens"
+    have, recurrent = sizes["train"], _target(config.model["_target_"]).carries_state
+    rows = config.global_batch if recurrent else 1  # each lane must hold a sequence
+    if have - 1 >= rows * config.sequence:
+        return []
+    need = f"{rows} lanes x sequence={config.sequence}" if recurrent else f"sequence={config.sequence}"
+    longest = (have - 1) // rows
+    instead = f"write sequence={longest} or less" if longest > 0 else f"write global_batch={max(1, (have - 1) // config.sequence)} or less"
+    return [f"the training text has {have:,} {what}, fewer than {need} + 1 = {rows * config.sequence + 1:,}: {instead}"]
+
+
+def command_line(arguments: list[str], name: str, schema: type) -> None:
+    """Check everything that a command line asks for, each job of a sweep too, before Hydra starts.
+
+    Raises:
+        UserError: with all problems.
+    """
+    asked = get_args_parser().parse_args(arguments)
+    if asked.help or asked.hydra_help or asked.info or asked.cfg or asked.shell_completion:
+        return
+    try:
+        parsed = OverridesParser.create().parse_overrides(asked.overrides)
+    except HydraException as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    if asked.multirun:
+        jobs = [job for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
+    else:
+        jobs = [asked.overrides]
+    problems: list[str] = []
+    with initialize_config_dir(FOLDER, version_base="1.3"):
+        for job in jobs:
+            try:
+                config = _compose(name, job)
+                if schema is Config:
+                    check(effective(config, job))
+                else:
+                    problems += _types(config, schema)[0]
+            except UserError as error:
+                problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise UserError(*problems)
+
+
+def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration to run: with `resume`, the old run's own with the new overrides on top.
+
+    Raises:
+        UserError: an override would change the mathematics of the run.
+    """
+    if not config.resume:
+        return config
+    run = Run.find(config.resume)
+    merged = run.config()
+    merged.resume, merged.run_dir = str(run.path), None
+    given = [override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)]
+    refused = [
+        key for key in given if not (key in RESUMABLE or key.partition(".")[0] in RESUMABLE or key.startswith("hydra."))
+    ]
+    if refused:
+        raise UserError(
+            *(f"{key}=... would make another run of {run.path}, not continue it: leave it out, or start a new run" for key in refused)
+        )
+    for key in given:
+        if key != "resume" and not key.startswith("hydra."):
+            OmegaConf.update(merged, key, OmegaConf.select(config, key), merge=False, force_add=True)
+    return merged
+
+
+def _compose(name: str, overrides: list[str]) -> DictConfig:
+    """Compose a job; if Hydra refuses, find every override at fault, where Hydra itself names the first."""
+    try:
+        return compose(name, overrides=overrides)
+    except HydraException as error:
+        first = error
+    base = compose(name)
+    problems, good = [], []
+    for override in overrides:
+        try:
+            compose(name, overrides=[*good, override])
+            good.append(override)
+        except HydraException as error:
+            problems.append(_explain(override, base, error))
+    raise UserError(*(problems or [str(first).splitlines()[0]]))
+
+
+def _explain(override: str, base: DictConfig, error: HydraException) -> str:
+    key, _, value = override.partition("=")
+    group = Path(FOLDER, key.lstrip("+~"))
+    if group.is_dir():
+        options = sorted(file.stem for file in group.glob("*.yaml"))
+        near = difflib.get_close_matches(value, options, 1)
+        return f"{override}: there is no {key} of that name; choose one of {', '.join(options)}" + (
+            f" (did you mean {near[0]}?)" if near else ""
+        )
+    if OmegaConf.select(base, key) is None:
+        known = list(_leaves(base)) + [folder.name for folder in Path(FOLDER).iterdir() if folder.is_dir()]
+        near = difflib.get_close_matches(key, known, 1)
+        return f"{override}: there is no key {key}" + (f"; did you mean {near[0]}?" if near else "; see --help for the keys")
+    return f"{override}: {str(error).splitlines()[0]}"
+
+
+def _leaves(config: DictConfig, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, DictConfig):
+            found |= _leaves(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _types(config: DictConfig, schema_class: type = Config) -> tuple[list[str], Any]:
+    """Every value that is not of its type, and the configuration as an object of the schema (None if there are any)."""
+    problems = []
+    schema = OmegaConf.structured(schema_class)
+    for node in schema.values():
+        if isinstance(node, DictConfig):
+            OmegaConf.set_readonly(node, False)  # a frozen dataclass is marked so
+    for key, value in _leaves(config).items():
+        one = OmegaConf.create({})
+        OmegaConf.update(one, key, value, force_add=True)
+        try:
+            OmegaConf.merge(schema, one)
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0].replace("' not in 'Config'", "' is not known")
+            problems.append(f"{key}={value}: {reason}")
+    if problems:
+        return problems, None
+    return [], OmegaConf.to_object(OmegaConf.merge(schema, config))
+
+
+def _target(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _arguments(group: str, node: dict, given: set[str], skip: set[str]) -> list[str]:
+    """Problems of a config group whose `_target_` is called with its other keys."""
+    try:
+        target = _target(node["_target_"])
+    except (KeyError, ImportError, AttributeError, ValueError):
+        return [f"{group}._target_={node.get('_target_')}: there is no such class or function"]
+    parameters = dict(inspect.signature(target).parameters)
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    problems = []
+    for key, value in node.items():
+        if key in skip:
+            continue
+        if key not in parameters or key in given:
+            near = difflib.get_close_matches(key, [name for name in parameters if name not in given], 1)
+            problems.append(f"{group}.{key}={value}: {target.__name__} has no such argument" + (f"; did you mean {near[0]}?" if near else ""))
+        elif key in hints and not _matches(value, hints[key]):
+            problems.append(f"{group}.{key}={value}: it must be {_say(hints[key])}")
+    return problems
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, option) for option in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is type(None):
+        return value is None
+    return isinstance(value, hint) if inspect.isclass(hint) else True
+
+
+def _say(hint: Any) -> str:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_say, inner))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, inner))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _model(config: Config) -> list[str]:
+    problems = _arguments("model", config.model, {"vocabulary", "sequence"}, {"_target_"})
+    if problems:
+        return problems
+    arguments = {key: value for key, value in config.model.items() if key != "_target_"}
+    return [f"model: {problem}" for problem in _target(config.model["_target_"]).problems(**arguments)]
+
+
+def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:
+    data = config.data
+    problems = _arguments("data", data, set(), DATA_KEYS)
+    name = data.get("tokenizer")
+    if not isinstance(name, str) or (name not in tokenizers.NAMES and not Path(name).expanduser().is_file()):
+        problems.append(
+            f"data.tokenizer={name}: one of {', '.join(tokenizers.NAMES)}, or the path of a tokenizer.json (there is no such file)"
+        )
+    if not isinstance(data.get("vocabulary"), int) or (name == "bpe" and data["vocabulary"] < 257):
+        problems.append(f"data.vocabulary={data.get('vocabulary')}: a whole number, at least 257 (256 bytes and a mark) for bpe")
+    if problems:
+        return None, problems
+    try:
+        return _target(data["_target_"])(**{key: value for key, value in data.items() if key not in DATA_KEYS}), []
+    except UserError as error:
+        return None, list(error.problems)
+
+
+def _device(device: dict) -> list[str]:
+    accelerator = device.get("accelerator")
+    if accelerator not in ("auto", "cpu", "cuda"):
+        return [f"device.accelerator={accelerator}: choose one of auto, cpu, cuda"]
+    if accelerator == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            return ["device=cuda: this machine has no CUDA device that torch can use; write device=cpu"]
+    return []

@@ -1,0 +1,204 @@
+"""Which tokens are the global batch of step s: pure functions of (seed, s), sliced by rank and micro-batch only."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+IGNORE = -100  # a target that is not counted (the value that torch's losses ignore)
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank.
+
+    Attributes:
+        input: tokens read, `[rows, sequence]`.
+        target: tokens to predict, `[rows, sequence]`, IGNORE where not counted.
+        rows: their row numbers in the global batch, `[rows]`.
+        step: the optimizer step, from 0.
+        micro: number of the micro-batch within the step on this rank.
+        fresh: carried state starts anew with this batch.
+        step_tokens: counted targets in the whole global batch.
+    """
+
+    input: Tensor
+    target: Tensor
+    rows: Tensor
+    step: int
+    micro: int
+    fresh: bool
+    step_tokens: int
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Shuffled windows: row r of step s is window s * global_batch + r of an endless series of epochs, each a
+    permutation of all windows, shifted by a random offset below `sequence`."""
+
+    tokens: int
+    sequence: int
+    global_batch: int
+    seed: int
+    _epoch: dict[int, tuple[int, NDArray[np.int64]]] = field(default_factory=dict, repr=False)  # the last one drawn
+
+    def starts(self, step: int) -> tuple[NDArray[np.int64], bool]:
+        """First input token of each row, `[global_batch]`; False, since no state is carried."""
+        series = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
+        starts = np.empty(self.global_batch, np.int64)
+        for epoch in np.unique(series // self.per_epoch):
+            here = series // self.per_epoch == epoch
+            shift, order = self._draw(int(epoch))
+            starts[here] = shift + order[series[here] % self.per_epoch] * self.sequence
+        return starts, False
+
+    @property
+    def per_epoch(self) -> int:
+        """Windows in an epoch; one is given up for the shift."""
+        return max(1, (self.tokens - 1) // self.sequence - 1)
+
+    def _draw(self, epoch: int) -> tuple[int, NDArray[np.int64]]:
+        if epoch not in self._epoch:
+            random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            self._epoch.clear()
+            room = self.tokens - 1 - self.per_epoch * self.sequence
+            self._epoch[epoch] = int(random.integers(min(room, self.sequence - 1) + 1)), random.permutation(self.per_epoch)
+        return self._epoch[epoch]
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Contiguous lanes: the text is cut into `global_batch` equal lanes, and row g of each step continues where row g
+    of the step before stopped. An epoch ends when the lanes do; the next starts anew, shifted by a random offset."""
+
+    tokens: int
+    sequence: int
+    global_batch: int
+    seed: int
+
+    def starts(self, step: int) -> tuple[NDArray[np.int64], bool]:
+        """First input token of each row, `[global_batch]`, and whether an epoch begins."""
+        epoch, position = divmod(step, self.per_epoch)
+        room = self.length - self.per_epoch * self.sequence
+        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        shift = int(random.integers(min(room, self.sequence - 1) + 1))
+        lanes = np.arange(self.global_batch, dtype=np.int64) * self.length
+        return lanes + shift + position * self.sequence, position == 0
+
+    @property
+    def length(self) -> int:
+        return (self.tokens - 1) // self.global_batch
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps in an epoch; one is given up for the shift."""
+        return max(1, self.length // self.sequence - 1)
+
+
+@dataclass
+class GlobalBatches:
+    """This rank's micro-batches of every step from `first_step` on, without end.
+
+    Rank r of `replicas` holds the contiguous rows from r * global_batch / replicas, cut into `accumulate`
+    micro-batches. `ignore` lists token numbers that are not counted as targets.
+    """
+
+    tokens: NDArray[np.unsignedinteger]
+    order: Windows | Lanes
+    replicas: int = 1
+    rank: int = 0
+    accumulate: int = 1
+    ignore: list[int] = field(default_factory=list)
+    first_step: int = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        step = self.first_step
+        while True:
+            yield from self.step(step)
+            step += 1
+
+    def step(self, step: int) -> Iterator[Batch]:
+        """The micro-batches of one step."""
+        starts, fresh = self.order.starts(step)
+        size = len(starts) // (self.replicas * self.accumulate)
+        if self.ignore:  # only then do counts depend on the text, and the whole global batch has to be looked at
+            step_tokens = int((self._target(starts) != IGNORE).sum())
+        else:
+            step_tokens = len(starts) * self.order.sequence
+        for micro in range(self.accumulate):
+            first = (self.rank * self.accumulate + micro) * size
+            rows = torch.arange(first, first + size)
+            mine = starts[first : first + size]
+            target = self._target(mine)
+            yield Batch(_gather(self.tokens, mine, self.order.sequence), target, rows, step, micro, fresh, step_tokens)
+
+    def _target(self, starts: NDArray[np.int64]) -> Tensor:
+        return ignored(_gather(self.tokens, starts + 1, self.order.sequence), self.ignore)
+
+
+@dataclass
+class WholeSplit:
+    """Every token of a split as a target exactly once, in lanes of `length` tokens that overlap by `overlap`.
+
+    The first `overlap` targets of each lane but the first only give context. A model that carries state reads a lane in
+    pieces of `sequence`; for one that does not, a lane is one window, so `length` equals `sequence`.
+    What is counted depends on (length, overlap) alone: not on `rows`, the lanes in a batch, nor on the rank. All ranks
+    yield the same number of batches; those too many are IGNORE throughout.
+    """
+
+    tokens: NDArray[np.unsignedinteger]
+    start: int  # the token that stands before the first one
+    sequence: int
+    length: int
+    overlap: int = 0
+    rows: int = 1
+    replicas: int = 1
+    rank: int = 0
+    ignore: list[int] = field(default_factory=list)
+
+    @classmethod
+    def lane_length(cls, tokens: int, lanes: int, overlap: int) -> int:
+        """Length at which `lanes` lanes, overlapping by `overlap`, cover a split; one lane if the split is short."""
+        if lanes == 1 or tokens < 2 * lanes * overlap:
+            return max(tokens, 1)
+        return -(-(tokens + (lanes - 1) * overlap) // lanes)
+
+    def __len__(self) -> int:
+        """Batches of each rank."""
+        stride = self.length - self.overlap
+        lanes = 1 + max(0, -(-(len(self.tokens) - self.length) // stride))
+        groups = -(-lanes // (self.rows * self.replicas))
+        return groups * -(-self.length // self.sequence)
+
+    def __iter__(self) -> Iterator[Batch]:
+        pieces = -(-self.length // self.sequence)
+        for group in range(len(self) // pieces):
+            first = (group * self.replicas + self.rank) * self.rows
+            lanes = np.arange(first, first + self.rows)
+            for piece in range(pieces):
+                yield self._piece(lanes, piece)
+
+    def _piece(self, lanes: NDArray[np.int64], piece: int) -> Batch:
+        total = len(self.tokens)
+        within = piece * self.sequence + np.arange(min(self.sequence, self.length - piece * self.sequence))
+        position = lanes[:, None] * (self.length - self.overlap) + within  # of the target, [rows, sequence]
+        counted = (position < total) & ((within >= self.overlap) | (lanes[:, None] == 0))
+        text = torch.from_numpy(self.tokens[np.minimum(position, total - 1)].astype(np.int64))
+        before = torch.from_numpy(self.tokens[np.clip(position - 1, 0, total - 1)].astype(np.int64))
+        before[torch.from_numpy(position == 0)] = self.start
+        target = ignored(text.masked_fill(~torch.from_numpy(counted), IGNORE), self.ignore)
+        count = int((target != IGNORE).sum())
+        return Batch(before, target, torch.from_numpy(lanes), piece, 0, piece == 0, count)
+
+
+def ignored(target: Tensor, ignore: list[int]) -> Tensor:
+    """Targets with the token numbers in `ignore` replaced by IGNORE."""
+    return target.masked_fill(torch.isin(target, torch.tensor(ignore)), IGNORE) if ignore else target
+
+
+def _gather(tokens: NDArray[np.unsignedinteger], starts: NDArray[np.int64], length: int) -> Tensor:
+    """`[rows, length]` int64 tokens, one slice of the memory-mapped array per row."""
+    return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))

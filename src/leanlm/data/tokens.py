@@ -1,0 +1,147 @@
+"""Token numbers on disk: made once for each text and tokenizer, read as memory-mapped arrays.
+
+A prepared folder is named by a fingerprint of the text and the tokenizer. It is written under another name and renamed
+when it is whole, so a preparation that was killed leaves nothing that looks finished.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leanlm.data import tokenizer as tokenizers
+from leanlm.data.corpus import Corpus, cache_folder
+from leanlm.data.tokenizer import Tokenizer
+
+FORMAT = 1  # of the folder; part of the fingerprint
+
+Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A corpus ready to train on.
+
+    Attributes:
+        fingerprint: names the text and the tokenizer.
+        tokenizer: makes text of tokens.
+        splits: split name -> memory-mapped token numbers `[tokens]`.
+        bytes: split name -> bytes of text.
+    """
+
+    fingerprint: str
+    tokenizer: Tokenizer
+    splits: dict[str, NDArray[np.unsignedinteger]]
+    bytes: dict[str, int]
+
+
+def prepare(corpus: Corpus, tokenizer: str, vocabulary: int, progress: Progress | None = None) -> Tokens:
+    """The tokens of a corpus, prepared now unless a folder with the same fingerprint exists.
+
+    Memory does not grow with the text: it is read, tokenised and written in chunks of a few MB. (A word vocabulary and
+    the pair counts of BPE training grow with the number of different words.)
+
+    Args:
+        corpus: the text.
+        tokenizer: one of byte, char, word, bpe, or the path of a `tokenizer.json`.
+        vocabulary: size of the vocabulary that bpe trains; others ignore it.
+        progress: called as work goes on.
+    """
+    root = cache_folder() / "tokens"
+    key = _fingerprint_key(corpus, tokenizer, vocabulary)
+    known = root / "by-stat" / key
+    if known.is_file() and (root / (fingerprint := known.read_text())).is_dir():
+        return load(root / fingerprint)
+    report = progress or (lambda what, done, total: None)
+    fingerprint = _fingerprint(corpus, tokenizer, vocabulary, report)
+    folder = root / fingerprint
+    if not folder.is_dir():
+        _sweep(root)
+        part = root / f".{fingerprint}.{os.getpid()}"
+        part.mkdir(parents=True)
+        _write(corpus, tokenizer, vocabulary, part, report)
+        try:
+            part.rename(folder)
+        except OSError:  # another process was quicker, with the same content
+            shutil.rmtree(part)
+    known.parent.mkdir(exist_ok=True)
+    note = known.with_name(f".{known.name}.{os.getpid()}")
+    note.write_text(fingerprint)
+    note.rename(known)
+    return load(folder)
+
+
+def load(folder: Path) -> Tokens:
+    """Open a prepared folder."""
+    meta = json.loads((folder / "meta.json").read_text())
+    splits = {name: np.memmap(folder / f"{name}.bin", meta["dtype"], "r") for name in meta["bytes"]}
+    return Tokens(folder.name, tokenizers.restore(meta["tokenizer"]), splits, meta["bytes"])
+
+
+def _write(corpus: Corpus, tokenizer: str, vocabulary: int, folder: Path, report: Progress) -> None:
+    def chunks(split: str | None) -> Iterator[bytes]:
+        names = corpus.splits if split is None else [split]
+        total = sum(map(corpus.size, names))
+        return _reported("reading the vocabulary", (c for name in names for c in corpus.chunks(name)), total, report)
+
+    made = tokenizers.train(tokenizer, vocabulary, chunks)
+    dtype = np.dtype(np.uint8 if made.vocabulary <= 1 << 8 else np.uint16 if made.vocabulary <= 1 << 16 else np.uint32)
+    for name in corpus.splits:
+        with open(folder / f"{name}.bin", "wb") as file:
+            for chunk in _reported(f"tokenising {name}", corpus.chunks(name), corpus.size(name), report):
+                made.encode(chunk).astype(dtype).tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
+    sizes = {name: corpus.size(name) for name in corpus.splits}
+    meta = {"tokenizer": made.state(), "dtype": dtype.name, "bytes": sizes}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _reported(what: str, chunks: Iterable[bytes], total: int, report: Progress) -> Iterator[bytes]:
+    done = 0
+    report(what, 0, total)
+    for chunk in chunks:
+        yield chunk
+        done += len(chunk)
+        report(what, done, total)
+
+
+def _tokenizer_key(tokenizer: str, vocabulary: int) -> list:
+    if tokenizer in tokenizers.NAMES:
+        return [tokenizer, vocabulary if tokenizer == "bpe" else None]
+    return [hashlib.sha256(Path(tokenizer).expanduser().read_bytes()).hexdigest()]
+
+
+def _fingerprint_key(corpus: Corpus, tokenizer: str, vocabulary: int) -> str:
+    """Names the same files, unchanged as far as size and time tell; spares reading them again."""
+    files = [
+        (name, str(piece.path.resolve()), piece.start, piece.stop, stat.st_size, stat.st_mtime_ns)
+        for name, pieces in corpus.splits.items()
+        for piece in pieces
+        for stat in [piece.path.stat()]
+    ]
+    key = json.dumps([FORMAT, files, _tokenizer_key(tokenizer, vocabulary)])
+    return hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def _fingerprint(corpus: Corpus, tokenizer: str, vocabulary: int, report: Progress) -> str:
+    digest = hashlib.sha256(json.dumps([FORMAT, _tokenizer_key(tokenizer, vocabulary)]).encode())
+    for name in corpus.splits:
+        digest.update(f"\0{name}\0{corpus.size(name)}\0".encode())
+        for chunk in _reported(f"fingerprint of {name}", corpus.chunks(name), corpus.size(name), report):
+            digest.update(chunk)
+    return digest.hexdigest()[:24]
+
+
+def _sweep(root: Path) -> None:
+    """Remove what preparations that no longer run have left."""
+    for part in root.glob(".*.*"):
+        pid = part.name.rpartition(".")[2]
+        if part.is_dir() and not (pid.isdigit() and Path("/proc", pid).exists()):
+            shutil.rmtree(part, ignore_errors=True)

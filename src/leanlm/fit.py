@@ -1,0 +1,150 @@
+"""One training run on one rank: build, resume, train, validate, sample, report."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from leanlm import __version__, build
+from leanlm.callbacks.checkpoints import Checkpoints
+from leanlm.callbacks.plots import loss_curve
+from leanlm.callbacks.progress import Progress
+from leanlm.callbacks.record import Record, peak_memory_of_ranks
+from leanlm.config import Settings
+from leanlm.data.tokenizer import Tokenizer, stream
+from leanlm.data.tokens import Tokens
+from leanlm.errors import UserError
+from leanlm.generate import generate
+from leanlm.launch import rank, say
+from leanlm.models.contract import Model
+from leanlm.prepare import tokens as prepare
+from leanlm.runs import Run, write
+from leanlm.strategies.checkpoint import newest_whole
+
+
+def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Train as configured in the folder `path` and return what `result.json` holds. All ranks must call it."""
+    asked = settings.config
+    run = Run(_agreed(path))
+    tokens = _on_rank_0_first(lambda: prepare(settings))
+    start = _where_to_start(settings, tokens)
+    if rank() == 0:
+        run.create(OmegaConf.create({**config, "resume": None, "run_dir": None}))
+        write(run.path / "tokenizer.json", json.dumps(tokens.tokenizer.state()))
+    net = build.model(asked, settings.plan, tokens.tokenizer.vocabulary)
+    module = build.module(settings, net)
+    parameters = sum(parameter.numel() for parameter in net.parameters())
+    batches = build.training_batches(settings, tokens, net)
+    batches.first_step = json.loads((start / "state.json").read_text())["step"] if start else 0
+    say(
+        f"{type(net).__name__}, {parameters:,} parameters, {len(tokens.splits['train']):,} training tokens of "
+        f"{tokens.tokenizer.vocabulary:,} types\nplan: {settings.plan.describe()}; global batch {asked.global_batch} x "
+        f"{asked.sequence} tokens, {asked.max_steps:,} steps, in {run.path}"
+    )
+    record = Record(run, asked.log_every)
+    callbacks = [record] + ([Progress(record)] if rank() == 0 else [])
+    callbacks += [
+        Checkpoints(run, record, asked.checkpoint_every, asked.val_every, asked.keep_checkpoints, tokens.fingerprint, start)
+    ]
+    loggers = build.loggers(asked, str(run.path))
+    trainer = build.trainer(settings, callbacks, loggers, asked.max_steps)
+    validation = build.whole_split(settings, tokens, net, tokens.splits["validation"])
+    trainer.fit(module, batches, validation)
+
+    nats, split = record.val_loss, "validation"
+    result = {
+        "loss": nats,
+        "perplexity": math.exp(min(nats, 700)),
+        "bits_per_byte": nats * len(tokens.splits[split]) / tokens.bytes[split] / math.log(2),
+        "steps": trainer.global_step,
+        "tokens": record.tokens,
+        "tokens_per_second": record.tokens / record.seconds,
+        "peak_memory_bytes": peak_memory_of_ranks(),
+        "seconds": record.seconds,
+        "plan": settings.plan.asdict(),
+        "exactness": settings.plan.exactness,
+        "parameters": parameters,
+        "versions": {"leanlm": __version__, "torch": torch.__version__, "lightning": lightning.__version__},
+    }
+    if rank() == 0:
+        sample = _sample(net, tokens.tokenizer, asked.sample)
+        with open(run.path / "samples.txt", "a") as file:
+            file.write(f"--- step {trainer.global_step}\n{sample}\n")
+        loss_curve({"": run}, run.path / "loss.png")
+        write(run.result, json.dumps(result, indent=2))
+        _report(result, sample, run)
+    return result
+
+
+def _agreed(path: Path) -> Path:
+    """Rank 0's path: under torchrun each rank has made up its own."""
+    if not dist.is_initialized():
+        return path
+    paths = [path]
+    dist.broadcast_object_list(paths)
+    return paths[0]
+
+
+def _on_rank_0_first(make: Any) -> Any:
+    made = make() if rank() == 0 else None
+    if dist.is_initialized():
+        dist.barrier()
+    return made or make()
+
+
+def _where_to_start(settings: Settings, tokens: Tokens) -> Path | None:
+    """The checkpoint to resume from, None to begin at step 0."""
+    if not settings.config.resume:
+        return None
+    run = Run(settings.config.resume)
+    start, damaged = newest_whole(run.checkpoints)
+    for line in damaged:
+        say(f"{line}; " + (f"using {start.name}, the one before it" if start else "there is none before it"))
+    if start is None and damaged:
+        raise UserError(f"{run.path} has no whole checkpoint to resume from; start a new run")
+    if start is None:
+        say(f"{run.path} has no checkpoint yet: beginning at step 0")
+        return None
+    state = json.loads((start / "state.json").read_text())
+    if state["text"] != tokens.fingerprint:
+        raise UserError(f"the text or its tokens are not those that {run.path} was trained on; set data.path to the same text")
+    if state["step"] >= settings.config.max_steps:
+        raise UserError(f"{run.path} has done its {state['step']} steps; to go on write max_steps={state['step'] * 2}, say")
+    say(f"resuming after step {state['step']}")
+    return start
+
+
+def _sample(net: Model, tokenizer: Tokenizer, prompt: str, tokens: int = 300) -> str:
+    try:
+        begin = [tokenizer.start, *map(int, tokenizer.encode(prompt.encode()))]
+    except UserError:  # the prompt has characters that this text does not
+        begin, prompt = [tokenizer.start], ""
+    return prompt + "".join(stream(tokenizer, generate(net.eval(), begin, tokens, temperature=0.8)))
+
+
+def _report(result: dict[str, Any], sample: str, run: Run) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    peak = ", ".join(f"{peak / 2**20:,.0f} MiB" for peak in result["peak_memory_bytes"])
+    for name, value in (
+        ("validation loss", f"{result['loss']:.4f} nats per token"),
+        ("perplexity", f"{result['perplexity']:.2f}"),
+        ("bits per byte", f"{result['bits_per_byte']:.3f}"),
+        ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s of training"),
+        ("peak memory", peak),
+        ("parameters", f"{result['parameters']:,}"),
+        ("run", str(run.path)),
+    ):
+        table.add_row(f"[bold]{name}", value)
+    console = Console(highlight=False)
+    console.rule("a sample")
+    console.print(sample, markup=False)
+    console.rule()
+    console.print(table)

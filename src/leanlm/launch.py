@@ -1,0 +1,168 @@
+"""Runs one function on N local processes from inside one job, with torchrun's own agent as a library.
+
+Lightning would start the ranks of a job by running its command line again, which under Hydra means a folder for each
+rank and sweeps that hang (lightning-hydra-template#393). Here the job stays one: it hands the composed configuration
+to its workers. Under torchrun the workers exist already, and the function simply runs.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from leanlm.errors import UserError
+
+GRACE = 8  # seconds from telling the workers to stop until they are killed
+
+
+class Stopped(Exception):
+    """The run was told to stop, and saved a checkpoint."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        self.signum, self.message = signum, message
+        super().__init__(signum, message)
+
+
+class WorkerFailed(Exception):
+    """A worker process failed; the message names the rank and holds its traceback."""
+
+
+def launched() -> bool:
+    """Whether torchrun, or `launch`, started this process as one of several."""
+    return "LOCAL_RANK" in os.environ
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1)) if launched() else 1
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0)) if launched() else 0
+
+
+def say(text: str) -> None:
+    """Print, once for all ranks."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+@contextmanager
+def process_group(accelerator: str) -> Iterator[None]:
+    """The default process group of all ranks, if there are several."""
+    if world_size() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    cuda = accelerator != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    yield
+    dist.destroy_process_group()  # not after an exception: it would wait for ranks that are gone
+
+
+def launch(function: Callable[..., Any], arguments: tuple, processes: int, isolate: bool = False) -> Any:
+    """`function(*arguments)` on `processes` local processes; what rank 0 returned.
+
+    Args:
+        function: importable by name.
+        arguments: can be pickled.
+        processes: 1 runs in this process.
+        isolate: use a process of its own also for 1, so that its peak memory is its own (a sweep shares one process).
+
+    Raises:
+        UserError, Stopped: as the function did.
+        WorkerFailed: one rank failed; all others have been ended.
+    """
+    if launched() or (processes == 1 and not isolate):
+        return function(*arguments)
+
+    import torch.distributed.elastic.multiprocessing.errors as errors
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # we say what happened, once
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(GRACE)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn",
+    )
+    try:
+        kind, value = elastic_launch(config, _worker)(function, arguments)[0]
+    except errors.ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        text = _explain(failure)
+        if _USER_ERROR in text:
+            raise UserError(*text.rpartition(_USER_ERROR)[2].strip().split("\n")) from None
+        raise WorkerFailed(f"rank {rank} of {processes} failed, the others were ended\n{text}") from None
+    except SignalException as error:
+        raise Stopped(int(error.sigval), "") from None
+    if kind == "stopped":
+        raise Stopped(*value)
+    return value
+
+
+_USER_ERROR = "leanlm user error: "
+
+
+def _worker(function: Callable[..., Any], arguments: tuple) -> tuple[str, Any]:
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    set_threads()
+    handler = get_error_handler()
+    handler.initialize()
+    try:
+        return "done", function(*arguments)
+    except Stopped as stopped:
+        return "stopped", (stopped.signum, stopped.message)
+    except KeyboardInterrupt:
+        os._exit(128 + signal.SIGINT)
+    except Exception as error:
+        if _lost_a_peer(error):
+            time.sleep(3)  # the rank that failed first has its say; the agent ends this one meanwhile
+        mark = _USER_ERROR if isinstance(error, UserError) else ""
+        error.args = (mark + str(error),) if mark else error.args
+        handler.record_exception(error)
+    sys.stdout.flush()
+    os._exit(1)  # at once: destructors of a broken process group would wait for its dead peers
+
+
+def _lost_a_peer(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and any(
+        word in str(error) for word in ("Connection closed by peer", "Connection reset by peer", "NCCL", "Gloo", "gloo")
+    )
+
+
+def set_threads() -> None:
+    """Share the cores among the processes of this machine."""
+    import torch
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if local > 1 and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local))
+
+
+def _explain(failure: Any) -> str:
+    """The traceback a worker left, or how its process ended."""
+    message = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None
+    if isinstance(message, dict):
+        return message.get("extraInfo", {}).get("py_callstack") or message.get("message", "")
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        hint = " (the system may have run out of memory)" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{hint}"
+    return failure.message

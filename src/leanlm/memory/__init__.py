@@ -1,0 +1,1 @@
+"""What trades time for bytes. Knows a model's contract and nothing else of it."""

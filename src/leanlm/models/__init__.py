@@ -1,0 +1,1 @@
+"""Language models: an embedding, a sequence of blocks, a head. They know nothing of devices, ranks or Lightning."""

@@ -1,0 +1,96 @@
+"""What every language model here is made of.
+
+A model is `embed`, `blocks` and `head`. Each block maps `(hidden [b, s, h], state) -> (hidden [b, s, h], state)`, so
+that whatever cuts a model (stages, shards, recomputation) can work block by block. Parameter names are global:
+`blocks.7.attention.query.weight` names the same weights however the model is cut.
+"""
+
+import hashlib
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from leanlm.models.dropout import RowDropout
+
+
+class Head(nn.Module):
+    """Final norm and projection to the vocabulary: `hidden [b, s, h] -> logits [b, s, v]`.
+
+    `norm` and `projection` are apart so that a loss can take the projection in chunks of tokens.
+    """
+
+    def __init__(self, width: int, vocabulary: int, norm: nn.Module, bias: bool) -> None:
+        super().__init__()
+        self.norm = norm
+        self.projection = nn.Linear(width, vocabulary, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.projection(self.norm(hidden))
+
+
+class Model(nn.Module):
+    """Base of all language models.
+
+    A subclass sets `embed`, `blocks` and `head`, and fills one parameter by name in `initialize`.
+    """
+
+    carries_state: ClassVar[bool] = False  # True: the state after step s is the state before step s + 1
+
+    embed: nn.Module  # (tokens [b, s], position of the first token) -> hidden [b, s, h]
+    blocks: nn.ModuleDict  # "0", "1", ...: (hidden, state) -> (hidden, state)
+    head: Head
+
+    def __init__(self, vocabulary: int, sequence: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.sequence = sequence
+
+    @classmethod
+    def problems(cls, **arguments: Any) -> list[str]:
+        """What cannot work about constructor arguments that are of the right types, one line each."""
+        return []
+
+    def hidden(self, tokens: Tensor, states: list[Any] | None = None, position: int = 0) -> tuple[Tensor, list[Any]]:
+        """`tokens [b, s]` -> `hidden [b, s, h]` before the head, and the state of each block after the last token."""
+        hidden = self.embed(tokens, position)
+        after = []
+        for i, block in enumerate(self.blocks.values()):
+            hidden, state = block(hidden, states[i] if states else None)
+            after.append(state)
+        return hidden, after
+
+    def forward(self, tokens: Tensor, states: list[Any] | None = None, position: int = 0) -> tuple[Tensor, list[Any]]:
+        """`tokens [b, s]` -> `logits [b, s, v]` and the states after the last token."""
+        hidden, states = self.hidden(tokens, states, position)
+        return self.head(hidden), states
+
+    def start(self, batch: int) -> list[Any]:
+        """States from which to read `batch` sequences token by token, as generation does."""
+        return [None] * len(self.blocks)
+
+    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        """Fill `parameter` in place, drawing only from `generator`."""
+        raise NotImplementedError
+
+    def name_sites(self) -> None:
+        """Give each dropout its site: a number made of its global name, so that a mask depends on nothing else."""
+        for name, module in self.named_modules():
+            if isinstance(module, RowDropout):
+                module.site = stable_hash(name)
+
+
+def stable_hash(*parts: object) -> int:
+    """A 63-bit number that is the same in every process (Python's own `hash` is salted)."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@torch.no_grad()
+def initialize(model: Model, seed: int) -> None:
+    """Fill every parameter from (seed, name) alone: the same bits whichever process fills it, in whatever order."""
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(stable_hash(seed, name))
+        value = torch.empty(parameter.shape, dtype=parameter.dtype)
+        model.initialize(name, value, generator)
+        parameter.copy_(value)

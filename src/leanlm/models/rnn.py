@@ -1,0 +1,95 @@
+"""Recurrent language models: Elman (tanh or relu), LSTM and GRU, one block per layer, state carried between steps."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from leanlm.models.contract import Head, Model
+from leanlm.models.dropout import RowDropout
+
+CELLS = {"elman_tanh": nn.RNN, "elman_relu": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+
+
+class RNN(Model):
+    """A stack of recurrent layers between an embedding and a head.
+
+    Args:
+        vocabulary: number of token types.
+        sequence: tokens per row and step, the length of truncated back-propagation through time.
+        cell: the recurrence.
+        width: size of the embedding and of every layer.
+        depth: number of layers.
+        tied: share the embedding's weights with the head's.
+        head_bias: whether the head adds a bias.
+        dropout: rate on the embedding and after each layer.
+        locked: one dropout mask per row for all positions (variational) instead of one per position.
+        init: embedding and head are drawn uniformly from [-init, init].
+    """
+
+    carries_state = True
+
+    def __init__(
+        self,
+        vocabulary: int,
+        sequence: int,
+        *,
+        cell: Literal["elman_tanh", "elman_relu", "lstm", "gru"] = "lstm",
+        width: int = 256,
+        depth: int = 1,
+        tied: bool = False,
+        head_bias: bool = True,
+        dropout: float = 0.0,
+        locked: bool = True,
+        init: float = 0.1,
+    ) -> None:
+        super().__init__(vocabulary, sequence)
+        self.cell, self.init = cell, init
+        self.embed = Embedding(vocabulary, width, RowDropout(dropout, locked))
+        self.blocks = nn.ModuleDict({str(i): Layer(cell, width, RowDropout(dropout, locked)) for i in range(depth)})
+        self.head = Head(width, vocabulary, nn.Identity(), head_bias)
+        if tied:
+            self.head.projection.weight = self.embed.tokens.weight
+        self.name_sites()
+
+    @classmethod
+    def problems(cls, **arguments: Any) -> list[str]:
+        return [f"{key}={arguments[key]}: it must be at least 1" for key in ("width", "depth") if arguments.get(key, 1) < 1]
+
+    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        if name.startswith("blocks."):
+            bound = parameter.shape[0] / {"lstm": 4, "gru": 3}.get(self.cell, 1)
+            parameter.uniform_(-(bound**-0.5), bound**-0.5, generator=generator)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.uniform_(-self.init, self.init, generator=generator)
+
+
+class Embedding(nn.Module):
+    def __init__(self, vocabulary: int, width: int, dropout: RowDropout) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.dropout = dropout
+
+    def forward(self, tokens: Tensor, position: int = 0) -> Tensor:
+        return self.dropout(self.tokens(tokens))
+
+
+class Layer(nn.Module):
+    """One recurrent layer. Its state is a tuple of tensors `[b, h]`: (hidden,), or (hidden, cell) for an LSTM."""
+
+    def __init__(self, cell: str, width: int, dropout: RowDropout) -> None:
+        super().__init__()
+        extra = {"nonlinearity": cell.removeprefix("elman_")} if cell.startswith("elman_") else {}
+        self.cell = CELLS[cell](width, width, batch_first=True, **extra)
+        self.dropout = dropout
+
+    def forward(self, hidden: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        before = None if state is None else tuple(part.unsqueeze(0) for part in state)
+        if isinstance(self.cell, nn.LSTM):
+            hidden, after = self.cell(hidden, before)
+        else:
+            hidden, last = self.cell(hidden, before and before[0])
+            after = (last,)
+        return self.dropout(hidden), tuple(part.squeeze(0) for part in after)

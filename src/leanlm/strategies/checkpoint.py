@@ -1,0 +1,176 @@
+"""One checkpoint format under every plan: a folder of `torch.distributed.checkpoint` with global names.
+
+A checkpoint holds `model.<parameter>`, `optimizer.<parameter>.<state>`, `carried.<block>.<part>` (rows of the global
+batch), `rng.<rank>`, and beside them `state.json` (step, versions, plan) and `manifest.json` (size and sha256 of every
+file). It is written under another name and renamed when whole; older ones are removed only then.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from leanlm.errors import UserError
+
+FORMAT = 1
+
+
+def save(
+    folder: Path, net: nn.Module, optimizer: torch.optim.Optimizer, carried: dict[str, Tensor], state: dict[str, Any], keep: int
+) -> Path:
+    """Write `folder/step-N` and keep the last `keep` checkpoints. All ranks must call it.
+
+    Args:
+        folder: holds the checkpoints of a run.
+        net: its parameters are saved by name, tied ones once.
+        optimizer: its state is saved by the name of the parameter.
+        carried: recurrent state of the global batch, `[global batch, ...]` each.
+        state: JSON to keep beside; `state["step"]` names the checkpoint.
+        keep: checkpoints to keep, at least 1.
+    """
+    whole = folder / f"step-{state['step']:08d}"
+    part = folder / f".writing-{whole.name}"
+    if _rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    _barrier()
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in net.named_parameters()}
+    tensors |= {f"optimizer.{name}": value for name, value in _optimizer_state(net, optimizer).items()}
+    tensors |= {f"carried.{name}": value for name, value in carried.items()}
+    tensors |= {f"rng.{_rank()}": torch.get_rng_state()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dcp warns that it runs without a process group, which is what we ask for
+        dcp.save(tensors, checkpoint_id=part, no_dist=not _distributed())
+    if _rank() == 0:
+        _write(part / "state.json", {"format": FORMAT, **state})
+        files = sorted(file for file in part.iterdir() if file.is_file())
+        _write(part / "manifest.json", {file.name: [file.stat().st_size, _digest(file)] for file in files})
+        if whole.exists():  # a run that was resumed may reach a step again
+            shutil.rmtree(whole)
+        part.rename(whole)
+        _sync(folder)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    _barrier()
+    return whole
+
+
+def load(folder: Path, net: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint, made under any plan, into a model and its optimizer. All ranks must call it.
+
+    Returns:
+        The carried state and the JSON that `save` was given.
+    """
+    reader = dcp.FileSystemReader(folder)
+    stored = {
+        name: meta for name, meta in reader.read_metadata().state_dict_metadata.items() if isinstance(meta, TensorStorageMetadata)
+    }
+    parameters = dict(net.named_parameters())
+    missing = [name for name in parameters if f"model.{name}" not in stored]
+    if missing:
+        raise UserError(f"{folder} is of another model: it has no {missing[0]} ({len(missing)} of {len(parameters)} lacking)")
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, meta in stored.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer" and optimizer is not None:
+            parameter = parameters[rest.rpartition(".")[0]]
+            like = parameter.detach() if meta.size == parameter.shape else torch.empty(meta.size)
+            tensors[name] = torch.empty_like(like, dtype=meta.properties.dtype)
+        elif kind == "carried" or name == f"rng.{_rank()}":
+            tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, storage_reader=reader, no_dist=not _distributed())
+    if optimizer is not None:
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                owner, _, key = name.removeprefix("optimizer.").rpartition(".")
+                optimizer.state[parameters[owner]][key] = value
+        if f"rng.{_rank()}" in tensors:
+            torch.set_rng_state(tensors[f"rng.{_rank()}"])
+    carried = {name.removeprefix("carried."): value for name, value in tensors.items() if name.startswith("carried.")}
+    return carried, json.loads((folder / "state.json").read_text())
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all as they were written, and what is wrong with those after it."""
+    damaged = []
+    for checkpoint in reversed(checkpoints(folder)):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint} is damaged: {wrong}")
+    return None, damaged
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        items = [(checkpoint / name, name, size, digest) for name, (size, digest) in manifest.items()]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return "manifest.json is missing or cannot be read"
+    for file, name, size, digest in items:
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _digest(file) != digest:
+            return f"{name} is not what was written (its sha256 differs)"
+    return None
+
+
+def _optimizer_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name, parameter in net.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _write(file: Path, content: Any) -> None:
+    with open(file, "w") as target:
+        json.dump(content, target, indent=1)
+        target.flush()
+        os.fsync(target.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _rank() -> int:
+    return dist.get_rank() if _distributed() else 0
+
+
+def _barrier() -> None:
+    if _distributed():
+        dist.barrier()

@@ -1,0 +1,64 @@
+"""Train a language model: `python -m leanlm.train model=lstm strategy=ddp`. See README.md."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from leanlm import cli
+from leanlm.config import Config, Settings, check, effective
+from leanlm.launch import launch, launched, process_group, say
+from leanlm.prepare import tokens
+from leanlm.runs import Run
+
+
+def train(config: DictConfig, path: Path | None = None, isolate: bool = False) -> dict[str, Any]:
+    """Run a composed configuration from beginning to end and return what its `result.json` holds.
+
+    Args:
+        config: as `conf/train.yaml` composes it.
+        path: folder of the run; None: `run_dir`, or a new one in `runs/`.
+        isolate: train in a process of its own, as each job of a sweep does.
+
+    Raises:
+        UserError: with every problem found, before any work starts.
+        Stopped: a signal ended the run, and it has saved a checkpoint.
+    """
+    settings = check(config)
+    if not launched():
+        tokens(settings)  # prepared once, before there are several processes
+    path = Path(config.run_dir or config.resume or path or Run.new_path("run"))
+    plain = OmegaConf.to_container(config, resolve=True)
+    return launch(work, (settings, plain, path), settings.plan.world, isolate)
+
+
+def work(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What each rank does."""
+    from leanlm.fit import fit
+
+    with process_group(settings.config.device["accelerator"]):
+        return fit(settings, config, path)
+
+
+def job(config: DictConfig) -> None:
+    """One job of a command line."""
+    hydra = HydraConfig.get()
+    config = effective(config, list(hydra.overrides.task))
+    sweep = hydra.mode == RunMode.MULTIRUN
+    if sweep:
+        path = Path(hydra.sweep.dir, f"{hydra.job.num}_{hydra.job.override_dirname or 'default'}".replace(os.sep, "-")[:120])
+        say(f"\njob {hydra.job.num}: {' '.join(hydra.overrides.task)}")
+    else:
+        path = Run.new_path("_".join(hydra.runtime.choices[group] for group in ("data", "model", "strategy")))
+    train(config, path, isolate=sweep)
+
+
+def main() -> None:
+    cli.run("train", Config, job)
+
+
+if __name__ == "__main__":
+    main()
