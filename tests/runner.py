@@ -1,0 +1,41 @@
+"""Runs many configurations in one group of processes: starting processes costs more than these runs."""
+
+from pathlib import Path
+
+import torch
+from conftest import composed
+from omegaconf import OmegaConf
+
+from leanlm import build
+from leanlm.config import Settings, check
+from leanlm.fit import fit
+from leanlm.launch import launch, process_group, rank
+from leanlm.prepare import tokens
+from leanlm.runs import Run
+from leanlm.strategies.checkpoint import checkpoints, load
+
+
+def run_all(jobs: dict[Path, list[str]], processes: int = 1) -> None:
+    """Train each job (folder -> overrides) under its plan, all with the same number of processes."""
+    launch(_work, (jobs,), processes)
+
+
+def _work(jobs: dict[Path, list[str]]) -> None:
+    with process_group("cpu"):
+        for path, overrides in jobs.items():
+            config = composed(*overrides)
+            fit(check(config), OmegaConf.to_container(config, resolve=True), path)
+
+
+def losses(path: Path) -> list[float]:
+    return [row["train_loss"] for row in Run(path).rows() if "train_loss" in row]
+
+
+def final_weights(path: Path, settings: Settings) -> dict[str, torch.Tensor]:
+    """The weights in the last checkpoint of a run."""
+    net = build.model(settings.config, settings.plan, tokens(settings).tokenizer.vocabulary)
+    load(checkpoints(Run(path).checkpoints)[-1], net, None)
+    return {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+
+__all__ = ["rank"]
