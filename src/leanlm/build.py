@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from leanlm.config import Config, Settings
 from leanlm.data.batches import GlobalBatches, Lanes, WholeSplit, Windows
+from leanlm.data.tokenizer import Tokenizer
 from leanlm.data.tokens import Tokens
 from leanlm.launch import rank, world_size
 from leanlm.models.contract import Model, initialize
@@ -46,11 +47,11 @@ def training_batches(settings: Settings, tokens: Tokens, net: Model) -> GlobalBa
         len(tokens.splits["train"]), config.sequence, config.global_batch, config.seed
     )
     return GlobalBatches(
-        tokens.splits["train"], order, plan.replicate, rank(), plan.accumulate_grad_batches, ignored(config, tokens)
+        tokens.splits["train"], order, plan.replicate, rank(), plan.accumulate_grad_batches, ignored(config, tokens.tokenizer)
     )
 
 
-def whole_split(settings: Settings, tokens: Tokens, net: Model, numbers: Any) -> WholeSplit:
+def whole_split(settings: Settings, tokenizer: Tokenizer, net: Model, numbers: Any) -> WholeSplit:
     """This rank's part of a split (or of any token numbers), each token once."""
     config, plan = settings.config, settings.plan
     overlap = config.val_overlap
@@ -61,7 +62,7 @@ def whole_split(settings: Settings, tokens: Tokens, net: Model, numbers: Any) ->
         length = config.sequence
     rows = max(1, min(plan.micro_batch(config.global_batch), -(-len(numbers) // length)))
     return WholeSplit(
-        numbers, tokens.tokenizer.start, config.sequence, length, overlap, rows, plan.replicate, rank(), ignored(config, tokens)
+        numbers, tokenizer.start, config.sequence, length, overlap, rows, plan.replicate, rank(), ignored(config, tokenizer)
     )
 
 

@@ -78,26 +78,26 @@ class Settings:
 
 def check(config: DictConfig) -> Settings:
     """Raise UserError with every problem of a configuration, or return it ready for use."""
-    problems, typed = _types(config)
-    if typed is None:
+    problems, checked = typed(config)
+    if checked is None:
         raise UserError(*problems)
     positive = ("max_steps", "global_batch", "sequence", "log_every", "val_every", "checkpoint_every", "keep_checkpoints", "val_lanes")
-    problems += [f"{key}={getattr(typed, key)}: it must be at least 1" for key in positive if getattr(typed, key) < 1]
-    problems += [f"{key}={getattr(typed, key)}: it must not be negative" for key in ("seed", "clip", "val_overlap") if getattr(typed, key) < 0]
-    if typed.devices is not None and typed.devices < 1:
-        problems.append(f"devices={typed.devices}: at least 1, or null for as many as the plan uses")
-    devices = world_size() if launched() else typed.devices
-    if launched() and typed.devices not in (None, devices):
-        problems.append(f"devices={typed.devices}, but {devices} processes were started: leave devices out under torchrun")
-    plan, found = resolve(typed.strategy, devices, typed.global_batch)
-    problems += found + typed.optim.problems() + _device(typed.device) + _model(typed)
-    corpus, found = _corpus(typed)
+    problems += [f"{key}={getattr(checked, key)}: it must be at least 1" for key in positive if getattr(checked, key) < 1]
+    problems += [f"{key}={getattr(checked, key)}: it must not be negative" for key in ("seed", "clip", "val_overlap") if getattr(checked, key) < 0]
+    if checked.devices is not None and checked.devices < 1:
+        problems.append(f"devices={checked.devices}: at least 1, or null for as many as the plan uses")
+    devices = world_size() if launched() else checked.devices
+    if launched() and checked.devices not in (None, devices):
+        problems.append(f"devices={checked.devices}, but {devices} processes were started: leave devices out under torchrun")
+    plan, found = resolve(checked.strategy, devices, checked.global_batch)
+    problems += found + checked.optim.problems() + _device(checked.device) + _model(checked)
+    corpus, found = _corpus(checked)
     problems += found
     if corpus is not None and not problems:
-        problems += fits(typed, {split: corpus.size(split) for split in corpus.splits}, at_most=True)
+        problems += fits(checked, {split: corpus.size(split) for split in corpus.splits}, at_most=True)
     if problems or corpus is None:
         raise UserError(*problems)
-    return Settings(typed, plan, corpus)
+    return Settings(checked, plan, corpus)
 
 
 def fits(config: Config, sizes: dict[str, int], at_most: bool = False) -> list[str]:
@@ -139,7 +139,7 @@ def command_line(arguments: list[str], name: str, schema: type) -> None:
                 if schema is Config:
                     check(effective(config, job))
                 else:
-                    problems += _types(config, schema)[0]
+                    problems += typed(config, schema)[0]
             except UserError as error:
                 problems += [problem for problem in error.problems if problem not in problems]
     if problems:
@@ -214,7 +214,7 @@ def _leaves(config: DictConfig, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _types(config: DictConfig, schema_class: type = Config) -> tuple[list[str], Any]:
+def typed(config: DictConfig, schema_class: type = Config) -> tuple[list[str], Any]:
     """Every value that is not of its type, and the configuration as an object of the schema (None if there are any)."""
     problems = []
     schema = OmegaConf.structured(schema_class)

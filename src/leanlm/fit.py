@@ -53,7 +53,7 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
     ]
     loggers = build.loggers(asked, str(run.path))
     trainer = build.trainer(settings, callbacks, loggers, asked.max_steps)
-    validation = build.whole_split(settings, tokens, net, tokens.splits["validation"])
+    validation = build.whole_split(settings, tokens.tokenizer, net, tokens.splits["validation"])
     trainer.fit(module, batches, validation)
 
     nats, split = record.val_loss, "validation"

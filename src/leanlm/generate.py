@@ -14,7 +14,7 @@ class Generate:
     """What `conf/generate.yaml` sets."""
 
     run: str = "latest"
-    prompt: str = "\n"
+    prompt: str = ""
     tokens: int = 200
     temperature: float = 0.8
     top_k: int = 0
@@ -85,16 +85,23 @@ def main() -> None:
 
 
 def _main(asked: Generate) -> None:
+    from leanlm.config import typed
     from leanlm.data.tokenizer import stream
     from leanlm.errors import UserError
-    from leanlm.evaluate import load
+    from leanlm.evaluate import restore
+    from leanlm.runs import Run
+    from leanlm.strategies.plan import Plan
 
     problems = [f"{key}={getattr(asked, key)}: it must not be negative" for key in ("tokens", "temperature", "top_k") if getattr(asked, key) < 0]
     if not 0 < asked.top_p <= 1:
         problems.append(f"top_p={asked.top_p}: a share above 0, at most 1")
     if problems:
         raise UserError(*problems)
-    _, tokenizer, net = load(asked.run)
+    run = Run.find(asked.run)
+    problems, config = typed(run.config())
+    if problems:
+        raise UserError(*problems)
+    tokenizer, net = restore(config, Plan(precision=config.strategy.precision), run)
     prompt = [tokenizer.start, *map(int, tokenizer.encode(asked.prompt.encode()))]
     numbers = generate(net.eval(), prompt, asked.tokens, asked.temperature, asked.top_k, asked.top_p, asked.seed)
     sys.stdout.write(asked.prompt)

@@ -31,8 +31,8 @@ class TokenLoss(Metric):
         self.nats += nats.detach().double()
         self.tokens += tokens
 
-    def compute(self) -> Tensor:
-        return self.nats / self.tokens
+    def compute(self) -> dict[str, Tensor]:
+        return {"loss": self.nats / self.tokens, "tokens": self.tokens}
 
 
 class LanguageModel(pl.LightningModule):

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from leanlm.config import Config, Settings, fits
+from leanlm.data.tokenizer import Tokenizer
 from leanlm.data.tokens import Tokens, prepare
 from leanlm.errors import UserError
 
@@ -28,8 +29,9 @@ def tokens(settings: Settings) -> Tokens:
     return made
 
 
-def ignored(config: Config, tokens: Tokens) -> list[int]:
-    return [number for name in config.data.get("ignore", []) for number in tokens.tokenizer.numbers(name)]
+def ignored(config: Config, tokenizer: Tokenizer) -> list[int]:
+    """Numbers of the tokens that are not counted as targets."""
+    return [number for name in config.data.get("ignore", []) for number in tokenizer.numbers(name)]
 
 
 class PreparationBar:

@@ -38,3 +38,29 @@ def loss_curve(runs: dict[str, Run], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def bars(results: dict[str, dict], path: Path) -> None:
+    """Speed and the largest rank's peak memory of several runs, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(results)
+    measures = {
+        "tokens per second": [results[name]["tokens_per_second"] for name in names],
+        "peak memory of a rank (MiB)": [max(results[name]["peak_memory_bytes"]) / 2**20 for name in names],
+        "validation loss (nats per token)": [results[name]["loss"] for name in names],
+    }
+    figure, rows = plt.subplots(1, 3, figsize=(11, 1.2 + 0.4 * len(names)), sharey=True, layout="constrained")
+    for axes, (title, values) in zip(rows, measures.items(), strict=True):
+        drawn = axes.barh(names, values, color="C0", height=0.6)
+        axes.bar_label(drawn, [f"{value:,.3f}" if value < 20 else f"{value:,.0f}" for value in values], padding=3)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlim(0, 1.25 * max(values))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_visible(False)
+    rows[0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

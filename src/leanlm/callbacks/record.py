@@ -58,7 +58,7 @@ class Record(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, LanguageModel)
-        self.validated, self.val_loss = trainer.global_step, float(module.split_loss.compute())
+        self.validated, self.val_loss = trainer.global_step, float(module.split_loss.compute()["loss"])
         self._write(trainer, trainer.global_step, {"val_loss": self.val_loss})
         self.mark = time.perf_counter()
 

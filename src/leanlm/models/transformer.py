@@ -185,14 +185,27 @@ class Attention(nn.Module):
         if cache:
             key, value = cache.append(key, value)
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(start)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=key.shape[1] != query.shape[1]
-        )
+        out = attend(query, key, value, mask)
         return self.out(out.transpose(1, 2).flatten(2))  # [b, n, s, d] -> [b, s, h]
 
     def cache(self, batch: int) -> KVCache:
         weight = self.key.weight
         return KVCache(weight.new_zeros(batch, self.kv_heads, self.capacity, self.size))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention, causal unless there is a mask; query `[b, n, s, d]`, key and value `[b, g, t, d]`."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        grouped = key.shape[1] != query.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
+
+    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    if query.device.type == "cpu" and low != torch.float32 and query.dtype != torch.float64:
+        # the CPU's flash kernel takes 3 times as long in bf16 as in fp32 at 64 to 128 positions
+        with torch.autocast("cpu", enabled=False):
+            return attention(query.float(), key.float(), value.float()).to(low)
+    return attention(query, key, value)
 
 
 def rotate(x: Tensor, start: int, base: float) -> Tensor:

@@ -1,0 +1,130 @@
+"""Loss and perplexity of a trained model: `python -m leanlm.evaluate run=runs/X [split=test] [text="a sentence"]`."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from leanlm import cli
+from leanlm.config import Config, Settings, check
+from leanlm.data import tokenizer as tokenizers
+from leanlm.data.tokenizer import Tokenizer
+from leanlm.errors import UserError
+from leanlm.launch import launch, process_group, rank, say
+from leanlm.prepare import tokens
+from leanlm.runs import Run, write
+from leanlm.strategies.plan import Plan
+
+if TYPE_CHECKING:
+    from leanlm.models.contract import Model
+
+
+@dataclass
+class Evaluate:
+    """What `conf/evaluate.yaml` sets."""
+
+    run: str = "latest"
+    split: str = "validation"
+    text: str | None = None
+    devices: int | None = None
+    lanes: int | None = None
+    overlap: int | None = None
+    rows: int | None = None
+    strategy: Plan = field(default_factory=Plan)
+    device: Any = None
+
+
+def evaluate(asked: Evaluate) -> dict[str, float]:
+    """Mean loss over every token of a split, once each, or of `asked.text` by the chain rule.
+
+    Returns:
+        `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `log_probability` (nats, of all together).
+    """
+    run = Run.find(asked.run)
+    config = run.config()
+    given = {"devices": asked.devices, "strategy": asdict(asked.strategy), "device": asked.device}
+    given["strategy"]["accumulate_grad_batches"] = 1
+    given |= {key: value for key, value in (("val_lanes", asked.lanes), ("val_overlap", asked.overlap)) if value is not None}
+    for key, value in given.items():
+        OmegaConf.update(config, key, value, merge=False)
+    rows = asked.rows or config.global_batch
+    world = max(1, asked.devices or asked.strategy.replicate)
+    config.global_batch = -(-rows // world) * world  # only the rows in a batch: the figures do not depend on it
+    settings = check(config)
+    if asked.text is None and asked.split not in settings.corpus.splits:
+        raise UserError(f"split={asked.split}: the data has {', '.join(settings.corpus.splits)}")
+    if asked.text is not None:
+        settings = replace(settings, plan=replace(settings.plan, replicate=1))
+    result = launch(_work, (settings, run.path, asked.split, asked.text), settings.plan.world)
+    if asked.text is None and rank() == 0:
+        write(run.path / f"evaluation-{asked.split}.json", json.dumps(result, indent=2))
+    return result
+
+
+def _work(settings: Settings, path: Path, split: str, text: str | None) -> dict[str, float]:
+    import numpy as np
+
+    from leanlm import build
+
+    with process_group(settings.config.device["accelerator"]):
+        tokenizer, net = restore(settings.config, settings.plan, Run(path))
+        if text is None:
+            data = tokens(settings)
+            numbers, size = data.splits[split], data.bytes[split]
+        else:
+            numbers, size = np.asarray(tokenizer.encode(text.encode())), len(text.encode())
+            if not len(numbers):
+                raise UserError("text is empty")
+        module = build.module(settings, net)
+        batches = build.whole_split(settings, tokenizer, net, numbers)
+        build.trainer(settings, [], []).validate(module, batches, verbose=False)
+        found = module.split_loss.compute()
+    loss, count = float(found["loss"]), int(found["tokens"])
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "bits_per_byte": loss * count / size / math.log(2),
+        "tokens": count,
+        "log_probability": -loss * count,
+    }
+
+
+def restore(config: Config, plan: Plan, run: Run) -> "tuple[Tokenizer, Model]":
+    """Tokenizer and trained weights of a run, from its newest whole checkpoint, whatever plan made it.
+
+    Raises:
+        UserError: the run has no whole checkpoint.
+    """
+    from leanlm import build
+    from leanlm.strategies import checkpoint
+
+    newest, damaged = checkpoint.newest_whole(run.checkpoints)
+    for line in damaged:
+        say(line)
+    if newest is None:
+        raise UserError(f"{run.path} has no checkpoint" + (" that is whole" if damaged else " yet"))
+    tokenizer = tokenizers.restore(json.loads((run.path / "tokenizer.json").read_text()))
+    net = build.model(config, plan, tokenizer.vocabulary)
+    checkpoint.load(newest, net, None)
+    return tokenizer, net
+
+
+def main() -> None:
+    cli.run("evaluate", Evaluate, _main)
+
+
+def _main(asked: Evaluate) -> None:
+    result = evaluate(asked)
+    what = f"the {asked.split} split" if asked.text is None else repr(asked.text)
+    say(
+        f"{what}: {result['tokens']:,} tokens, loss {result['loss']:.4f} nats per token, perplexity "
+        f"{result['perplexity']:.2f}, {result['bits_per_byte']:.3f} bits per byte"
+        + ("" if asked.text is None else f", log-probability {result['log_probability']:.4f} nats")
+    )
+
+
+if __name__ == "__main__":
+    main()
