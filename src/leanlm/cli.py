@@ -1,5 +1,6 @@
 """What all commands share: one check of the whole command line, Hydra, and one clear line for each mistake."""
 
+import re
 import signal
 import sys
 import traceback
@@ -7,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from leanlm.config import FOLDER, Config, command_line
+from leanlm.config import FOLDER, Config, command_line, typed
 from leanlm.errors import UserError
 from leanlm.launch import Stopped, WorkerFailed, rank
+
+FREE_TEXT = ("prompt", "text", "sample")
 
 
 def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
@@ -25,12 +28,10 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
     @hydra.main(config_path=FOLDER, config_name=name, version_base="1.3")
     def job(config: DictConfig) -> None:
         try:
-            function(config if schema is Config else OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config)))
+            function(config if schema is Config else typed(config, schema)[1])
         except UserError as error:
             codes.append(_complain(error))
         except Stopped as stopped:
-            if rank() == 0 and stopped.message:
-                print(stopped.message, file=sys.stderr, flush=True)
             raise SystemExit(128 + stopped.signum) from None
         except WorkerFailed as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -39,6 +40,7 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
             traceback.print_exc()
             codes.append(1)
 
+    sys.argv[1:] = map(_quoted, sys.argv[1:])
     try:
         command_line(sys.argv[1:], name, schema)
         job()
@@ -49,6 +51,15 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
         codes.append(128 + signal.SIGINT)
     if max(codes):
         sys.exit(max(codes))
+
+
+def _quoted(argument: str) -> str:
+    """Free text may hold whatever it likes: put it between quotes for Hydra's grammar, unless it is."""
+    key, equals, value = argument.partition("=")
+    if key not in FREE_TEXT or not equals or value == "null" or re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL):
+        return argument
+    value = value.replace("${", "\\${")
+    return f"{key}='" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
 
 
 def _complain(error: UserError) -> int:

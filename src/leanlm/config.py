@@ -91,6 +91,10 @@ def check(config: DictConfig) -> Settings:
         problems.append(f"devices={checked.devices}, but {devices} processes were started: leave devices out under torchrun")
     plan, found = resolve(checked.strategy, devices, checked.global_batch)
     problems += found + checked.optim.problems() + _device(checked.device) + _model(checked)
+    if checked.run_dir and not checked.resume and Path(checked.run_dir, "config.yaml").is_file():
+        problems.append(
+            f"run_dir={checked.run_dir} holds a run already: write resume={checked.run_dir} to continue it, or another run_dir"
+        )
     corpus, found = _corpus(checked)
     problems += found
     if corpus is not None and not problems:
@@ -132,18 +136,27 @@ def command_line(arguments: list[str], name: str, schema: type) -> None:
     else:
         jobs = [asked.overrides]
     problems: list[str] = []
+    if len(jobs) > 1 and any(override.key_or_group == "run_dir" and not override.is_sweep_override() for override in parsed):
+        problems.append(f"run_dir names one folder, and this sweep has {len(jobs)} jobs: set hydra.sweep.dir instead")
     with initialize_config_dir(FOLDER, version_base="1.3"):
         for job in jobs:
+            config, found = _compose(name, job)
             try:
-                config = _compose(name, job)
                 if schema is Config:
                     check(effective(config, job))
                 else:
-                    problems += typed(config, schema)[0]
+                    found += typed(config, schema)[0]
             except UserError as error:
-                problems += [problem for problem in error.problems if problem not in problems]
+                found += error.problems
+            problems += [problem for problem in found if problem not in problems]
     if problems:
         raise UserError(*problems)
+
+
+def swept_keys(arguments: list[str]) -> set[str]:
+    """The keys that a command line gives several values."""
+    parsed = OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides)
+    return {override.key_or_group for override in parsed if override.is_sweep_override()}
 
 
 def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
@@ -171,21 +184,26 @@ def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
     return merged
 
 
-def _compose(name: str, overrides: list[str]) -> DictConfig:
-    """Compose a job; if Hydra refuses, find every override at fault, where Hydra itself names the first."""
+def _compose(name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
+    """Compose a job; if Hydra refuses, find every override at fault, where Hydra itself names the first, and compose the
+    others."""
     try:
-        return compose(name, overrides=overrides)
+        return compose(name, overrides=overrides), []
     except HydraException as error:
         first = error
-    base = compose(name)
-    problems, good = [], []
+    base = config = compose(name)
+    problems, good, unknown = [], [], set()
     for override in overrides:
+        key = override.partition("=")[0]
+        if key.partition(".")[0] in unknown:  # keys of a group that could not be chosen
+            continue
         try:
-            compose(name, overrides=[*good, override])
+            config = compose(name, overrides=[*good, override])
             good.append(override)
         except HydraException as error:
             problems.append(_explain(override, base, error))
-    raise UserError(*(problems or [str(first).splitlines()[0]]))
+            unknown.add(key)
+    return config, problems or [str(first).splitlines()[0]]
 
 
 def _explain(override: str, base: DictConfig, error: HydraException) -> str:

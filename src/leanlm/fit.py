@@ -132,6 +132,8 @@ def _report(result: dict[str, Any], sample: str, run: Run) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     peak = ", ".join(f"{peak / 2**20:,.0f} MiB" for peak in result["peak_memory_bytes"])
     for name, value in (
         ("validation loss", f"{result['loss']:.4f} nats per token"),
@@ -145,6 +147,6 @@ def _report(result: dict[str, Any], sample: str, run: Run) -> None:
         table.add_row(f"[bold]{name}", value)
     console = Console(highlight=False)
     console.rule("a sample")
-    console.print(sample, markup=False)
+    console.print(sample, markup=False, soft_wrap=True)
     console.rule()
     console.print(table)

@@ -102,6 +102,7 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
         monitor_interval=0.1,
         start_method="spawn",
     )
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
     try:
         kind, value = elastic_launch(config, _worker)(function, arguments)[0]
     except errors.ChildFailedError as error:
@@ -112,6 +113,9 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
         raise WorkerFailed(f"rank {rank} of {processes} failed, the others were ended\n{text}") from None
     except SignalException as error:
         raise Stopped(int(error.sigval), "") from None
+    finally:
+        for number, handler in handlers.items():  # the agent keeps its own
+            signal.signal(number, handler)
     if kind == "stopped":
         raise Stopped(*value)
     return value

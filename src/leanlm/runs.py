@@ -76,17 +76,19 @@ class Table:
     def __init__(self, run: Run, after: int) -> None:
         """Go on after step `after`: rows beyond it, which a killed run may have left, are dropped."""
         kept = [row for row in run.rows() if row["step"] <= after]
+        self.pending = kept.pop() if kept else {}  # its validation may come yet
         lines = [",".join(COLUMNS), *map(_line, kept)]
         write(run.metrics, "\n".join(lines) + "\n")
         self.file = open(run.metrics, "a")  # noqa: SIM115 - open as long as the run
-        self.pending: dict[str, float] = {}
 
     def add(self, step: int, values: dict[str, float]) -> None:
         if self.pending and self.pending["step"] != step:
-            self.flush()
+            self.file.write(_line(self.pending) + "\n")
+            self.pending = {}
         self.pending |= {"step": step, **values}
 
     def flush(self) -> None:
+        """Write everything down, the row at hand too; it can be completed no more in this session."""
         if self.pending:
             self.file.write(_line(self.pending) + "\n")
             self.pending = {}

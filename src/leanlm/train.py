@@ -1,6 +1,7 @@
 """Train a language model: `python -m leanlm.train model=lstm strategy=ddp`. See README.md."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from leanlm import cli
-from leanlm.config import Config, Settings, check, effective
+from leanlm.config import Config, Settings, check, effective, swept_keys
 from leanlm.launch import launch, launched, process_group, say
 from leanlm.prepare import tokens
 from leanlm.runs import Run
@@ -49,7 +50,9 @@ def job(config: DictConfig) -> None:
     config = effective(config, list(hydra.overrides.task))
     sweep = hydra.mode == RunMode.MULTIRUN
     if sweep:
-        path = Path(hydra.sweep.dir, f"{hydra.job.num}_{hydra.job.override_dirname or 'default'}".replace(os.sep, "-")[:120])
+        swept = swept_keys(sys.argv[1:])
+        given = [override for override in hydra.overrides.task if override.partition("=")[0] in swept] or hydra.overrides.task
+        path = Path(hydra.sweep.dir, f"{hydra.job.num}_{','.join(given)}".replace(os.sep, "-")[:120])
         say(f"\njob {hydra.job.num}: {' '.join(hydra.overrides.task)}")
     else:
         path = Run.new_path("_".join(hydra.runtime.choices[group] for group in ("data", "model", "strategy")))

@@ -1,6 +1,7 @@
 """Saving, resuming, and stopping in good order."""
 
 import signal
+import sys
 import threading
 import time
 from typing import Any
@@ -110,11 +111,11 @@ class Checkpoints(pl.Callback):
         if number:
             if self.saved != trainer.global_step:
                 self.save(trainer, module)
-            raise Stopped(
-                number,
-                f"stopped by {signal.Signals(number).name} after step {trainer.global_step}; to go on: "
-                f"python -m leanlm.train resume={self.run.path}",
-            )
+            name = signal.Signals(number).name
+            message = f"stopped by {name} after step {trainer.global_step}; to go on: python -m leanlm.train resume={self.run.path}"
+            if trainer.is_global_zero:
+                print(message, file=sys.stderr, flush=True)
+            raise Stopped(number, message)
 
     def _restore_handlers(self) -> None:
         for number, handler in self.handlers.items():

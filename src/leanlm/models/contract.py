@@ -49,7 +49,8 @@ class Model(nn.Module):
     @classmethod
     def problems(cls, **arguments: Any) -> list[str]:
         """What cannot work about constructor arguments that are of the right types, one line each."""
-        return []
+        rate = arguments.get("dropout", 0)
+        return [] if 0 <= rate < 1 else [f"dropout={rate}: a share of at least 0 and below 1"]
 
     def hidden(self, tokens: Tensor, states: list[Any] | None = None, position: int = 0) -> tuple[Tensor, list[Any]]:
         """`tokens [b, s]` -> `hidden [b, s, h]` before the head, and the state of each block after the last token."""

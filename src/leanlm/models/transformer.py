@@ -101,7 +101,7 @@ class Transformer(Model):
             found.append(f"rope turns pairs, but width={width} / heads={heads} = {width // heads} is odd")
         if not found and heads % groups:
             found.append(f"heads={heads} does not divide by kv_heads={groups}")
-        return found
+        return super().problems(**arguments) + found
 
     def start(self, batch: int) -> list["KVCache"]:
         return [block.attention.cache(batch) for block in self.blocks.values()]

@@ -1,0 +1,201 @@
+"""What a person types, from the shell: sweeps, several processes, torchrun, failures, signals, evaluate, generate."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from runner import losses
+
+from leanlm.runs import COLUMNS, Run
+
+SMALL = [
+    "model.width=16", "data=text", "data.tokenizer=char", "global_batch=8", "sequence=12", "max_steps=6", "log_every=1",
+    "device=cpu", "logger=csv", "val_lanes=4",
+]  # fmt: skip
+
+
+def command(module: str, *arguments: object, cwd: Path, env: dict | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", *module.split(), *map(str, arguments)],
+        capture_output=True, text=True, cwd=cwd, timeout=timeout, env={**os.environ, **(env or {})},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shell") / "run"
+    done = command("leanlm.train", *SMALL, f"data.path={text}", "model=lstm", f"run_dir={path}", "logger=tensorboard", cwd=path.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "validation loss" in done.stdout
+    assert str(path) in done.stdout.replace("\n", "")
+    return path
+
+
+def test_the_folder_of_a_run_holds_what_it_promises(run: Path) -> None:
+    assert Run(run).metrics.read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert [row["step"] for row in Run(run).rows()] == [1, 2, 3, 4, 5, 6]
+    assert "val_loss" in Run(run).rows()[-1]
+    result = json.loads((run / "result.json").read_text())
+    assert {"loss", "perplexity", "steps", "tokens", "tokens_per_second", "peak_memory_bytes", "seconds", "plan", "parameters", "versions"} <= result.keys()
+    assert result["steps"] == 6
+    assert result["tokens"] == 6 * 8 * 12
+    assert 50e6 < result["peak_memory_bytes"][0] < 2e9
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len((run / "samples.txt").read_text()) > 100
+    assert list((run / "tensorboard").glob("events*"))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
+    assert Run(run).config().global_batch == 8
+
+
+def test_a_sweep_gives_clean_jobs_and_one_comparison(text: Path, tmp_path: Path) -> None:
+    done = command(
+        "leanlm.train", "-m", "strategy=single,accumulate,ddp", "model=lstm,transformer", *SMALL, f"data.path={text}",
+        "strategy.precision=fp64", "hydra.sweep.dir=sweep", cwd=tmp_path, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    folders = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert len(folders) == 6
+    assert all((path / "result.json").is_file() for path in folders)
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep"}, "nothing else was made"
+    for number in range(6):
+        assert done.stdout.count(f"\njob {number}: ") == 1
+    assert done.stdout.count("step 6/6  validation loss") == 6, "each line once, not once per rank"
+    for model in ("lstm", "transformer"):
+        curves = [losses(path) for path in folders if f"model={model}" in path.name]
+        assert len(curves) == 3
+        assert max(abs(a - b) for curve in curves[1:] for a, b in zip(curve, curves[0], strict=True)) < 1e-9
+    assert (tmp_path / "sweep" / "comparison.png").is_file()
+    assert "largest difference" in done.stdout
+    ddp = json.loads((folders[4] / "result.json").read_text())
+    assert len(ddp["peak_memory_bytes"]) == 2
+
+
+def test_under_torchrun(text: Path, tmp_path: Path) -> None:
+    common = [*SMALL, f"data.path={text}", "model=gru", "strategy.precision=fp64"]
+    done = command(
+        "torch.distributed.run --nproc-per-node 2 --master-port 29613 -m leanlm.train", "strategy=ddp", *common, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "runs").iterdir()
+    alone = command("leanlm.train", *common, "run_dir=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert max(abs(a - b) for a, b in zip(losses(path), losses(tmp_path / "alone"), strict=True)) < 1e-9
+    assert done.stdout.count("validation loss") == alone.stdout.count("validation loss")
+
+
+FAILING = """
+from leanlm.callbacks.record import Record
+from leanlm.launch import rank
+
+def fail(self, trainer, module, batch, batch_idx):
+    if rank() == 1 and batch.step == 3:
+        raise ValueError("the cat walked over rank 1")
+
+Record.on_train_batch_start = fail
+"""
+
+
+def test_a_failing_rank_ends_all_with_one_traceback(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "faulty.py").write_text(FAILING + "\nfrom leanlm.models.rnn import RNN\n\nclass Faulty(RNN):\n    pass\n")
+    begin = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "leanlm.train", *SMALL, f"data.path={text}", "model=lstm", "model._target_=faulty.Faulty",
+         "strategy=ddp", "max_steps=100000", "run_dir=run"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 1, err
+    assert err.count("Traceback") == 1, err
+    assert "rank 1 of 2 failed" in err
+    assert "ValueError: the cat walked over rank 1" in err
+    assert time.monotonic() - begin < 60
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.mark.parametrize("to", ["launcher", "group"])
+def test_ctrl_c_ends_every_process_and_saves(to: str, text: Path, tmp_path: Path) -> None:
+    """`group` is what a terminal does: the launcher and the workers all get the signal."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "leanlm.train", *SMALL, f"data.path={text}", "model=lstm", "strategy=ddp", "max_steps=1000000",
+         "run_dir=run"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(Run(tmp_path / "run").rows()) < 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    begin = time.monotonic()
+    if to == "group":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert time.monotonic() - begin < 10
+    assert process.returncode == 130, err
+    assert "resume=run" in out + err
+    assert "Traceback" not in err
+    assert psutil.wait_procs(children, timeout=3)[1] == []
+    assert Run(tmp_path / "run").checkpoints.is_dir()
+    assert [path for path in Run(tmp_path / "run").checkpoints.iterdir() if path.name.startswith("step-")]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(text: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "leanlm.train", *SMALL, f"data.path={text}", "model=lstm", "max_steps=1000000", "run_dir=run"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while len(Run(tmp_path / "run").rows()) < 1:
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "python -m leanlm.train resume=run" in err
+    step = int(err.split("after step ")[1].split(";")[0])
+    done = command("leanlm.train", "resume=run", f"max_steps={step + 3}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming after step {step}" in done.stdout
+    assert Run(tmp_path / "run").rows()[-1]["step"] == step + 3
+
+
+def test_evaluate_is_the_same_under_every_plan_and_batch(run: Path, tmp_path: Path) -> None:
+    found = []
+    for more in ([], ["rows=1"], ["rows=3"], ["strategy=ddp", "devices=2", "rows=2"]):
+        done = command("leanlm.evaluate", f"run={run}", *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((run / "evaluation-validation.json").read_text()))
+    result = json.loads((run / "result.json").read_text())
+    for one in found:
+        assert one["tokens"] == found[0]["tokens"]
+        assert one["loss"] == pytest.approx(result["loss"], abs=1e-6)
+    assert command("leanlm.evaluate", f"run={run}", "split=test", cwd=tmp_path).returncode == 2
+
+
+def test_generate_streams_and_repeats(run: Path, tmp_path: Path) -> None:
+    first = command("leanlm.generate", f"run={run}", "prompt=the", "tokens=50", "seed=3", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("the")
+    assert len(first.stdout) == 3 + 50 + 1
+    assert command("leanlm.generate", f"run={run}", "prompt=the", "tokens=50", "seed=3", cwd=tmp_path).stdout == first.stdout
+    wrong = command("leanlm.generate", f"run={run}", "prompt=Ω", "top_p=2", "tokens=-1", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("error: ") == 2
+    wrong = command("leanlm.generate", f"run={run}", "prompt=f(x): 'Ω', \\", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "the character" in wrong.stderr
+
+
+def test_compare(run: Path, tmp_path: Path) -> None:
+    done = command("leanlm.compare", run, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "validation loss" in done.stdout
+    assert command("leanlm.compare", tmp_path, cwd=tmp_path).returncode == 1

@@ -1,0 +1,151 @@
+"""Every problem of a command line in one message, with the arithmetic, before anything is made."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import composed
+
+from leanlm.config import FOLDER, Config, check, command_line
+from leanlm.errors import UserError
+from leanlm.strategies.plan import Plan, resolve
+
+
+def problems(*arguments: str) -> list[str]:
+    with pytest.raises(UserError) as error:
+        command_line(list(arguments), "train", Config)
+    return list(error.value.problems)
+
+
+def test_good_command_lines_pass(text: Path) -> None:
+    command_line([], "train", Config)
+    command_line(["--help"], "train", Config)
+    command_line(["-m", "strategy=single,accumulate,ddp", "model=lstm,transformer"], "train", Config)
+    command_line(["data=text", f"data.path={text}", "model=gpt2", "strategy.replicate=2"], "train", Config)
+
+
+def test_all_problems_at_once() -> None:
+    found = problems(
+        "modle=lstm", "max_stepps=3", "model=lstmm", "seed=abc", "strategy=dpp", "optim.lrr=1", "model.cell=gru",
+    )  # fmt: skip
+    assert len(found) == 6, "and no word about a key of the model that could not be found"
+    for wanted in ("did you mean model", "did you mean max_steps", "did you mean lstm", "abc", "ddp", "did you mean optim.lr"):
+        assert any(wanted in line for line in found), wanted
+
+
+def test_values_that_do_not_work_are_collected(text: Path) -> None:
+    found = problems(
+        "max_steps=0", "global_batch=10", "strategy.accumulate_grad_batches=4", "clip=-1", "optim.name=adam", "model.width=100",
+        "model.heads=3", "data=text", "data.path=nowhere.txt", "data.tokenizer=bpee", "device.accelerator=tpu",
+    )  # fmt: skip
+    text = "\n".join(found)
+    assert len(found) == 7, text
+    assert "max_steps=0: it must be at least 1" in text
+    assert "global_batch=10 does not divide by replicate=1 x accumulate_grad_batches=4 = 4: write global_batch=8 or 12" in text
+    assert "accumulate_grad_batches=5" in text
+    assert "width=100 does not divide by heads=3: write heads=2" in text
+    assert "data.tokenizer=bpee" in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["model.widht=7"], "did you mean model.width"),
+        (["model.width=wide"], "model.width=wide: it must be a whole number"),
+        (["model.positions=sine"], "one of learned, rope"),
+        (["seed=1.5"], "seed=1.5"),
+        (["clip=much"], "clip=much"),
+        (["data=text"], "needs data.path"),
+        (["data=text", "data.path=/nowhere"], "no such file"),
+        (["data.tokenizer=x.json"], "there is no such file"),
+        (["resume=/nowhere"], "not the folder of a run"),
+        (["devices=4"], "write strategy=ddp, or devices=1"),
+        (["strategy=ddp", "devices=32"], "global_batch=16 does not divide by replicate=32"),
+        (["strategy.precision=fp16"], "bf16-mixed"),
+        (["model=lstm", "model.cell=qrnn"], "one of elman_tanh"),
+        (["model._target_=leanlm.nothing"], "no such class"),
+        (["strategy.replicate=0"], "at least 1"),
+        (["device=cuda"], "write device=cpu"),
+        (["+model.new=1"], "no such argument"),
+        (["model.dropout=1.5"], "dropout=1.5"),
+    ],
+)
+def test_one_line_for_one_mistake(wrong: list[str], says: str) -> None:
+    found = problems(*wrong)
+    assert len(found) == 1, found
+    assert says in found[0]
+
+
+def test_sequence_longer_than_the_text(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("x" * 900 + "\n" + "y" * 99)
+    (line,) = problems("data=text", f"data.path={tmp_path}/t.txt", "sequence=5000")
+    assert "901 bytes" in line
+    assert "write sequence=900 or less" in line
+    (line,) = problems("data=text", f"data.path={tmp_path}/t.txt", "model=lstm", "sequence=64", "global_batch=16")
+    assert "16 lanes x sequence=64 + 1 = 1,025" in line
+    assert "write sequence=56 or less" in line
+
+
+def test_a_sweep_is_checked_whole_before_its_first_job() -> None:
+    found = problems("-m", "strategy=single,ddp", "global_batch=16,15", "model=lstm,lstn")
+    assert any("lstn" in line for line in found)
+    assert any("global_batch=15 does not divide by replicate=2" in line for line in found)
+    assert any("run_dir" in line for line in problems("-m", "run_dir=x", "seed=1,2"))
+
+
+def test_an_existing_run_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    (line,) = problems(f"run_dir={tmp_path}")
+    assert f"resume={tmp_path}" in line
+
+
+def test_from_the_shell_in_time_and_without_a_trace(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "leanlm.train", "model.width=100", "model.heads=3", "seed=x", f"run_dir={tmp_path}/run"],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert time.monotonic() - begin < 6  # 3 s on a machine that does nothing else
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert not list(tmp_path.iterdir()), "nothing was made"
+
+
+@pytest.mark.parametrize("group", ["model", "data", "strategy", "optim", "logger", "device", "experiment"])
+def test_every_shipped_yaml_is_good(group: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leanlm.data import corpus
+
+    monkeypatch.setattr(corpus, "_fetch", lambda *args: text)
+    for file in Path(FOLDER, group).glob("*.yaml"):
+        more = [f"data.path={text}"] if (group, file.stem) == ("data", "text") else []
+        if (group, file.stem) == ("device", "cuda"):
+            continue
+        check(composed(f"{group}={file.stem}", "sequence=16", "global_batch=8", *more))
+
+
+def test_every_key_of_the_yaml_files_has_a_comment() -> None:
+    for file in Path(FOLDER).rglob("*.yaml"):
+        lines = file.read_text().splitlines()
+        assert any("#" in line for line in lines), file
+    for line in Path(FOLDER, "train.yaml").read_text().split("\n\n")[1].splitlines():
+        assert "#" in line, line
+
+
+def test_resolve_fills_what_is_left_open() -> None:
+    assert resolve(Plan(replicate=-1), 4, 16) == (Plan(replicate=4), [])
+    assert resolve(Plan(replicate=-1), None, 16)[0].replicate >= 2
+    plan, found = resolve(Plan(replicate=3, accumulate_grad_batches=2), None, 16)
+    assert found == [
+        "global_batch=16 does not divide by replicate=3 x accumulate_grad_batches=2 = 6: write global_batch=12 or 18"
+    ]
+    assert Plan(replicate=2, accumulate_grad_batches=4).micro_batch(32) == 4
+
+
+@pytest.mark.parametrize(
+    ("plan", "label"),
+    [(Plan(), "bitwise"), (Plan(accumulate_grad_batches=2), "rounding"), (Plan(replicate=2), "rounding"), (Plan(precision="bf16-mixed"), "changes")],
+)
+def test_exactness_labels(plan: Plan, label: str) -> None:
+    assert plan.exactness == label

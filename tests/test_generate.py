@@ -1,0 +1,134 @@
+"""Generation with a state or a cache against reading everything anew; and a sentence's probability by the chain rule."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import composed
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from leanlm.config import check
+from leanlm.evaluate import Evaluate, evaluate, restore
+from leanlm.fit import fit
+from leanlm.generate import _pick, generate
+from leanlm.models.contract import Model, initialize
+from leanlm.runs import Run
+
+MODELS = {
+    "lstm": ["model=lstm", "model.width=12", "model.depth=2"],
+    "gru": ["model=gru", "model.width=12"],
+    "elman": ["model=elman", "model.width=12"],
+    "gpt2": ["model=gpt2", "model.width=16", "model.depth=2", "model.heads=2", "model.init=0.3"],
+    "llama": ["model=llama", "model.width=16", "model.depth=2", "model.heads=4", "model.kv_heads=2", "model.init=0.3"],
+    "modern": ["model=transformer", "model.width=16", "model.depth=2", "model.heads=2", "model.zero_init=false", "model.init=0.3"],
+}
+
+
+def build(model: str, sequence: int) -> Model:
+    net = instantiate(composed(*MODELS[model]).model, vocabulary=29, sequence=sequence)
+    initialize(net, 5)
+    return net.eval().double()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_cached_equals_from_scratch(model: str, temperature: float) -> None:
+    """Also beyond the context, where the newer half is read again."""
+    net = build(model, 16)
+    prompt = [3, 1, 4, 1, 5]
+    cached = list(generate(net, prompt, 60, temperature, seed=2))
+    assert cached == list(generate(net, prompt, 60, temperature, seed=2, cached=False))
+    assert len(cached) == 60
+
+
+@pytest.mark.parametrize("model", ["gpt2", "modern"])
+def test_greedy_equals_a_plain_loop(model: str) -> None:
+    net = build(model, 64)
+    tokens = [3, 1, 4]
+    for _ in range(40):
+        tokens.append(int(net(torch.tensor([tokens]))[0][0, -1].argmax()))
+    assert list(generate(net, [3, 1, 4], 40, temperature=0)) == tokens[3:]
+
+
+def test_a_prompt_longer_than_the_context() -> None:
+    assert len(list(generate(build("gpt2", 8), list(range(20)), 5))) == 5
+
+
+@pytest.mark.parametrize("model", ["lstm", "modern"])
+def test_work_is_linear_in_length(model: str) -> None:
+    """Tokens that pass through the embedding."""
+    net, read = build(model, 32), []
+    net.embed.register_forward_hook(lambda module, args, out: read.append(args[0].numel()))
+    list(generate(net, [1], 300))
+    assert sum(read) <= 2 * 300
+
+
+def test_top_k_and_top_p_draw_from_the_likeliest_only() -> None:
+    logits = torch.log(torch.tensor([0.05, 0.4, 0.3, 0.15, 0.1]))
+    draw = torch.Generator().manual_seed(0)
+
+    def drawn(**options: float) -> set[int]:
+        return {_pick(logits, options.get("temperature", 1.0), int(options.get("top_k", 0)), options.get("top_p", 1.0), draw) for _ in range(400)}
+
+    assert drawn() == {0, 1, 2, 3, 4}
+    assert drawn(top_k=2) == {1, 2}
+    assert drawn(top_p=0.5) == {1, 2}
+    assert drawn(top_p=0.39) == {1}
+    assert drawn(top_p=0.71) == {1, 2, 3}
+    assert drawn(temperature=0) == {1}
+    counts = torch.bincount(torch.tensor([_pick(logits, 1.0, 0, 1.0, draw) for _ in range(4000)]), minlength=5) / 4000
+    assert (counts - logits.exp()).abs().max() < 0.04
+
+
+@pytest.fixture(scope="module", params=["lstm", "modern"])
+def run(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    path = tmp_path_factory.mktemp("scored") / request.param
+    config = composed(
+        *MODELS[request.param], "data=text", f"data.path={text}", "data.tokenizer=char", "global_batch=4", "sequence=16",
+        "max_steps=30", "device=cpu", "logger=csv", "strategy.precision=fp64", "val_lanes=3", "optim.lr=0.01",
+    )  # fmt: skip
+    fit(check(config), OmegaConf.to_container(config, resolve=True), path)
+    return Run(path)
+
+
+def test_a_sentence_by_the_chain_rule(run: Run) -> None:
+    sentence = "the cat in it."[:14].replace(".", "").replace("c", "h")
+    found = evaluate(Evaluate(run=str(run.path), text=sentence, strategy=check(run.config()).plan))
+    settings = check(run.config())
+    tokenizer, net = restore(settings.config, settings.plan, run)
+    numbers = [tokenizer.start, *tokenizer.encode(sentence.encode()).tolist()]
+    total = 0.0
+    with torch.no_grad():
+        for i in range(1, len(numbers)):
+            total += float(net.eval()(torch.tensor([numbers[:i]]))[0][0, -1].log_softmax(-1)[numbers[i]])
+    assert found["log_probability"] == pytest.approx(total, abs=1e-9)
+    assert found["tokens"] == len(sentence)
+
+
+@pytest.mark.parametrize("lanes", [1, 5])
+def test_the_whole_split_against_a_plain_loop(run: Run, lanes: int) -> None:
+    """A recurrent model reads the split as one stream, or in lanes that first read a sequence; a Transformer in windows."""
+    settings = check(run.config())
+    tokenizer, net = restore(settings.config, settings.plan, run)
+    found = evaluate(Evaluate(run=str(run.path), lanes=lanes, strategy=settings.plan, rows=3))
+    from leanlm.prepare import tokens
+
+    numbers = torch.from_numpy(tokens(settings).splits["validation"].astype("int64"))
+    read = torch.cat((torch.tensor([tokenizer.start]), numbers[:-1]))
+    nats = 0.0
+    with torch.no_grad():
+        if net.carries_state:
+            stride = -(-(len(numbers) + (lanes - 1) * 16) // lanes) - (16 if lanes > 1 else 0)
+            for lane in range(lanes):
+                begin, end = lane * stride, min(len(numbers), (lane + 1) * stride + (16 if lanes > 1 else 0))
+                logits = net.eval()(read[None, begin:end])[0][0]
+                each = torch.nn.functional.cross_entropy(logits, numbers[begin:end], reduction="none")
+                nats += float(each[16 if lane else 0 :].sum())
+        else:
+            for begin in range(0, len(numbers), 16):
+                logits = net.eval()(read[None, begin : begin + 16])[0][0]
+                nats += float(torch.nn.functional.cross_entropy(logits, numbers[begin : begin + 16], reduction="sum"))
+    assert found["tokens"] == len(numbers)
+    assert found["loss"] == pytest.approx(nats / len(numbers), abs=1e-9)
+    assert found["perplexity"] == pytest.approx(torch.tensor(nats / len(numbers)).exp().item(), rel=1e-6)

@@ -1,0 +1,259 @@
+"""A run goes on exactly where it stopped: killed at any moment, stopped by a signal, under another plan."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import composed
+from omegaconf import OmegaConf
+from runner import losses, run_all
+
+from leanlm.config import check
+from leanlm.errors import UserError
+from leanlm.fit import fit
+from leanlm.launch import Stopped
+from leanlm.runs import Run
+from leanlm.strategies import checkpoint
+from leanlm.train import train
+
+STEPS = 48
+MODELS = {
+    "lstm": ["model=lstm", "model.width=12", "model.depth=2", "optim=adamw"],
+    "transformer": ["model=transformer", "model.width=16", "model.depth=2", "model.heads=2", "optim=muon"],
+}
+PLANS = {"single": [1, 1], "accumulate": [4, 1], "ddp": [1, 2], "ddp, accumulate": [2, 2]}
+
+
+def overrides(model: str, text: Path, plan: str = "single") -> list[str]:
+    accumulate, replicate = PLANS[plan]
+    return [
+        *MODELS[model], "optim.lr=0.01", "optim.warmup=5", "model.dropout=0.1", "model.tied=true", "data=text",
+        f"data.path={text}", "data.tokenizer=char", "data.ignore=[e]", "global_batch=8", "sequence=12", f"max_steps={STEPS}",
+        "log_every=1", "val_every=7", "checkpoint_every=2", "clip=0.1", "strategy.precision=fp64", "device=cpu", "logger=csv",
+        "val_lanes=4", f"strategy.accumulate_grad_batches={accumulate}", f"strategy.replicate={replicate}",
+    ]  # fmt: skip
+
+
+def resumed(path: Path, plan: str, *more: str) -> list[str]:
+    accumulate, replicate = PLANS[plan]
+    return [f"resume={path}", f"strategy.accumulate_grad_batches={accumulate}", f"strategy.replicate={replicate}", *more]
+
+
+def live(arguments: list[str], path: Path) -> None:
+    """One life of a run, in a process of its own."""
+    config = composed(*arguments)
+    fit(check(config), OmegaConf.to_container(config, resolve=True), path)
+
+
+def start_life(arguments: list[str], path: Path) -> multiprocessing.Process:
+    context = multiprocessing.get_context("forkserver")  # imports once, forks for each life
+    context.set_forkserver_preload(["test_resume"])
+    process = context.Process(target=live, args=(arguments, path))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def whole(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    path = tmp_path_factory.mktemp(request.param) / "whole"
+    run_all({path: overrides(request.param, text)})
+    return request.param, path
+
+
+def same(path: Path, reference: Path, tolerance: float = 0.0) -> None:
+    ours, theirs = Run(path).rows(), Run(reference).rows()
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"tokens_per_second"}:
+            assert abs(a[key] - b[key]) <= tolerance, (a["step"], key)
+    ours, theirs = (json.loads((p / "result.json").read_text()) for p in (path, reference))
+    assert ours["tokens"] == theirs["tokens"]
+    assert abs(ours["loss"] - theirs["loss"]) <= tolerance
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_resumed(kills: int, whole: tuple[str, Path], text: Path, tmp_path: Path) -> None:
+    model, reference = whole
+    draw = random.Random(kills)
+    path, killed, writing, progress = tmp_path / "run", 0, 0, []
+    while True:
+        plan = draw.choice(["single", "accumulate"])
+        known = (path / "config.yaml").is_file()
+        process = start_life(resumed(path, plan) if known else [*overrides(model, text, plan), "checkpoint_every=1"], path)
+        if killed < kills:
+            folder = Run(path).checkpoints
+            target = newest_step(folder) + draw.randint(0, STEPS // kills - 1)
+            aim = killed % 2  # every other life ends inside the writing of a checkpoint
+            deadline = time.monotonic() + 60
+            while newest_step(folder) < target and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(0 if aim else draw.uniform(0, 0.05))
+            while aim and not list(folder.glob(".writing-*")) and time.monotonic() < deadline:
+                pass
+            os.kill(process.pid, signal.SIGKILL)
+            process.join(60)
+            assert process.exitcode == -signal.SIGKILL, "it was still running"
+            killed += 1
+            writing += bool(list(folder.glob(".writing-*")))
+            progress.append(newest_step(folder))
+        else:
+            process.join(240)
+            assert process.exitcode == 0
+            break
+    assert writing >= kills // 4, "some were killed while they wrote a checkpoint"
+    assert len(set(progress)) > 2, "they were killed at different places"
+    assert not list(Run(path).checkpoints.glob(".writing-*")), "and what they left is gone"
+    same(path, reference, 1e-9)
+
+
+def newest_step(folder: Path) -> int:
+    found = checkpoint.checkpoints(folder)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+@pytest.mark.parametrize(("first", "then"), [("single", "ddp"), ("ddp", "accumulate"), ("ddp, accumulate", "ddp")])
+def test_resumes_under_another_plan(first: str, then: str, whole: tuple[str, Path], text: Path, tmp_path: Path) -> None:
+    model, reference = whole
+    path = tmp_path / "run"
+    stop = [*overrides(model, text, first), "checkpoint_every=13"]
+    run_all({path: stop}, PLANS[first][1])
+    shutil.rmtree(checkpoint.checkpoints(Run(path).checkpoints)[-1])  # the last is of step 48; left is 39
+    run_all({path: resumed(path, then)}, PLANS[then][1])
+    same(path, reference, 1e-9)
+
+
+def test_resume_with_the_same_plan_is_bitwise(whole: tuple[str, Path], text: Path, tmp_path: Path) -> None:
+    model, reference = whole
+    run_all({tmp_path / "run": [*overrides(model, text), "checkpoint_every=11"]})
+    shutil.rmtree(checkpoint.checkpoints(Run(tmp_path / "run").checkpoints)[-1])
+    run_all({tmp_path / "run": resumed(tmp_path / "run", "single")})
+    same(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(number: int, whole: tuple[str, Path], text: Path, tmp_path: Path) -> None:
+    model, reference = whole
+    path = tmp_path / "run"
+
+    from leanlm.callbacks.record import Record
+
+    step = Record.on_train_batch_end
+
+    def kill_at_17(self, trainer, *args):
+        step(self, trainer, *args)
+        if trainer.global_step == 17:
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Record, "on_train_batch_end", kill_at_17)
+        with pytest.raises(Stopped) as stopped:
+            live([*overrides(model, text, "accumulate"), "checkpoint_every=100"], path)
+    assert stopped.value.signum == number
+    assert f"python -m leanlm.train resume={path}" in stopped.value.message
+    assert newest_step(Run(path).checkpoints) == 17
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL), "handlers are given back"
+    run_all({path: resumed(path, "single")})
+    same(path, reference, 1e-9)
+
+
+def test_stopped_in_validation_goes_on_with_it(whole: tuple[str, Path], text: Path, tmp_path: Path) -> None:
+    model, reference = whole
+    path = tmp_path / "run"
+
+    from leanlm.callbacks.checkpoints import Checkpoints
+
+    class Kill(Checkpoints):
+        def on_validation_batch_start(self, trainer, *args):
+            if trainer.global_step == 14:
+                os.kill(os.getpid(), signal.SIGTERM)
+            super().on_validation_batch_start(trainer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leanlm.fit.Checkpoints", Kill)
+        with pytest.raises(Stopped):
+            live(overrides(model, text), path)
+    assert newest_step(Run(path).checkpoints) == 14
+    run_all({path: resumed(path, "single")})
+    same(path, reference)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a flipped byte", "a missing file", "no manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    damage: str, whole: tuple[str, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model, reference = whole
+    path = tmp_path / "run"
+    shutil.copytree(reference, path)
+    before, last = checkpoint.checkpoints(Run(path).checkpoints)
+    victim = next(last.glob("*.distcp"))
+    content = victim.read_bytes()
+    if damage == "truncated":
+        victim.write_bytes(content[:-10])
+    elif damage == "a flipped byte":
+        victim.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
+    elif damage == "a missing file":
+        victim.unlink()
+    else:
+        (last / "manifest.json").unlink()
+    run_all({path: resumed(path, "single")})
+    said = capsys.readouterr().out
+    assert f"{last} is damaged" in said
+    assert before.name in said
+    same(path, reference)
+
+
+def test_all_damaged_is_an_error_and_nothing_is_lost(whole: tuple[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole[1], path)
+    for folder in checkpoint.checkpoints(Run(path).checkpoints):
+        next(folder.glob("*.distcp")).write_bytes(b"")
+    before = (path / "metrics.csv").read_bytes()
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        train(composed(f"resume={path}"))
+    assert (path / "metrics.csv").read_bytes() == before
+
+
+def test_what_would_make_another_run_is_refused(whole: tuple[str, Path], text: Path) -> None:
+    with pytest.raises(UserError) as error:
+        composed(f"resume={whole[1]}", "seed=2", "model=gru", "strategy=ddp", "optim.lr=1")
+    assert len(error.value.problems) == 3
+    with pytest.raises(UserError, match="has done its 48 steps"):
+        train(composed(f"resume={whole[1]}"))
+
+
+def test_a_changed_text_is_refused(text: Path, tmp_path: Path) -> None:
+    own = tmp_path / "text.txt"
+    shutil.copy(text, own)
+    run_all({tmp_path / "run": [*overrides("transformer", own), "max_steps=4"]})
+    own.write_text(own.read_text().replace("the", "teh"))
+    with pytest.raises(UserError, match="not those that"):
+        train(composed(f"resume={tmp_path / 'run'}", "max_steps=8"))
+
+
+def test_longer_run_from_a_finished_one(text: Path, tmp_path: Path) -> None:
+    """With a constant rate, 10 steps and 38 more are 48 steps."""
+    constant = ["optim.schedule=constant", "val_every=100"]
+    run_all({tmp_path / "a": [*overrides("transformer", text), *constant]})
+    run_all({tmp_path / "b": [*overrides("transformer", text), *constant, "max_steps=10"]})
+    run_all({tmp_path / "b": [f"resume={tmp_path / 'b'}", "max_steps=48"]})
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+
+
+def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path) -> None:
+    """Out of disk in the middle of a save: the checkpoint before is untouched and found."""
+    net = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(net.parameters())
+    checkpoint.save(tmp_path, net, optimizer, {}, {"step": 1}, keep=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_digest", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.save(tmp_path, net, optimizer, {}, {"step": 2}, keep=1)
+    assert checkpoint.newest_whole(tmp_path)[0] == tmp_path / "step-00000001"
