@@ -25,7 +25,7 @@ def whole(head: Head, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("chunk", [1, 64 * 1000, 100 * 1000, 1 << 30])
+@pytest.mark.parametrize("chunk", [1, 128 * 1000, 200 * 1000, 1 << 30])
 def test_equals_the_whole_in_float64(bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", chunk)
     head, hidden, target = setup(1000, bias, torch.float64)
@@ -88,4 +88,4 @@ def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     head, hidden, target = setup(1000, True, torch.float32)
     with Watch():
         loss.token_loss(head, hidden, target).backward()
-    assert largest <= 64 * 1000 < 300 * 1000
+    assert largest <= 160 * 1000 < 300 * 1000

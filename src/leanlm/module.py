@@ -90,6 +90,7 @@ class LanguageModel(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # Lightning would hold the gradients through the next forward pass
 
     def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
         parameters = [parameter for parameter in self.net.parameters() if parameter.grad is not None]

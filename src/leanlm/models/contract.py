@@ -92,6 +92,9 @@ def initialize(model: Model, seed: int) -> None:
     """Fill every parameter from (seed, name) alone: the same bits whichever process fills it, in whatever order."""
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(stable_hash(seed, name))
-        value = torch.empty(parameter.shape, dtype=parameter.dtype)
-        model.initialize(name, value, generator)
-        parameter.copy_(value)
+        if parameter.device.type == "cpu":
+            model.initialize(name, parameter, generator)
+        else:  # one parameter at a time, drawn on the CPU: devices draw differently
+            value = torch.empty(parameter.shape, dtype=parameter.dtype)
+            model.initialize(name, value, generator)
+            parameter.copy_(value)
