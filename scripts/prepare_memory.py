@@ -46,7 +46,9 @@ def main() -> None:
         for tokenizer in asked.tokenizers:
             begin = time.perf_counter()
             env = {**os.environ, "LEANLM_CACHE": str(Path(name, tokenizer)), "RAYON_NUM_THREADS": "2"}
-            done = subprocess.run([sys.executable, "-c", PREPARE, str(file), tokenizer], capture_output=True, text=True, env=env)
+            done = subprocess.run(
+                [sys.executable, "-c", PREPARE, str(file), tokenizer], capture_output=True, text=True, env=env
+            )
             if done.returncode:
                 sys.exit(done.stderr)
             count, before, peak = map(int, re.findall(r"\d+", done.stdout.split("RESULT")[1]))

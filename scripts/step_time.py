@@ -154,7 +154,11 @@ def prepare_nanogpt(checkout: Path, folder: Path) -> Path:
 def nanogpt(steps: int, copy: Path) -> list[float]:
     """Its own training script, by its own clock."""
     done = subprocess.run(
-        [sys.executable, "train.py", *NANOGPT.split(), f"--max_iters={steps}"], cwd=copy, check=True, capture_output=True, text=True
+        [sys.executable, "train.py", *NANOGPT.split(), f"--max_iters={steps}"],
+        cwd=copy,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return [float(ms) for ms in re.findall(r"^iter [1-9]\d*: .* time ([\d.]+)ms", done.stdout, re.MULTILINE)]
 
@@ -185,8 +189,14 @@ def same_losses(copy: Path, folder: Path) -> float:
             at, to = f"blocks.{i}.", f"transformer.h.{i}."
             qkv = [source[f"{at}attention.{part}.weight"] for part in ("query", "key", "value")]
             target[f"{to}attn.c_attn.weight"].copy_(torch.cat(qkv))
-            pairs |= {f"{to}attn.c_proj.weight": f"{at}attention.out.weight", f"{to}mlp.c_fc.weight": f"{at}mlp.up.weight"}
-            pairs |= {f"{to}mlp.c_proj.weight": f"{at}mlp.down.weight", f"{to}ln_1.weight": f"{at}attention_norm.weight"}
+            pairs |= {
+                f"{to}attn.c_proj.weight": f"{at}attention.out.weight",
+                f"{to}mlp.c_fc.weight": f"{at}mlp.up.weight",
+            }
+            pairs |= {
+                f"{to}mlp.c_proj.weight": f"{at}mlp.down.weight",
+                f"{to}ln_1.weight": f"{at}attention_norm.weight",
+            }
             pairs[f"{to}ln_2.weight"] = f"{at}mlp_norm.weight"
         for theirs, ours in pairs.items():
             target[theirs].copy_(source[ours])

@@ -34,8 +34,13 @@ def prepare(checkout: Path, folder: Path) -> Path:
         shutil.copy(pieces[0].path, copy / "data" / "wikitext-2" / name)
     code = (copy / "main.py").read_text()
     stop = "import os, sys; print('ms', elapsed * 1000 / args.log_interval, flush=True); done = batch >= args.epochs\n"
-    marked = code.replace("            total_loss = 0\n            start_time", f"            {stop}            if done: return\n            total_loss = 0\n            start_time")
-    marked = marked.replace("        val_loss = evaluate(val_data)", "        sys.exit()").replace("import argparse", "import argparse, sys", 1)
+    marked = code.replace(
+        "            total_loss = 0\n            start_time",
+        f"            {stop}            if done: return\n            total_loss = 0\n            start_time",
+    )
+    marked = marked.replace("        val_loss = evaluate(val_data)", "        sys.exit()").replace(
+        "import argparse", "import argparse, sys", 1
+    )
     assert marked.count("if done: return") == 1
     assert "evaluate(val_data)" not in marked.split("for epoch in")[1]
     (copy / "main.py").write_text(marked)
@@ -85,10 +90,17 @@ def worker(run: Path, batches: int) -> None:
         (run / "rows.json").write_text(json.dumps(Run(run).rows()))
 
 
+MEASURE = """
+import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=2)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(done.returncode)
+"""
+
+
 def measured(command: list[str], folder: Path) -> tuple[str, int]:
     """Output and peak resident bytes of a process."""
-    wrapper = "import subprocess, resource, sys; done = subprocess.run(sys.argv[1:], stdout=2); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.exit(done.returncode)"
-    done = subprocess.run([sys.executable, "-c", wrapper, *command], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MEASURE, *command], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return done.stderr, int(done.stdout)

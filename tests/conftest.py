@@ -9,7 +9,37 @@ from omegaconf import DictConfig
 
 from leanlm.config import FOLDER, effective
 
-WORDS = "the of and a to in is was he for it with as his on be at by had not are but from or have an they which you".split()
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "a",
+    "to",
+    "in",
+    "is",
+    "was",
+    "he",
+    "for",
+    "it",
+    "with",
+    "as",
+    "his",
+    "on",
+    "be",
+    "at",
+    "by",
+    "had",
+    "not",
+    "are",
+    "but",
+    "from",
+    "or",
+    "have",
+    "an",
+    "they",
+    "which",
+    "you",
+]
 
 
 def make_text(path: Path, words: int = 6000, seed: int = 0) -> Path:

@@ -39,7 +39,7 @@ def test_rows_are_a_function_of_seed_and_step(kind: type) -> None:
 
 def test_lanes_continue_where_they_stopped_until_the_epoch_ends() -> None:
     order = Lanes(tokens=1001, sequence=9, global_batch=5, seed=1)
-    epochs = 0
+    epochs, before = 0, None
     for step in range(3 * order.per_epoch):
         rows, begins = order.starts(step)
         assert rows.max() + 9 <= 1000
@@ -63,7 +63,9 @@ def test_rank_and_micro_batch_only_slice(kind: type) -> None:
         for field in ("input", "target", "rows"):
             assert torch.equal(torch.cat([getattr(b, field) for b in cut]), getattr(whole, field))
         assert {b.step_tokens for b in cut} == {int((whole.target != IGNORE).sum())}
-        assert torch.equal(whole.input[:, 1:][whole.target[:, :-1] != IGNORE], whole.target[:, :-1][whole.target[:, :-1] != IGNORE])
+        assert torch.equal(
+            whole.input[:, 1:][whole.target[:, :-1] != IGNORE], whole.target[:, :-1][whole.target[:, :-1] != IGNORE]
+        )
         assert not torch.isin(whole.target, torch.tensor([3, 7])).any()
 
 
@@ -76,7 +78,9 @@ def test_batches_go_on_from_any_step() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 63, 64, 65, 640, 1000])
-@pytest.mark.parametrize(("length", "overlap", "sequence"), [(16, 0, 16), (16, 5, 16), (100, 20, 16), (1000, 0, 16), (64, 16, 16)])
+@pytest.mark.parametrize(
+    ("length", "overlap", "sequence"), [(16, 0, 16), (16, 5, 16), (100, 20, 16), (1000, 0, 16), (64, 16, 16)]
+)
 @pytest.mark.parametrize(("rows", "replicas"), [(1, 1), (3, 1), (2, 3)])
 def test_every_token_is_counted_once_with_its_own_context(
     tokens: int, length: int, overlap: int, sequence: int, rows: int, replicas: int

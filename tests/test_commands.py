@@ -20,7 +20,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def command(module: str, *arguments: object, cwd: Path, env: dict | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
+def command(
+    module: str, *arguments: object, cwd: Path, env: dict | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", *module.split(), *map(str, arguments)],
         capture_output=True, text=True, cwd=cwd, timeout=timeout, env={**os.environ, **(env or {})},
@@ -30,7 +32,15 @@ def command(module: str, *arguments: object, cwd: Path, env: dict | None = None,
 @pytest.fixture(scope="module")
 def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shell") / "run"
-    done = command("leanlm.train", *SMALL, f"data.path={text}", "model=lstm", f"run_dir={path}", "logger=tensorboard", cwd=path.parent)
+    done = command(
+        "leanlm.train",
+        *SMALL,
+        f"data.path={text}",
+        "model=lstm",
+        f"run_dir={path}",
+        "logger=tensorboard",
+        cwd=path.parent,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "validation loss" in done.stdout
@@ -43,7 +53,18 @@ def test_the_folder_of_a_run_holds_what_it_promises(run: Path) -> None:
     assert [row["step"] for row in Run(run).rows()] == [1, 2, 3, 4, 5, 6]
     assert "val_loss" in Run(run).rows()[-1]
     result = json.loads((run / "result.json").read_text())
-    assert {"loss", "perplexity", "steps", "tokens", "tokens_per_second", "peak_memory_bytes", "seconds", "plan", "parameters", "versions"} <= result.keys()
+    assert {
+        "loss",
+        "perplexity",
+        "steps",
+        "tokens",
+        "tokens_per_second",
+        "peak_memory_bytes",
+        "seconds",
+        "plan",
+        "parameters",
+        "versions",
+    } <= result.keys()
     assert result["steps"] == 6
     assert result["tokens"] == 6 * 8 * 12
     assert 50e6 < result["peak_memory_bytes"][0] < 2e9
@@ -80,7 +101,10 @@ def test_a_sweep_gives_clean_jobs_and_one_comparison(text: Path, tmp_path: Path)
 def test_under_torchrun(text: Path, tmp_path: Path) -> None:
     common = [*SMALL, f"data.path={text}", "model=gru", "strategy.precision=fp64"]
     done = command(
-        "torch.distributed.run --nproc-per-node 2 --master-port 29613 -m leanlm.train", "strategy=ddp", *common, cwd=tmp_path
+        "torch.distributed.run --nproc-per-node 2 --master-port 29613 -m leanlm.train",
+        "strategy=ddp",
+        *common,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "runs").iterdir()
@@ -108,7 +132,8 @@ def test_a_failing_rank_ends_all_with_one_traceback(text: Path, tmp_path: Path) 
     process = subprocess.Popen(
         [sys.executable, "-m", "leanlm.train", *SMALL, f"data.path={text}", "model=lstm", "model._target_=faulty.Faulty",
          "strategy=ddp", "max_steps=100000", "run_dir=run"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     out, err = process.communicate(timeout=90)
     assert process.returncode == 1, err

@@ -42,7 +42,20 @@ def test_words_are_counted_as_the_wikitext_papers_count(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("the dog\n")
     tokens = prepare(Corpus({"train": [whole(tmp_path / "a.txt")], "validation": [whole(tmp_path / "b.txt")]}), "word", 0)
     words = tokens.tokenizer.state()["words"]
-    assert [words[i] for i in tokens.splits["train"]] == "= Title = <eos> <eos> the <unk> cat , the cat <eos>".split()
+    assert [words[i] for i in tokens.splits["train"]] == [
+        "=",
+        "Title",
+        "=",
+        "<eos>",
+        "<eos>",
+        "the",
+        "<unk>",
+        "cat",
+        ",",
+        "the",
+        "cat",
+        "<eos>",
+    ]
     assert [words[i] for i in tokens.splits["validation"]] == ["the", "<unk>", "<eos>"]
     assert sorted(words) == sorted({"=", "Title", "<eos>", "the", "<unk>", "cat", ","})
 
@@ -75,7 +88,9 @@ def test_long_lines_are_cut_between_characters(tmp_path: Path, monkeypatch: pyte
     assert max(map(len, chunks)) < 20
 
 
-def test_prepared_once_and_again_when_text_or_tokenizer_changes(small: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_once_and_again_when_text_or_tokenizer_changes(
+    small: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LEANLM_CACHE", str(tmp_path / "cache"))
     work: list[str] = []
 

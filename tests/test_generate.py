@@ -21,7 +21,14 @@ MODELS = {
     "elman": ["model=elman", "model.width=12"],
     "gpt2": ["model=gpt2", "model.width=16", "model.depth=2", "model.heads=2", "model.init=0.3"],
     "llama": ["model=llama", "model.width=16", "model.depth=2", "model.heads=4", "model.kv_heads=2", "model.init=0.3"],
-    "modern": ["model=transformer", "model.width=16", "model.depth=2", "model.heads=2", "model.zero_init=false", "model.init=0.3"],
+    "modern": [
+        "model=transformer",
+        "model.width=16",
+        "model.depth=2",
+        "model.heads=2",
+        "model.zero_init=false",
+        "model.init=0.3",
+    ],
 }
 
 
@@ -69,7 +76,10 @@ def test_top_k_and_top_p_draw_from_the_likeliest_only() -> None:
     draw = torch.Generator().manual_seed(0)
 
     def drawn(**options: float) -> set[int]:
-        return {_pick(logits, options.get("temperature", 1.0), int(options.get("top_k", 0)), options.get("top_p", 1.0), draw) for _ in range(400)}
+        return {
+            _pick(logits, options.get("temperature", 1.0), int(options.get("top_k", 0)), options.get("top_p", 1.0), draw)
+            for _ in range(400)
+        }
 
     assert drawn() == {0, 1, 2, 3, 4}
     assert drawn(top_k=2) == {1, 2}

@@ -25,7 +25,9 @@ def copy(own: Model, theirs: nn.Module, names: dict[str, str], transposed: tuple
         for ours, other in names.items():
             for i in range(len(own.blocks)) if "{i}" in ours else [0]:
                 value = source[ours.format(i=i)]
-                target[other.format(i=i)].copy_(value.t() if ours.endswith(transposed) and value.dim() == 2 and transposed else value)
+                target[other.format(i=i)].copy_(
+                    value.t() if ours.endswith(transposed) and value.dim() == 2 and transposed else value
+                )
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -42,7 +44,11 @@ def test_gpt2_equals_transformers(depth: int) -> None:
                 parts = [source[f"{at}attention.{part}.{kind}"] for part in ("query", "key", "value")]
                 parts = [part.t() if kind == "weight" else part for part in parts]  # Conv1D keeps [in, out]
                 target[f"{to}attn.c_attn.{kind}"].copy_(torch.cat(parts, dim))
-                for ours, other in (("attention.out", "attn.c_proj"), ("mlp.up", "mlp.c_fc"), ("mlp.down", "mlp.c_proj")):
+                for ours, other in (
+                    ("attention.out", "attn.c_proj"),
+                    ("mlp.up", "mlp.c_fc"),
+                    ("mlp.down", "mlp.c_proj"),
+                ):
                     value = source[f"{at}{ours}.{kind}"]
                     target[f"{to}{other}.{kind}"].copy_(value.t() if kind == "weight" else value)
                 target[f"{to}ln_1.{kind}"].copy_(source[f"{at}attention_norm.{kind}"])
@@ -132,9 +138,16 @@ def test_gpt2_starts_with_gpt2s_spread() -> None:
 
 @pytest.mark.parametrize("model", ["gpt2", "llama", "transformer"])
 def test_no_position_sees_the_future(model: str) -> None:
-    net = build(50, 16, f"model={model}", "model.width=16", "model.depth=2", "model.heads=2", "model.zero_init=false", *(
-        ["model.kv_heads=1"] if model == "llama" else []
-    ))
+    net = build(
+        50,
+        16,
+        f"model={model}",
+        "model.width=16",
+        "model.depth=2",
+        "model.heads=2",
+        "model.zero_init=false",
+        *(["model.kv_heads=1"] if model == "llama" else []),
+    )
     tokens = torch.randint(50, (1, 16))
     changed = tokens.clone()
     changed[0, 9] = (changed[0, 9] + 1) % 50

@@ -90,7 +90,9 @@ def test_combined_equals_its_parts_after_loading_state() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"name": "adam"}, {"schedule": "step"}, {"lr": 0.0}, {"betas": [0.9]}, {"warmup": -1}, {"eps": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"name": "adam"}, {"schedule": "step"}, {"lr": 0.0}, {"betas": [0.9]}, {"warmup": -1}, {"eps": -1.0}]
+)
 def test_problems_name_the_key(wrong: dict) -> None:
     (problem,) = Optim(**wrong).problems()
     assert problem.startswith(f"optim.{next(iter(wrong))}=")

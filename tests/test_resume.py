@@ -43,7 +43,12 @@ def overrides(model: str, text: Path, plan: str = "single") -> list[str]:
 
 def resumed(path: Path, plan: str, *more: str) -> list[str]:
     accumulate, replicate = PLANS[plan]
-    return [f"resume={path}", f"strategy.accumulate_grad_batches={accumulate}", f"strategy.replicate={replicate}", *more]
+    return [
+        f"resume={path}",
+        f"strategy.accumulate_grad_batches={accumulate}",
+        f"strategy.replicate={replicate}",
+        *more,
+    ]
 
 
 def live(arguments: list[str], path: Path) -> None:

@@ -47,7 +47,12 @@ def training_batches(settings: Settings, tokens: Tokens, net: Model) -> GlobalBa
         len(tokens.splits["train"]), config.sequence, config.global_batch, config.seed
     )
     return GlobalBatches(
-        tokens.splits["train"], order, plan.replicate, rank(), plan.accumulate_grad_batches, ignored(config, tokens.tokenizer)
+        tokens.splits["train"],
+        order,
+        plan.replicate,
+        rank(),
+        plan.accumulate_grad_batches,
+        ignored(config, tokens.tokenizer),
     )
 
 
@@ -62,7 +67,15 @@ def whole_split(settings: Settings, tokenizer: Tokenizer, net: Model, numbers: A
         length = config.sequence
     rows = max(1, min(plan.micro_batch(config.global_batch), -(-len(numbers) // length)))
     return WholeSplit(
-        numbers, tokenizer.start, config.sequence, length, overlap, rows, plan.replicate, rank(), ignored(config, tokenizer)
+        numbers,
+        tokenizer.start,
+        config.sequence,
+        length,
+        overlap,
+        rows,
+        plan.replicate,
+        rank(),
+        ignored(config, tokenizer),
     )
 
 

@@ -27,7 +27,15 @@ def compare(paths: list[Path], into: Path) -> Path:
         raise UserError("none of these is the folder of a finished run: " + ", ".join(map(str, paths)))
     base = next(iter(results.values()))
     table = Table()
-    for column in ("run", "validation loss", "perplexity", "tokens/s", "peak MiB per rank", "exactness", "largest difference*"):
+    for column in (
+        "run",
+        "validation loss",
+        "perplexity",
+        "tokens/s",
+        "peak MiB per rank",
+        "exactness",
+        "largest difference*",
+    ):
         table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
     first = curve(next(iter(runs.values())))
     for name, result in results.items():

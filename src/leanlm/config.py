@@ -81,9 +81,22 @@ def check(config: DictConfig) -> Settings:
     problems, checked = typed(config)
     if checked is None:
         raise UserError(*problems)
-    positive = ("max_steps", "global_batch", "sequence", "log_every", "val_every", "checkpoint_every", "keep_checkpoints", "val_lanes")
+    positive = (
+        "max_steps",
+        "global_batch",
+        "sequence",
+        "log_every",
+        "val_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "val_lanes",
+    )
     problems += [f"{key}={getattr(checked, key)}: it must be at least 1" for key in positive if getattr(checked, key) < 1]
-    problems += [f"{key}={getattr(checked, key)}: it must not be negative" for key in ("seed", "clip", "val_overlap") if getattr(checked, key) < 0]
+    problems += [
+        f"{key}={getattr(checked, key)}: it must not be negative"
+        for key in ("seed", "clip", "val_overlap")
+        if getattr(checked, key) < 0
+    ]
     if checked.devices is not None and checked.devices < 1:
         problems.append(f"devices={checked.devices}: at least 1, or null for as many as the plan uses")
     devices = world_size() if launched() else checked.devices
@@ -114,7 +127,11 @@ def fits(config: Config, sizes: dict[str, int], at_most: bool = False) -> list[s
         return []
     need = f"{rows} lanes x sequence={config.sequence}" if recurrent else f"sequence={config.sequence}"
     longest = (have - 1) // rows
-    instead = f"write sequence={longest} or less" if longest > 0 else f"write global_batch={max(1, (have - 1) // config.sequence)} or less"
+    instead = (
+        f"write sequence={longest} or less"
+        if longest > 0
+        else f"write global_batch={max(1, (have - 1) // config.sequence)} or less"
+    )
     return [f"the training text has {have:,} {what}, fewer than {need} + 1 = {rows * config.sequence + 1:,}: {instead}"]
 
 
@@ -171,12 +188,13 @@ def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
     merged = run.config()
     merged.resume, merged.run_dir = str(run.path), None
     given = [override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)]
-    refused = [
-        key for key in given if not (key in RESUMABLE or key.partition(".")[0] in RESUMABLE or key.startswith("hydra."))
-    ]
+    refused = [key for key in given if not (key in RESUMABLE or key.partition(".")[0] in RESUMABLE or key.startswith("hydra."))]
     if refused:
         raise UserError(
-            *(f"{key}=... would make another run of {run.path}, not continue it: leave it out, or start a new run" for key in refused)
+            *(
+                f"{key}=... would make another run of {run.path}, not continue it: leave it out, or start a new run"
+                for key in refused
+            )
         )
     for key in given:
         if key != "resume" and not key.startswith("hydra."):
@@ -192,7 +210,9 @@ def _compose(name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
     except HydraException as error:
         first = error
     base = config = compose(name)
-    problems, good, unknown = [], [], set()
+    problems: list[str] = []
+    good: list[str] = []
+    unknown: set[str] = set()
     for override in overrides:
         key = override.partition("=")[0]
         if key.partition(".")[0] in unknown:  # keys of a group that could not be chosen
@@ -226,9 +246,9 @@ def _leaves(config: DictConfig, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, DictConfig):
-            found |= _leaves(value, f"{prefix}{key}.")
+            found |= _leaves(value, f"{prefix}{key!s}.")
         else:
-            found[f"{prefix}{key}"] = value
+            found[f"{prefix}{key!s}"] = value
     return found
 
 
@@ -271,7 +291,10 @@ def _arguments(group: str, node: dict, given: set[str], skip: set[str]) -> list[
             continue
         if key not in parameters or key in given:
             near = difflib.get_close_matches(key, [name for name in parameters if name not in given], 1)
-            problems.append(f"{group}.{key}={value}: {target.__name__} has no such argument" + (f"; did you mean {near[0]}?" if near else ""))
+            problems.append(
+                f"{group}.{key}={value}: {target.__name__} has no such argument"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
         elif key in hints and not _matches(value, hints[key]):
             problems.append(f"{group}.{key}={value}: it must be {_say(hints[key])}")
     return problems
@@ -318,10 +341,12 @@ def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:
     name = data.get("tokenizer")
     if not isinstance(name, str) or (name not in tokenizers.NAMES and not Path(name).expanduser().is_file()):
         problems.append(
-            f"data.tokenizer={name}: one of {', '.join(tokenizers.NAMES)}, or the path of a tokenizer.json (there is no such file)"
+            f"data.tokenizer={name}: one of {', '.join(tokenizers.NAMES)}, or the path of a tokenizer.json (no such file)"
         )
     if not isinstance(data.get("vocabulary"), int) or (name == "bpe" and data["vocabulary"] < 257):
-        problems.append(f"data.vocabulary={data.get('vocabulary')}: a whole number, at least 257 (256 bytes and a mark) for bpe")
+        problems.append(
+            f"data.vocabulary={data.get('vocabulary')}: a whole number, at least 257 (256 bytes and a mark) for bpe"
+        )
     if problems:
         return None, problems
     try:

@@ -47,7 +47,11 @@ def evaluate(asked: Evaluate) -> dict[str, float]:
     config = run.config()
     given: dict[str, Any] = {"devices": asked.devices, "strategy": asdict(asked.strategy)}
     given["strategy"]["accumulate_grad_batches"] = 1
-    given |= {key: value for key, value in (("val_lanes", asked.lanes), ("val_overlap", asked.overlap), ("device", asked.device)) if value is not None}
+    given |= {
+        key: value
+        for key, value in (("val_lanes", asked.lanes), ("val_overlap", asked.overlap), ("device", asked.device))
+        if value is not None
+    }
     for key, value in given.items():
         OmegaConf.update(config, key, value, merge=False)
     rows = asked.rows or config.global_batch

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
@@ -47,7 +48,7 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
         f"{asked.sequence} tokens, {asked.max_steps:,} steps, in {run.path}"
     )
     record = Record(run, asked.log_every)
-    callbacks = [record] + ([Progress(record)] if rank() == 0 else [])
+    callbacks: list[pl.Callback] = [record] + ([Progress(record)] if rank() == 0 else [])
     callbacks += [
         Checkpoints(run, record, asked.checkpoint_every, asked.val_every, asked.keep_checkpoints, tokens.fingerprint, start)
     ]

@@ -92,7 +92,11 @@ def _main(asked: Generate) -> None:
     from leanlm.runs import Run
     from leanlm.strategies.plan import Plan
 
-    problems = [f"{key}={getattr(asked, key)}: it must not be negative" for key in ("tokens", "temperature", "top_k") if getattr(asked, key) < 0]
+    problems = [
+        f"{key}={getattr(asked, key)}: it must not be negative"
+        for key in ("tokens", "temperature", "top_k")
+        if getattr(asked, key) < 0
+    ]
     if not 0 < asked.top_p <= 1:
         problems.append(f"top_p={asked.top_p}: a share above 0, at most 1")
     if problems:

@@ -21,6 +21,8 @@ class TokenLoss(Metric):
     """Mean negative log-likelihood per counted token, in nats, over all batches and ranks, summed in float64."""
 
     full_state_update = False
+    nats: Tensor
+    tokens: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +94,9 @@ class LanguageModel(pl.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()  # Lightning would hold the gradients through the next forward pass
 
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
         parameters = [parameter for parameter in self.net.parameters() if parameter.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.clip:

@@ -51,7 +51,9 @@ class Optim:
             found.append(f"optim.schedule={self.schedule}: choose one of {', '.join(SCHEDULES)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             found.append(f"optim.betas={list(self.betas)}: two numbers from 0 to below 1")
-        found += [f"optim.{key}={getattr(self, key)}: it must be above 0" for key in ("lr", "muon_lr") if getattr(self, key) <= 0]
+        found += [
+            f"optim.{key}={getattr(self, key)}: it must be above 0" for key in ("lr", "muon_lr") if getattr(self, key) <= 0
+        ]
         low = ("eps", "weight_decay", "momentum", "warmup", "decay", "final")
         return found + [f"optim.{key}={getattr(self, key)}: it must not be negative" for key in low if getattr(self, key) < 0]
 
@@ -73,7 +75,9 @@ def factor(optim: Optim, step: int, max_steps: int) -> float:
 
 def build(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """The optimizer of a model's parameters; each group keeps its peak rate as `peak_lr`."""
-    matrices, others, hidden = [], [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    hidden: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if optim.name == "muon" and parameter.dim() == 2 and name.startswith("blocks."):
             hidden.append(parameter)
@@ -111,7 +115,7 @@ class Combined(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None):  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None):
         loss = None
         if closure is not None:
             with torch.enable_grad():

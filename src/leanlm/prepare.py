@@ -22,7 +22,9 @@ def tokens(settings: Settings) -> Tokens:
         made = prepare(settings.corpus, data["tokenizer"], data["vocabulary"], bar)
     problems = fits(settings.config, {split: len(numbers) for split, numbers in made.splits.items()})
     problems += [
-        f"data.ignore: the tokenizer has no token {name!r}" for name in data.get("ignore", []) if not made.tokenizer.numbers(name)
+        f"data.ignore: the tokenizer has no token {name!r}"
+        for name in data.get("ignore", [])
+        if not made.tokenizer.numbers(name)
     ]
     if problems:
         raise UserError(*problems)
@@ -58,7 +60,11 @@ class PreparationBar:
                 self.bar = None
         if not sys.stderr.isatty():
             if done == total and time.monotonic() - self.since > 1:
-                print(f"{what}: {total / 1e6:.1f} MB in {time.monotonic() - self.since:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"{what}: {total / 1e6:.1f} MB in {time.monotonic() - self.since:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
             return
         if self.bar is None and time.monotonic() - self.since > 0.3:
             from rich import progress

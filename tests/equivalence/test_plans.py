@@ -57,7 +57,10 @@ def plain_loop(settings: Settings) -> tuple[list[float], dict[str, torch.Tensor]
     named = list(net.named_parameters())
     hidden = [p for n, p in named if config.optim.name == "muon" and p.dim() == 2 and n.startswith("blocks.")]
     rest = [p for _, p in named if not any(p is h for h in hidden)]
-    decay = [{"params": [p for p in rest if p.dim() > 1]}, {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0}]
+    decay = [
+        {"params": [p for p in rest if p.dim() > 1]},
+        {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0},
+    ]
     optimizers = [torch.optim.AdamW([g for g in decay if g["params"]], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)]
     optimizers += [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1)] if hidden else []
     peaks = [(g, g["lr"]) for o in optimizers for g in o.param_groups]

@@ -24,11 +24,13 @@ class Checkpoints(pl.Callback):
     A checkpoint is taken before the first micro-batch of a step, when the validation of the step before is in it too.
     """
 
-    def __init__(self, run: Run, record: Record, every: int, val_every: int, keep: int, fingerprint: str, start: Any = None) -> None:
+    def __init__(
+        self, run: Run, record: Record, every: int, val_every: int, keep: int, fingerprint: str, start: Any = None
+    ) -> None:
         self.run, self.record, self.every, self.val_every, self.keep = run, record, every, val_every, keep
         self.fingerprint, self.start = fingerprint, start
         self.saved = -1
-        self.signal = 0
+        self.signal, self.first_signal = 0, 0.0
         self.handlers: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -40,8 +42,8 @@ class Checkpoints(pl.Callback):
         step, micros = state["step"], state["step"] * module.plan.accumulate_grad_batches
         loop = trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
-        total = loop.batch_progress.total
-        total.ready = total.started = total.processed = total.completed = micros
+        counts = dict.fromkeys(("ready", "started", "processed", "completed"), micros)
+        loop.batch_progress.total.load_state_dict(counts)
         loop._batches_that_stepped = step
         self.saved = step
         self.record.seconds, self.record.tokens = state["seconds"], state["tokens"]
@@ -112,7 +114,9 @@ class Checkpoints(pl.Callback):
             if self.saved != trainer.global_step:
                 self.save(trainer, module)
             name = signal.Signals(number).name
-            message = f"stopped by {name} after step {trainer.global_step}; to go on: python -m leanlm.train resume={self.run.path}"
+            message = (
+                f"stopped by {name} after step {trainer.global_step}; to go on: python -m leanlm.train resume={self.run.path}"
+            )
             if trainer.is_global_zero:
                 print(message, file=sys.stderr, flush=True)
             raise Stopped(number, message)

@@ -21,9 +21,22 @@ def loss_curve(runs: dict[str, Run], path: Path) -> None:
         colour = f"C{i % 10}"
         alone = len(runs) == 1
         if train:
-            axes.plot(*zip(*train, strict=True), color=colour, alpha=0.45 if validation else 1, lw=1, label="training" if alone else None)
+            axes.plot(
+                *zip(*train, strict=True),
+                color=colour,
+                alpha=0.45 if validation else 1,
+                lw=1,
+                label="training" if alone else None,
+            )
         if validation:
-            axes.plot(*zip(*validation, strict=True), "o-", color="C1" if alone else colour, ms=4, lw=1.5, label="validation" if alone else name)
+            axes.plot(
+                *zip(*validation, strict=True),
+                "o-",
+                color="C1" if alone else colour,
+                ms=4,
+                lw=1.5,
+                label="validation" if alone else name,
+            )
         values = [loss for _, loss in train + validation]
         if values:
             settled = [loss for step, loss in train + validation if step > 0.02 * rows[-1]["step"]] or values

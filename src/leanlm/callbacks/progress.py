@@ -34,7 +34,9 @@ class Progress(pl.Callback):
             self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, status="")
             self.bar.start()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         now = time.monotonic()
         if now - self.shown < (0.2 if self.bar else 10) and trainer.global_step < trainer.max_steps:
             return
@@ -42,7 +44,10 @@ class Progress(pl.Callback):
         if self.bar:
             self.bar.update(self.task, completed=trainer.global_step, status=self._status())
         elif self.record.row:
-            print(f"step {trainer.global_step}/{trainer.max_steps}  {self._status()}  {self._left(trainer)} left", flush=True)
+            print(
+                f"step {trainer.global_step}/{trainer.max_steps}  {self._status()}  {self._left(trainer)} left",
+                flush=True,
+            )
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         text = f"step {trainer.global_step}/{trainer.max_steps}  validation loss {self.record.val_loss:.4f}"

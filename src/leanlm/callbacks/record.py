@@ -35,7 +35,9 @@ class Record(pl.Callback):
         self.logged = self.seconds, self.tokens
         self.mark = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(module, LanguageModel)
         if batch.micro < module.plan.accumulate_grad_batches - 1:
             return
@@ -53,7 +55,12 @@ class Record(pl.Callback):
             seconds, tokens = self.seconds - self.logged[0], self.tokens - self.logged[1]
             self.logged = self.seconds, self.tokens
             rate = trainer.optimizers[0].param_groups[0]["lr"]
-            self.row = {"train_loss": loss, "grad_norm": float(module.grad_norm), "lr": rate, "tokens_per_second": tokens / seconds}
+            self.row = {
+                "train_loss": loss,
+                "grad_norm": float(module.grad_norm),
+                "lr": rate,
+                "tokens_per_second": tokens / seconds,
+            }
             self._write(trainer, step, self.row)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

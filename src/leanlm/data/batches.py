@@ -65,7 +65,10 @@ class Windows:
             random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
             self._epoch.clear()
             room = self.tokens - 1 - self.per_epoch * self.sequence
-            self._epoch[epoch] = int(random.integers(min(room, self.sequence - 1) + 1)), random.permutation(self.per_epoch)
+            self._epoch[epoch] = (
+                int(random.integers(min(room, self.sequence - 1) + 1)),
+                random.permutation(self.per_epoch),
+            )
         return self._epoch[epoch]
 
 
@@ -124,10 +127,9 @@ class GlobalBatches:
         """The micro-batches of one step."""
         starts, fresh = self.order.starts(step)
         size = len(starts) // (self.replicas * self.accumulate)
+        step_tokens = len(starts) * self.order.sequence
         if self.ignore:  # only then do counts depend on the text, and the whole global batch has to be looked at
             step_tokens = int((self._target(starts) != IGNORE).sum())
-        else:
-            step_tokens = len(starts) * self.order.sequence
         for micro in range(self.accumulate):
             first = (self.rank * self.accumulate + micro) * size
             rows = torch.arange(first, first + size)

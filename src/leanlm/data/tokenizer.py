@@ -127,7 +127,8 @@ class Subwords:
         self.model = Model.from_str(model)
         self.vocabulary = self.model.get_vocab_size()
         marks = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]", "<eos>", "\n", "Ċ", "<0x0A>")
-        self.start = next((self.model.token_to_id(m) for m in marks if self.model.token_to_id(m) is not None), 0)
+        numbers = [self.model.token_to_id(mark) for mark in marks]
+        self.start: int = next((number for number in numbers if number is not None), 0)
 
     @classmethod
     def train(cls, chunks: Iterable[bytes], vocabulary: int) -> "Subwords":

@@ -80,7 +80,9 @@ def prepare(corpus: Corpus, tokenizer: str, vocabulary: int, progress: Progress 
 def load(folder: Path) -> Tokens:
     """Open a prepared folder."""
     meta = json.loads((folder / "meta.json").read_text())
-    splits = {name: np.memmap(folder / f"{name}.bin", meta["dtype"], "r") for name in meta["bytes"]}
+    splits: dict[str, NDArray[np.unsignedinteger]] = {
+        name: np.memmap(folder / f"{name}.bin", meta["dtype"], "r") for name in meta["bytes"]
+    }
     return Tokens(folder.name, tokenizers.restore(meta["tokenizer"]), splits, meta["bytes"])
 
 

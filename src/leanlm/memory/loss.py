@@ -89,6 +89,6 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         gradients, ctx.gradients = ctx.gradients, (None, None, None)
         return *(part if part is None else part.mul_(grad) for part in gradients), None

@@ -55,7 +55,9 @@ class RNN(Model):
     @classmethod
     def problems(cls, **arguments: Any) -> list[str]:
         found = super().problems(**arguments)
-        return found + [f"{key}={arguments[key]}: it must be at least 1" for key in ("width", "depth") if arguments.get(key, 1) < 1]
+        return found + [
+            f"{key}={arguments[key]}: it must be at least 1" for key in ("width", "depth") if arguments.get(key, 1) < 1
+        ]
 
     def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         if name.startswith("blocks."):

@@ -96,7 +96,9 @@ class Transformer(Model):
         found = [f"{key}={given[key]}: it must be at least 1" for key in ("width", "depth", "heads") if given[key] < 1]
         if not found and width % heads:
             near = [n for n in range(1, width + 1) if width % n == 0]
-            found.append(f"width={width} does not divide by heads={heads}: write heads={min(near, key=lambda n: abs(n - heads))}")
+            found.append(
+                f"width={width} does not divide by heads={heads}: write heads={min(near, key=lambda n: abs(n - heads))}"
+            )
         elif not found and given["positions"] == "rope" and width // heads % 2:
             found.append(f"rope turns pairs, but width={width} / heads={heads} = {width // heads} is odd")
         if not found and heads % groups:
@@ -104,7 +106,7 @@ class Transformer(Model):
         return super().problems(**arguments) + found
 
     def start(self, batch: int) -> list["KVCache"]:
-        return [block.attention.cache(batch) for block in self.blocks.values()]
+        return [block.cache(batch) for block in self.blocks.values() if isinstance(block, Block)]
 
     def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         if name.endswith("bias"):
@@ -143,6 +145,9 @@ class Block(nn.Module):
         hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), state))
         hidden = hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))
         return hidden, state
+
+    def cache(self, batch: int) -> "KVCache":
+        return self.attention.cache(batch)
 
 
 class KVCache:

@@ -25,7 +25,12 @@ FORMAT = 1
 
 
 def save(
-    folder: Path, net: nn.Module, optimizer: torch.optim.Optimizer, carried: dict[str, Tensor], state: dict[str, Any], keep: int
+    folder: Path,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    carried: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write `folder/step-N` and keep the last `keep` checkpoints. All ranks must call it.
 
@@ -72,7 +77,9 @@ def load(folder: Path, net: nn.Module, optimizer: torch.optim.Optimizer | None) 
     """
     reader = dcp.FileSystemReader(folder)
     stored = {
-        name: meta for name, meta in reader.read_metadata().state_dict_metadata.items() if isinstance(meta, TensorStorageMetadata)
+        name: meta
+        for name, meta in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(meta, TensorStorageMetadata)
     }
     parameters = dict(net.named_parameters())
     missing = [name for name in parameters if f"model.{name}" not in stored]
@@ -108,7 +115,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are all as they were written, and what is wrong with those after it."""
-    damaged = []
+    damaged: list[str] = []
     for checkpoint in reversed(checkpoints(folder)):
         wrong = damage(checkpoint)
         if wrong is None:

@@ -44,7 +44,11 @@ class Plan:
         return "bitwise" if self.world * self.accumulate_grad_batches == 1 else "rounding"
 
     def describe(self) -> str:
-        parts = [f"replicate={self.replicate}", f"accumulate_grad_batches={self.accumulate_grad_batches}", self.precision]
+        parts = [
+            f"replicate={self.replicate}",
+            f"accumulate_grad_batches={self.accumulate_grad_batches}",
+            self.precision,
+        ]
         return ", ".join(parts) + f" ({self.exactness})"
 
     def asdict(self) -> dict:
@@ -61,9 +65,7 @@ def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, l
     """
     problems = []
     if plan.accumulate_grad_batches < 1:
-        problems.append(
-            f"strategy.accumulate_grad_batches={plan.accumulate_grad_batches}: it counts micro-batches, at least 1"
-        )
+        problems.append(f"strategy.accumulate_grad_batches={plan.accumulate_grad_batches}: it counts micro-batches, at least 1")
     if plan.precision not in PRECISIONS:
         problems.append(f"strategy.precision={plan.precision}: choose one of {', '.join(PRECISIONS)}")
     if plan.replicate == -1:
