@@ -262,3 +262,10 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space"):
             checkpoint.save(tmp_path, net, optimizer, {}, {"step": 2}, keep=1)
     assert checkpoint.newest_whole(tmp_path)[0] == tmp_path / "step-00000001"
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(text: Path, tmp_path: Path) -> None:
+    diverging = ["optim=sgd", "optim.lr=1e305", "optim.warmup=6", "clip=0", "checkpoint_every=1"]
+    with pytest.raises(UserError, match="lower optim.lr"):
+        run_all({tmp_path / "run": [*overrides("lstm", text), *diverging]})
+    assert checkpoint.newest_whole(Run(tmp_path / "run").checkpoints)[0] is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -15,6 +16,7 @@ from leanlm.config import Config, Settings
 from leanlm.data.batches import GlobalBatches, Lanes, WholeSplit, Windows
 from leanlm.data.tokenizer import Tokenizer
 from leanlm.data.tokens import Tokens
+from leanlm.errors import UserError
 from leanlm.launch import rank, world_size
 from leanlm.models.contract import Model, initialize
 from leanlm.module import LanguageModel, RecurrentLanguageModel
@@ -116,4 +118,7 @@ def loggers(config: Config, run_path: str) -> list[Logger]:
     if rank() != 0 or not config.logger:
         return []
     nodes = [dict(node) for node in config.logger.values()]
-    return [instantiate(node | {node.pop("into"): run_path}) for node in nodes]
+    try:
+        return [instantiate(node | {node.pop("into"): run_path}) for node in nodes if node.pop("needs")]
+    except InstantiationException as error:
+        raise UserError(f"the logger could not be set up: {error.__cause__ or error}") from None

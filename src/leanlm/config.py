@@ -4,7 +4,7 @@ All problems of a command line are reported together, each with its arithmetic a
 """
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import types
 import typing
@@ -103,7 +103,7 @@ def check(config: DictConfig) -> Settings:
     if launched() and checked.devices not in (None, devices):
         problems.append(f"devices={checked.devices}, but {devices} processes were started: leave devices out under torchrun")
     plan, found = resolve(checked.strategy, devices, checked.global_batch)
-    problems += found + checked.optim.problems() + _device(checked.device) + _model(checked)
+    problems += found + checked.optim.problems() + _device(checked.device) + _loggers(checked.logger) + _model(checked)
     if checked.run_dir and not checked.resume and Path(checked.run_dir, "config.yaml").is_file():
         problems.append(
             f"run_dir={checked.run_dir} holds a run already: write resume={checked.run_dir} to continue it, or another run_dir"
@@ -353,6 +353,11 @@ def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:
         return _target(data["_target_"])(**{key: value for key, value in data.items() if key not in DATA_KEYS}), []
     except UserError as error:
         return None, list(error.problems)
+
+
+def _loggers(loggers: dict | None) -> list[str]:
+    missing = [node["needs"] for node in (loggers or {}).values() if importlib.util.find_spec(node["needs"]) is None]
+    return [f"this logger needs a package that is not installed: pip install {name}" for name in missing]
 
 
 def _device(device: dict) -> list[str]:

@@ -1,5 +1,6 @@
 """Loss, gradient norm, learning rate and speed of a run, to `metrics.csv` and to the configured loggers."""
 
+import math
 import time
 from typing import Any
 
@@ -47,11 +48,7 @@ class Record(pl.Callback):
         step = trainer.global_step
         if step % self.every == 0 or step == 1 or step == trainer.max_steps:
             loss = float(module.global_loss())
-            if loss != loss or loss in (float("inf"), float("-inf")):
-                raise UserError(
-                    f"the training loss is {loss} at step {step}: lower optim.lr (now {module.optimizer.lr:g}) or set clip "
-                    f"(now {module.clip:g}); resume={self.run.path} goes back to the last checkpoint"
-                )
+            self._finite(loss, "training", step, module)
             seconds, tokens = self.seconds - self.logged[0], self.tokens - self.logged[1]
             self.logged = self.seconds, self.tokens
             rate = trainer.optimizers[0].param_groups[0]["lr"]
@@ -66,6 +63,7 @@ class Record(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, LanguageModel)
         self.validated, self.val_loss = trainer.global_step, float(module.split_loss.compute()["loss"])
+        self._finite(self.val_loss, "validation", trainer.global_step, module)
         self._write(trainer, trainer.global_step, {"val_loss": self.val_loss})
         self.mark = time.perf_counter()
 
@@ -77,6 +75,13 @@ class Record(pl.Callback):
     def flush(self) -> None:
         if self.table is not None:
             self.table.flush()
+
+    def _finite(self, loss: float, kind: str, step: int, module: LanguageModel) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the {kind} loss is {loss} after step {step}: lower optim.lr (now {module.optimizer.lr:g}) or clip "
+                f"(now {module.clip:g}); the checkpoints so far are in {self.run.checkpoints}"
+            )
 
     def _write(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
         if self.table is not None:
