@@ -53,6 +53,7 @@ def main() -> None:
                 sys.exit(done.stderr)
             count, before, peak = map(int, re.findall(r"\d+", done.stdout.split("RESULT")[1]))
             seconds = time.perf_counter() - begin
+            print(f"{tokenizer}: {seconds:.0f} s, peak {peak / 2**20:.0f} MiB", flush=True)
             table.add_row(
                 tokenizer, f"{file.stat().st_size / 1e9:.1f} GB", f"{count:,}", f"{seconds:.0f}",
                 f"{peak / 2**20:.0f} MiB", f"{before / 2**20:.0f} MiB",
