@@ -7,7 +7,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from leanlm.config import FOLDER, effective
+from leanlm.cli import effective
+from leanlm.config import FOLDER
 
 WORDS = [
     "the",

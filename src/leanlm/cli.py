@@ -1,20 +1,34 @@
 """What all commands share: one check of the whole command line, Hydra, and one clear line for each mistake."""
 
+import difflib
 import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
-from leanlm.config import FOLDER, Config, command_line, typed
+from leanlm.config import FOLDER, Config, check, leaves, typed
 from leanlm.errors import UserError
 from leanlm.launch import Stopped, WorkerFailed, rank
+from leanlm.runs import Run
 
 FREE_TEXT = ("prompt", "text", "sample")
+
+# What a resumed run may set anew; anything else would make another run of it.
+RESUMABLE = {
+    "resume", "run_dir", "strategy", "devices", "device", "logger", "max_steps", "log_every", "val_every",
+    "val_lanes", "val_overlap", "checkpoint_every", "keep_checkpoints", "sample", "data.path",
+}  # fmt: skip
 
 
 def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
@@ -67,3 +81,110 @@ def _complain(error: UserError) -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr, flush=True)
     return 2
+
+
+def command_line(arguments: list[str], name: str, schema: type) -> None:
+    """Check everything that a command line asks for, each job of a sweep too, before Hydra starts.
+
+    Raises:
+        UserError: with all problems.
+    """
+    asked = get_args_parser().parse_args(arguments)
+    if asked.help or asked.hydra_help or asked.info or asked.cfg or asked.shell_completion:
+        return
+    try:
+        parsed = OverridesParser.create().parse_overrides(asked.overrides)
+    except HydraException as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    if asked.multirun:
+        jobs = [job for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
+    else:
+        jobs = [asked.overrides]
+    problems: list[str] = []
+    if len(jobs) > 1 and any(override.key_or_group == "run_dir" and not override.is_sweep_override() for override in parsed):
+        problems.append(f"run_dir names one folder, and this sweep has {len(jobs)} jobs: set hydra.sweep.dir instead")
+    with initialize_config_dir(FOLDER, version_base="1.3"):
+        for job in jobs:
+            config, found = _compose(name, job)
+            try:
+                if schema is Config:
+                    check(effective(config, job))
+                else:
+                    found += typed(config, schema)[0]
+            except UserError as error:
+                found += error.problems
+            problems += [problem for problem in found if problem not in problems]
+    if problems:
+        raise UserError(*problems)
+
+
+def swept_keys(arguments: list[str]) -> set[str]:
+    """The keys that a command line gives several values."""
+    parsed = OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides)
+    return {override.key_or_group for override in parsed if override.is_sweep_override()}
+
+
+def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration to run: with `resume`, the old run's own with the new overrides on top.
+
+    Raises:
+        UserError: an override would change the mathematics of the run.
+    """
+    if not config.resume:
+        return config
+    run = Run.find(config.resume)
+    merged = run.config()
+    merged.resume, merged.run_dir = str(run.path), None
+    given = [override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)]
+    refused = [key for key in given if not (key in RESUMABLE or key.partition(".")[0] in RESUMABLE or key.startswith("hydra."))]
+    if refused:
+        raise UserError(
+            *(
+                f"{key}=... would make another run of {run.path}, not continue it: leave it out, or start a new run"
+                for key in refused
+            )
+        )
+    for key in given:
+        if key != "resume" and not key.startswith("hydra."):
+            OmegaConf.update(merged, key, OmegaConf.select(config, key), merge=False, force_add=True)
+    return merged
+
+
+def _compose(name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
+    """Compose a job; if Hydra refuses, find every override at fault, where Hydra itself names the first, and compose the
+    others."""
+    try:
+        return compose(name, overrides=overrides), []
+    except HydraException as error:
+        first = error
+    base = config = compose(name)
+    problems: list[str] = []
+    good: list[str] = []
+    unknown: set[str] = set()
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.partition(".")[0] in unknown:  # keys of a group that could not be chosen
+            continue
+        try:
+            config = compose(name, overrides=[*good, override])
+            good.append(override)
+        except HydraException as error:
+            problems.append(_explain(override, base, error))
+            unknown.add(key)
+    return config, problems or [str(first).splitlines()[0]]
+
+
+def _explain(override: str, base: DictConfig, error: HydraException) -> str:
+    key, _, value = override.partition("=")
+    group = Path(FOLDER, key.lstrip("+~"))
+    if group.is_dir():
+        options = sorted(file.stem for file in group.glob("*.yaml"))
+        near = difflib.get_close_matches(value, options, 1)
+        return f"{override}: there is no {key} of that name; choose one of {', '.join(options)}" + (
+            f" (did you mean {near[0]}?)" if near else ""
+        )
+    if OmegaConf.select(base, key) is None:
+        known = list(leaves(base)) + [folder.name for folder in Path(FOLDER).iterdir() if folder.is_dir()]
+        near = difflib.get_close_matches(key, known, 1)
+        return f"{override}: there is no key {key}" + (f"; did you mean {near[0]}?" if near else "; see --help for the keys")
+    return f"{override}: {str(error).splitlines()[0]}"

@@ -10,7 +10,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from leanlm import cli
-from leanlm.config import Config, Settings, check, effective, swept_keys
+from leanlm.cli import effective, swept_keys
+from leanlm.config import Config, Settings, check
 from leanlm.launch import launch, launched, process_group, say
 from leanlm.prepare import tokens
 from leanlm.runs import Run
