@@ -88,7 +88,9 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # we say what happened, once
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what happened, once
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(GRACE)
     config = LaunchConfig(
         min_nodes=1,
@@ -104,9 +106,11 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
     )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
     try:
-        kind, value = elastic_launch(config, _worker)(function, arguments)[0]
+        return elastic_launch(config, _worker)(function, arguments)[0]
     except errors.ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode - 128 in (signal.SIGTERM, signal.SIGINT):
+            raise Stopped(failure.exitcode - 128, "") from None
         text = _explain(failure)
         if _USER_ERROR in text:
             raise UserError(*text.rpartition(_USER_ERROR)[2].strip().split("\n")) from None
@@ -116,26 +120,24 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
     finally:
         for number, handler in handlers.items():  # the agent keeps its own
             signal.signal(number, handler)
-    if kind == "stopped":
-        raise Stopped(*value)
-    return value
 
 
 _USER_ERROR = "leanlm user error: "
 
 
-def _worker(function: Callable[..., Any], arguments: tuple) -> tuple[str, Any]:
+def _worker(function: Callable[..., Any], arguments: tuple) -> Any:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     set_threads()
     handler = get_error_handler()
     handler.initialize()
+    code = 1
     try:
-        return "done", function(*arguments)
+        return function(*arguments)
     except Stopped as stopped:
-        return "stopped", (stopped.signum, stopped.message)
+        code = 128 + stopped.signum
     except KeyboardInterrupt:
-        os._exit(128 + signal.SIGINT)
+        code = 128 + signal.SIGINT
     except Exception as error:
         if _lost_a_peer(error):
             time.sleep(3)  # the rank that failed first has its say; the agent ends this one meanwhile
@@ -143,7 +145,8 @@ def _worker(function: Callable[..., Any], arguments: tuple) -> tuple[str, Any]:
         error.args = (mark + str(error),) if mark else error.args
         handler.record_exception(error)
     sys.stdout.flush()
-    os._exit(1)  # at once: destructors of a broken process group would wait for its dead peers
+    sys.stderr.flush()
+    os._exit(code)  # at once: a broken process group would wait for its dead peers, the agent's wrapper for the agent
 
 
 def _lost_a_peer(error: Exception) -> bool:
