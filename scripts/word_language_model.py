@@ -5,7 +5,7 @@
 Both train the example's default on WikiText-2 (LSTM, 2 layers of 200, 20 rows x 35 words, dropout 0.2, SGD at 20, clip
 0.25) in float32, each in a process of its own, rounds alternating. The example's own files run unchanged but for the
 number of batches of an epoch, which is cut, and a clock that it prints. Peak memory is that of the whole process
-(maximum resident set). Needs LEANLM_DATA or a network.
+(maximum resident set); leanlm writes metrics.csv and no TensorBoard files. Needs LEANLM_DATA or a network.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def worker(run: Path, batches: int) -> None:
     from leanlm.runs import Run
 
     with initialize_config_dir(FOLDER, version_base="1.3"):
-        config = compose("train", overrides=["experiment=wikitext2_lstm", "device=cpu", f"max_steps={batches}"])
+        config = compose("train", overrides=["experiment=wikitext2_lstm", "device=cpu", "logger=csv", f"max_steps={batches}"])
     settings = check(config)
 
     class Stop(Exception):
