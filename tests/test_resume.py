@@ -269,3 +269,31 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(text
     with pytest.raises(UserError, match="lower optim.lr"):
         run_all({tmp_path / "run": [*overrides("lstm", text), *diverging]})
     assert checkpoint.newest_whole(Run(tmp_path / "run").checkpoints)[0] is not None
+
+
+def test_a_run_may_go_on_in_a_new_folder_but_not_in_that_of_another(
+    whole: tuple[str, Path], text: Path, tmp_path: Path
+) -> None:
+    model, reference = whole
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(reference, old)
+    shutil.rmtree(checkpoint.checkpoints(Run(old).checkpoints)[-1])
+    before = (old / "metrics.csv").read_bytes()
+    run_all({new: resumed(old, "single", f"run_dir={new}")})
+    same(new, reference)
+    assert (old / "metrics.csv").read_bytes() == before
+    with pytest.raises(UserError, match="holds a run already"):
+        check(composed(*resumed(old, "single", f"run_dir={new}")))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_checkpoint_does_not_crowd_out_whole_ones(keep: int, tmp_path: Path) -> None:
+    net = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(net.parameters())
+    for step in (1, 9):
+        checkpoint.save(tmp_path, net, optimizer, {}, {"step": step}, keep=2)
+    (tmp_path / "step-00000009" / "manifest.json").unlink()
+    for step in (2, 3):  # resumed after step 1
+        checkpoint.save(tmp_path, net, optimizer, {}, {"step": step}, keep)
+        assert checkpoint.newest_whole(tmp_path) == (tmp_path / f"step-{step:08d}", [])
+    assert len(checkpoint.checkpoints(tmp_path)) == keep

@@ -92,7 +92,8 @@ def check(config: DictConfig) -> Settings:
         problems.append(f"devices={checked.devices}, but {devices} processes were started: leave devices out under torchrun")
     plan, found = resolve(checked.strategy, devices, checked.global_batch)
     problems += found + checked.optim.problems() + _device(checked.device) + _loggers(checked.logger) + _model(checked)
-    if checked.run_dir and not checked.resume and Path(checked.run_dir, "config.yaml").is_file():
+    occupied = checked.run_dir and Path(checked.run_dir, "config.yaml").is_file()
+    if occupied and not (checked.resume and Path(checked.run_dir).resolve() == Path(checked.resume).resolve()):
         problems.append(
             f"run_dir={checked.run_dir} holds a run already: write resume={checked.run_dir} to continue it, or another run_dir"
         )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
     tokens = _on_rank_0_first(lambda: prepare(settings))
     start = _where_to_start(settings, tokens)
     if rank() == 0:
+        if start and start.parent.parent.resolve() != run.path.resolve():  # goes on in a folder of its own
+            run.path.mkdir(parents=True, exist_ok=True)
+            shutil.copy(start.parent.parent / run.metrics.name, run.metrics)
         run.create(OmegaConf.create({**config, "resume": None, "run_dir": None}))
         write(run.path / "tokenizer.json", json.dumps(tokens.tokenizer.state()))
     net = build.model(asked, settings.plan, tokens.tokenizer.vocabulary)

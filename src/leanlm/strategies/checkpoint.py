@@ -63,8 +63,10 @@ def save(
             shutil.rmtree(whole)
         part.rename(whole)
         _sync(folder)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        # one of a later step is damaged, or this run would have begun there: it must not crowd out whole ones
+        kept = [each for each in checkpoints(folder) if each.name <= whole.name][-keep:]
+        for other in set(checkpoints(folder)) - set(kept):
+            shutil.rmtree(other)
     _barrier()
     return whole
 
