@@ -142,3 +142,14 @@ def test_the_whole_split_against_a_plain_loop(run: Run, lanes: int) -> None:
     assert found["tokens"] == len(numbers)
     assert found["loss"] == pytest.approx(nats / len(numbers), abs=1e-9)
     assert found["perplexity"] == pytest.approx(torch.tensor(nats / len(numbers)).exp().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "modern"])
+def test_a_full_context_keeps_its_newer_half(model: str) -> None:
+    net, context, expected = build(model, 16), [3, 1, 4], []
+    for _ in range(50):
+        if len(context) > 16:
+            context = context[-8:]
+        context.append(int(net(torch.tensor([context]))[0][0, -1].argmax()))
+        expected.append(context[-1])
+    assert list(generate(net, [3, 1, 4], 50, temperature=0)) == expected
