@@ -74,14 +74,14 @@ def bare(steps: int, folder: Path) -> list[float]:
     import torch
     import torch.nn.functional as F
 
-    from leanlm import build, optim
+    from leanlm import build, optim, optimizers
     from leanlm.config import check
     from leanlm.prepare import tokens
 
     settings = check(configure())
     data = tokens(settings)
-    net = build.model(settings.config, settings.plan, data.tokenizer.vocabulary)
-    optimizer = optim.build(net, settings.config.optim)
+    net = build.cut(settings.config, settings.plan, data.tokenizer.vocabulary).net
+    optimizer = optimizers.build(net.named_parameters(), settings.config.optim)
     batches, times = iter(build.training_batches(settings, data, net)), []
     last = time.perf_counter()
     for step in range(steps):
@@ -179,7 +179,7 @@ def same_losses(copy: Path, folder: Path) -> float:
 
     settings = check(configure())
     data = tokens(settings)
-    net = build.model(settings.config, settings.plan, data.tokenizer.vocabulary)
+    net = build.cut(settings.config, settings.plan, data.tokenizer.vocabulary).net
     gpt = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False))
     source, target = dict(net.named_parameters()), dict(gpt.named_parameters())
     pairs = {"transformer.wte.weight": "embed.tokens.weight", "transformer.wpe.weight": "embed.positions.weight"}

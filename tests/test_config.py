@@ -51,7 +51,7 @@ def test_values_that_do_not_work_are_collected(text: Path) -> None:
     text = "\n".join(found)
     assert len(found) == 7, text
     assert "max_steps=0: it must be at least 1" in text
-    assert "global_batch=10 does not divide by replicate=1 x accumulate_grad_batches=4 = 4: write global_batch=8 or 12" in text
+    assert "global_batch=10 does not divide by accumulate_grad_batches=4 = 4: write global_batch=8 or 12" in text
     assert "accumulate_grad_batches=5" in text
     assert "width=100 does not divide by heads=3: write heads=2" in text
     assert "data.tokenizer=bpee" in text

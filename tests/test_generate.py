@@ -106,7 +106,8 @@ def test_a_sentence_by_the_chain_rule(run: Run) -> None:
     sentence = "the cat in it."[:14].replace(".", "").replace("c", "h")
     found = evaluate(Evaluate(run=str(run.path), text=sentence, strategy=check(run.config()).plan))
     settings = check(run.config())
-    tokenizer, net = restore(settings.config, settings.plan, run)
+    tokenizer, cut = restore(settings.config, settings.plan, run)
+    net = cut.net
     numbers = [tokenizer.start, *tokenizer.encode(sentence.encode()).tolist()]
     total = 0.0
     with torch.no_grad():
@@ -120,7 +121,8 @@ def test_a_sentence_by_the_chain_rule(run: Run) -> None:
 def test_the_whole_split_against_a_plain_loop(run: Run, lanes: int) -> None:
     """A recurrent model reads the split as one stream, or in lanes that first read a sequence; a Transformer in windows."""
     settings = check(run.config())
-    tokenizer, net = restore(settings.config, settings.plan, run)
+    tokenizer, cut = restore(settings.config, settings.plan, run)
+    net = cut.net
     found = evaluate(Evaluate(run=str(run.path), lanes=lanes, strategy=settings.plan, rows=3))
     from leanlm.prepare import tokens
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from leanlm.models.contract import initialize
 from leanlm.models.transformer import Transformer
-from leanlm.optim import Optim, build, factor
+from leanlm.optim import Optim, factor
+from leanlm.optimizers import build
 
 
 def test_warm_up_then_each_shape() -> None:
@@ -39,7 +40,7 @@ def test_only_matrices_decay(name: str) -> None:
     """With no gradient, decoupled decay is all that a step does."""
     net = model()
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    optimizer = build(net, Optim(name=name, weight_decay=0.5, lr=0.1, muon_lr=0.1))
+    optimizer = build(net.named_parameters(), Optim(name=name, weight_decay=0.5, lr=0.1, muon_lr=0.1))
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -50,7 +51,7 @@ def test_only_matrices_decay(name: str) -> None:
 
 def test_muon_takes_the_matrices_of_blocks_only() -> None:
     net = model()
-    optimizer = build(net, Optim(name="muon", lr=1e-3, muon_lr=0.3))
+    optimizer = build(net.named_parameters(), Optim(name="muon", lr=1e-3, muon_lr=0.3))
     names = {parameter: n for n, parameter in net.named_parameters()}
     peaks = {names[p]: group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
     assert peaks.keys() == dict(net.named_parameters()).keys()
@@ -69,7 +70,7 @@ def test_combined_equals_its_parts_after_loading_state() -> None:
 
     one, two = model(), model()
     optim = Optim(name="muon", lr=1e-2, muon_lr=0.05, betas=[0.8, 0.9], weight_decay=0.1)
-    combined = build(one, optim)
+    combined = build(one.named_parameters(), optim)
     matrices = [p for n, p in two.named_parameters() if n.startswith("blocks.") and p.dim() == 2]
     rest = [p for p in two.parameters() if not any(p is m for m in matrices)]
     muon = torch.optim.Muon(matrices, lr=0.05, weight_decay=0.1, momentum=0.95)
@@ -84,7 +85,7 @@ def test_combined_equals_its_parts_after_loading_state() -> None:
         muon.step()
         adamw.step()
         state = combined.state_dict()
-        combined = build(one, optim)
+        combined = build(one.named_parameters(), optim)
         combined.load_state_dict(state)
     for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)

@@ -37,7 +37,7 @@ def overrides(model: str, text: Path, plan: str = "single") -> list[str]:
         *MODELS[model], "optim.lr=0.01", "optim.warmup=5", "model.dropout=0.1", "model.tied=true", "data=text",
         f"data.path={text}", "data.tokenizer=char", "data.ignore=[e]", "global_batch=8", "sequence=12", f"max_steps={STEPS}",
         "log_every=1", "val_every=7", "checkpoint_every=2", "clip=0.1", "strategy.precision=fp64", "device=cpu", "logger=csv",
-        "val_lanes=4", f"strategy.accumulate_grad_batches={accumulate}", f"strategy.replicate={replicate}",
+        "val_lanes=4", "sample_tokens=8", f"strategy.accumulate_grad_batches={accumulate}", f"strategy.replicate={replicate}",
     ]  # fmt: skip
 
 
@@ -256,11 +256,11 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path) -> None:
     """Out of disk in the middle of a save: the checkpoint before is untouched and found."""
     net = torch.nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(net.parameters())
-    checkpoint.save(tmp_path, net, optimizer, {}, {"step": 1}, keep=1)
+    checkpoint.save(tmp_path, net.named_parameters(), optimizer, {}, {"step": 1}, keep=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "_digest", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="No space"):
-            checkpoint.save(tmp_path, net, optimizer, {}, {"step": 2}, keep=1)
+            checkpoint.save(tmp_path, net.named_parameters(), optimizer, {}, {"step": 2}, keep=1)
     assert checkpoint.newest_whole(tmp_path)[0] == tmp_path / "step-00000001"
 
 
@@ -291,9 +291,9 @@ def test_a_damaged_checkpoint_does_not_crowd_out_whole_ones(keep: int, tmp_path:
     net = torch.nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(net.parameters())
     for step in (1, 9):
-        checkpoint.save(tmp_path, net, optimizer, {}, {"step": step}, keep=2)
+        checkpoint.save(tmp_path, net.named_parameters(), optimizer, {}, {"step": step}, keep=2)
     (tmp_path / "step-00000009" / "manifest.json").unlink()
     for step in (2, 3):  # resumed after step 1
-        checkpoint.save(tmp_path, net, optimizer, {}, {"step": step}, keep)
+        checkpoint.save(tmp_path, net.named_parameters(), optimizer, {}, {"step": step}, keep)
         assert checkpoint.newest_whole(tmp_path) == (tmp_path / f"step-{step:08d}", [])
     assert len(checkpoint.checkpoints(tmp_path)) == keep

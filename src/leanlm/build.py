@@ -1,6 +1,7 @@
 """Configuration to objects, the same way for training, evaluation and generation."""
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,35 +12,58 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 
 from leanlm.config import Config, Settings
 from leanlm.data.batches import GlobalBatches, Lanes, WholeSplit, Windows
 from leanlm.data.tokenizer import Tokenizer
 from leanlm.data.tokens import Tokens
 from leanlm.errors import UserError
-from leanlm.launch import rank, world_size
-from leanlm.models.contract import Model, initialize
+from leanlm.launch import local_world_size, rank, world_size
+from leanlm.models.contract import Model, initialize, without_storage
 from leanlm.module import LanguageModel, RecurrentLanguageModel
 from leanlm.prepare import ignored
+from leanlm.strategies import balance
+from leanlm.strategies.cut import Cut
+from leanlm.strategies.pipeline import Pipeline
 from leanlm.strategies.plan import PRECISIONS, Plan
 
 
 def model(config: Config, plan: Plan, vocabulary: int) -> Model:
-    """The configured model with its initial weights, in the plan's parameter type."""
+    """The configured model in the plan's parameter type, without initial values."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(PRECISIONS[plan.precision][0])
     try:
-        net = instantiate(config.model, vocabulary=vocabulary, sequence=config.sequence)
+        return instantiate(config.model, vocabulary=vocabulary, sequence=config.sequence)
     finally:
         torch.set_default_dtype(before)
-    initialize(net, config.seed)
-    return net
 
 
-def module(settings: Settings, net: Model) -> LanguageModel:
+def cut(config: Config, plan: Plan, vocabulary: int) -> Cut:
+    """What this rank holds of the configured model, with its initial weights. All ranks must call it."""
+    if not plan.cuts_model:
+        net = model(config, plan, vocabulary)
+        initialize(net, config.seed)
+        return Cut(net, plan, config.seed, device(config))
+    with without_storage():
+        net = model(config, plan, vocabulary)
+    cost = balance.costs(net) if plan.pipeline > 1 else None
+    return Cut(net, plan, config.seed, device(config), cost)
+
+
+def device(config: Config) -> torch.device:
+    """This rank's device."""
+    if config.device["accelerator"] == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def module(settings: Settings, cut: Cut, training: bool = True) -> LanguageModel:
     config = settings.config
-    kind = RecurrentLanguageModel if net.carries_state else LanguageModel
-    return kind(net, settings.plan, config.optim, config.seed, config.max_steps, config.clip)
+    kind = RecurrentLanguageModel if cut.net.carries_state else LanguageModel
+    rows = config.global_batch // cut.plan.readers
+    pipeline = Pipeline(cut, rows, config.sequence) if training and cut.plan.pipeline > 1 else None
+    return kind(cut, pipeline, config.optim, config.max_steps, config.clip)
 
 
 def training_batches(settings: Settings, tokens: Tokens, net: Model) -> GlobalBatches:
@@ -51,9 +75,9 @@ def training_batches(settings: Settings, tokens: Tokens, net: Model) -> GlobalBa
     return GlobalBatches(
         tokens.splits["train"],
         order,
-        plan.replicate,
-        rank(),
-        plan.accumulate_grad_batches,
+        plan.readers,
+        plan.reader(rank()),
+        plan.batches_per_step,
         ignored(config, tokens.tokenizer),
     )
 
@@ -75,8 +99,8 @@ def whole_split(settings: Settings, tokenizer: Tokenizer, net: Model, numbers: A
         length,
         overlap,
         rows,
-        plan.replicate,
-        rank(),
+        plan.readers,
+        plan.reader(rank()),
         ignored(config, tokenizer),
     )
 
@@ -88,13 +112,14 @@ def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Seque
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     return pl.Trainer(
         accelerator=config.device["accelerator"],
-        devices=max(1, world_size()),
+        devices=local_world_size(),
+        num_nodes=world_size() // local_world_size(),
         strategy=strategy(plan),
         precision=PRECISIONS[plan.precision][1],  # type: ignore[arg-type]
-        accumulate_grad_batches=plan.accumulate_grad_batches,
+        accumulate_grad_batches=plan.batches_per_step,
         max_steps=max_steps,
         max_epochs=-1,
-        val_check_interval=config.val_every * plan.accumulate_grad_batches,
+        val_check_interval=config.val_every * plan.batches_per_step,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -108,9 +133,21 @@ def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Seque
 
 
 def strategy(plan: Plan) -> Strategy | str:
-    if plan.replicate == 1:
+    if plan.world == 1:
         return "auto"
-    return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+    kind = CutStrategy if plan.cuts_model else DDPStrategy
+    return kind(gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+class CutStrategy(DDPStrategy):
+    """Lightning's DDP without its wrapper and its copying: `Cut` has placed and spread the parameters."""
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
 
 
 def loggers(config: Config, run_path: str) -> list[Logger]:

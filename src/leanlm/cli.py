@@ -19,15 +19,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from leanlm.config import FOLDER, Config, check, leaves, typed
 from leanlm.errors import UserError
-from leanlm.launch import Stopped, WorkerFailed, rank
+from leanlm.launch import Stopped, WorkerFailed, launched, leave, rank, world_size
 from leanlm.runs import Run
 
 FREE_TEXT = ("prompt", "text", "sample")
 
 # What a resumed run may set anew; anything else would make another run of it.
 RESUMABLE = {
-    "resume", "run_dir", "strategy", "devices", "device", "logger", "max_steps", "log_every", "val_every",
-    "val_lanes", "val_overlap", "checkpoint_every", "keep_checkpoints", "sample", "data.path",
+    "resume", "restarts", "run_dir", "strategy", "devices", "device", "logger", "max_steps", "log_every", "val_every",
+    "val_lanes", "val_overlap", "checkpoint_every", "keep_checkpoints", "sample", "sample_tokens", "data.path",
 }  # fmt: skip
 
 
@@ -63,6 +63,8 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         codes.append(128 + signal.SIGINT)
+    if launched() and world_size() > 1:
+        leave(max(codes))
     if max(codes):
         sys.exit(max(codes))
 

@@ -20,7 +20,7 @@ from leanlm.data.corpus import Corpus
 from leanlm.errors import UserError
 from leanlm.launch import launched, world_size
 from leanlm.optim import Optim
-from leanlm.strategies.plan import Plan, resolve
+from leanlm.strategies.plan import Plan, cuts_of_model, resolve
 
 FOLDER = str(Path(__file__).resolve().parents[2] / "conf")
 
@@ -42,8 +42,10 @@ class Config:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     resume: str | None = None
+    restarts: int = 0
     run_dir: str | None = None
     sample: str = "\n"
+    sample_tokens: int = 200
     model: Any = None
     data: Any = None
     strategy: Plan = field(default_factory=Plan)
@@ -82,7 +84,7 @@ def check(config: DictConfig) -> Settings:
     problems += [f"{key}={getattr(checked, key)}: it must be at least 1" for key in positive if getattr(checked, key) < 1]
     problems += [
         f"{key}={getattr(checked, key)}: it must not be negative"
-        for key in ("seed", "clip", "val_overlap")
+        for key in ("seed", "clip", "val_overlap", "sample_tokens", "restarts")
         if getattr(checked, key) < 0
     ]
     if checked.devices is not None and checked.devices < 1:
@@ -92,6 +94,8 @@ def check(config: DictConfig) -> Settings:
         problems.append(f"devices={checked.devices}, but {devices} processes were started: leave devices out under torchrun")
     plan, found = resolve(checked.strategy, devices, checked.global_batch)
     problems += found + checked.optim.problems() + _device(checked.device) + _loggers(checked.logger) + _model(checked)
+    if not problems:
+        problems += _cuts(checked, plan)
     occupied = checked.run_dir and Path(checked.run_dir, "config.yaml").is_file()
     if occupied and not (checked.resume and Path(checked.run_dir).resolve() == Path(checked.resume).resolve()):
         problems.append(
@@ -216,6 +220,18 @@ def _model(config: Config) -> list[str]:
         return problems
     arguments = {key: value for key, value in config.model.items() if key != "_target_"}
     return [f"model: {problem}" for problem in _target(config.model["_target_"]).problems(**arguments)]
+
+
+def _cuts(config: Config, plan: Plan) -> list[str]:
+    """Problems of a plan with this model, found on one that has no storage."""
+    if plan.pipeline * plan.tensor == 1:
+        return []
+    from leanlm.models.contract import Model, without_storage
+
+    arguments = {key: value for key, value in config.model.items() if key != "_target_"}
+    with without_storage():
+        net: Model = _target(config.model["_target_"])(vocabulary=256, sequence=config.sequence, **arguments)
+    return cuts_of_model(plan, len(net.blocks), net.tensor_units(), bool(net.tensor_split))
 
 
 def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:

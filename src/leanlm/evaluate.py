@@ -16,10 +16,10 @@ from leanlm.errors import UserError
 from leanlm.launch import launch, process_group, rank, say
 from leanlm.prepare import tokens
 from leanlm.runs import Run, write
-from leanlm.strategies.plan import Plan
+from leanlm.strategies.plan import Plan, resolve
 
 if TYPE_CHECKING:
-    from leanlm.models.contract import Model
+    from leanlm.strategies.cut import Cut
 
 
 @dataclass
@@ -46,7 +46,8 @@ def evaluate(asked: Evaluate) -> dict[str, float]:
     run = Run.find(asked.run)
     config = run.config()
     given: dict[str, Any] = {"devices": asked.devices, "strategy": asdict(asked.strategy)}
-    given["strategy"]["accumulate_grad_batches"] = 1
+    if asked.strategy.pipeline == 1:
+        given["strategy"]["accumulate_grad_batches"] = 1
     given |= {
         key: value
         for key, value in (("val_lanes", asked.lanes), ("val_overlap", asked.overlap), ("device", asked.device))
@@ -55,12 +56,14 @@ def evaluate(asked: Evaluate) -> dict[str, float]:
     for key, value in given.items():
         OmegaConf.update(config, key, value, merge=False)
     rows = asked.rows or config.global_batch
-    world = max(1, asked.devices or asked.strategy.replicate)
-    config.global_batch = -(-rows // world) * world  # only the rows in a batch: the figures do not depend on it
+    plan, _ = resolve(Plan(**given["strategy"]), asked.devices, 0)  # what cannot work about it, `check` says
+    readers = max(1, plan.readers)
+    # only the rows in a forward pass: the figures do not depend on it
+    config.global_batch = -(-rows // readers) * readers * max(1, plan.accumulate_grad_batches)
     settings = check(config)
     if asked.text is None and asked.split not in settings.corpus.splits:
         raise UserError(f"split={asked.split}: the data has {', '.join(settings.corpus.splits)}")
-    if asked.text is not None:
+    if asked.text is not None and not settings.plan.cuts_model:
         settings = replace(settings, plan=replace(settings.plan, replicate=1))
     result = launch(_work, (settings, run.path, asked.split, asked.text), settings.plan.world)
     if asked.text is None and rank() == 0:
@@ -74,7 +77,7 @@ def _work(settings: Settings, path: Path, split: str, text: str | None) -> dict[
     from leanlm import build
 
     with process_group(settings.config.device["accelerator"]):
-        tokenizer, net = restore(settings.config, settings.plan, Run(path))
+        tokenizer, cut = restore(settings.config, settings.plan, Run(path))
         if text is None:
             data = tokens(settings)
             numbers, size = data.splits[split], data.bytes[split]
@@ -82,8 +85,8 @@ def _work(settings: Settings, path: Path, split: str, text: str | None) -> dict[
             numbers, size = np.asarray(tokenizer.encode(text.encode())), len(text.encode())
             if not len(numbers):
                 raise UserError("text is empty")
-        module = build.module(settings, net)
-        batches = build.whole_split(settings, tokenizer, net, numbers)
+        module = build.module(settings, cut, training=False)
+        batches = build.whole_split(settings, tokenizer, cut.net, numbers)
         build.trainer(settings, [], []).validate(module, batches, verbose=False)
         found = module.split_loss.compute()
     loss, count = float(found["loss"]), int(found["tokens"])
@@ -96,8 +99,8 @@ def _work(settings: Settings, path: Path, split: str, text: str | None) -> dict[
     }
 
 
-def restore(config: Config, plan: Plan, run: Run) -> "tuple[Tokenizer, Model]":
-    """Tokenizer and trained weights of a run, from its newest whole checkpoint, whatever plan made it.
+def restore(config: Config, plan: Plan, run: Run) -> "tuple[Tokenizer, Cut]":
+    """Tokenizer and trained weights of a run under a plan, from its newest whole checkpoint, whatever plan made it.
 
     Raises:
         UserError: the run has no whole checkpoint.
@@ -111,9 +114,9 @@ def restore(config: Config, plan: Plan, run: Run) -> "tuple[Tokenizer, Model]":
     if newest is None:
         raise UserError(f"{run.path} has no checkpoint" + (" that is whole" if damaged else " yet"))
     tokenizer = tokenizers.restore(json.loads((run.path / "tokenizer.json").read_text()))
-    net = build.model(config, plan, tokenizer.vocabulary)
-    checkpoint.load(newest, net, None)
-    return tokenizer, net
+    cut = build.cut(config, plan, tokenizer.vocabulary)
+    checkpoint.load(newest, cut.named_parameters(), None)
+    return tokenizer, cut
 
 
 def main() -> None:

@@ -16,17 +16,17 @@ from leanlm import __version__, build
 from leanlm.callbacks.checkpoints import Checkpoints
 from leanlm.callbacks.plots import loss_curve
 from leanlm.callbacks.progress import Progress
-from leanlm.callbacks.record import Record, peak_memory_of_ranks
+from leanlm.callbacks.record import Record, of_ranks, peak_memory
 from leanlm.config import Settings
 from leanlm.data.tokenizer import Tokenizer, stream
 from leanlm.data.tokens import Tokens
 from leanlm.errors import UserError
-from leanlm.generate import generate
+from leanlm.generate import generate, generate_cut
 from leanlm.launch import rank, say
-from leanlm.models.contract import Model
 from leanlm.prepare import tokens as prepare
 from leanlm.runs import Run, write
 from leanlm.strategies.checkpoint import newest_whole
+from leanlm.strategies.cut import Cut
 
 
 def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -41,9 +41,9 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
             shutil.copy(start.parent.parent / run.metrics.name, run.metrics)
         run.create(OmegaConf.create({**config, "resume": None, "run_dir": None}))
         write(run.path / "tokenizer.json", json.dumps(tokens.tokenizer.state()))
-    net = build.model(asked, settings.plan, tokens.tokenizer.vocabulary)
-    module = build.module(settings, net)
-    parameters = sum(parameter.numel() for parameter in net.parameters())
+    cut = build.cut(asked, settings.plan, tokens.tokenizer.vocabulary)
+    net, module = cut.net, build.module(settings, cut)
+    parameters = cut.parameters
     batches = build.training_batches(settings, tokens, net)
     batches.first_step = json.loads((start / "state.json").read_text())["step"] if start else 0
     say(
@@ -51,10 +51,21 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
         f"{tokens.tokenizer.vocabulary:,} types\nplan: {settings.plan.describe()}; global batch {asked.global_batch} x "
         f"{asked.sequence} tokens, {asked.max_steps:,} steps, in {run.path}"
     )
+    if module.pipeline is not None:
+        say(module.pipeline.describe())
     record = Record(run, asked.log_every)
     callbacks: list[pl.Callback] = [record] + ([Progress(record)] if rank() == 0 else [])
     callbacks += [
-        Checkpoints(run, record, asked.checkpoint_every, asked.val_every, asked.keep_checkpoints, tokens.fingerprint, start)
+        Checkpoints(
+            run,
+            record,
+            asked.checkpoint_every,
+            asked.val_every,
+            asked.keep_checkpoints,
+            asked.global_batch,
+            tokens.fingerprint,
+            start,
+        )
     ]
     loggers = build.loggers(asked, str(run.path))
     trainer = build.trainer(settings, callbacks, loggers, asked.max_steps)
@@ -69,15 +80,17 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
         "steps": trainer.global_step,
         "tokens": record.tokens,
         "tokens_per_second": record.tokens / record.seconds,
-        "peak_memory_bytes": peak_memory_of_ranks(),
+        "peak_memory_bytes": of_ranks(peak_memory()),
+        "held_bytes": of_ranks(module.held_bytes(trainer.optimizers[0])),
         "seconds": record.seconds,
         "plan": settings.plan.asdict(),
         "exactness": settings.plan.exactness,
         "parameters": parameters,
         "versions": {"leanlm": __version__, "torch": torch.__version__, "lightning": lightning.__version__},
     }
+    if rank() == 0 or settings.plan.cuts_model:
+        sample = _sample(cut, tokens.tokenizer, asked.sample, asked.sample_tokens)
     if rank() == 0:
-        sample = _sample(net, tokens.tokenizer, asked.sample)
         with open(run.path / "samples.txt", "a") as file:
             file.write(f"--- step {trainer.global_step}\n{sample}\n")
         loss_curve({"": run}, run.path / "loss.png")
@@ -124,12 +137,20 @@ def _where_to_start(settings: Settings, tokens: Tokens) -> Path | None:
     return start
 
 
-def _sample(net: Model, tokenizer: Tokenizer, prompt: str, tokens: int = 300) -> str:
+def _sample(cut: Cut, tokenizer: Tokenizer, prompt: str, tokens: int) -> str:
+    """Text that the model writes; all ranks must call it when the model is spread over them."""
     try:
         begin = [tokenizer.start, *map(int, tokenizer.encode(prompt.encode()))]
     except UserError:  # the prompt has characters that this text does not
         begin, prompt = [tokenizer.start], ""
-    return prompt + "".join(stream(tokenizer, generate(net.eval(), begin, tokens, temperature=0.8)))
+    cut.net.eval()
+    if cut.plan.cuts_model:
+        for stage in cut.stages.values():
+            stage.eval()
+        numbers = generate_cut(cut, begin, tokens, temperature=0.8)
+    else:
+        numbers = generate(cut.net, begin, tokens, temperature=0.8)
+    return prompt + "".join(stream(tokenizer, numbers))
 
 
 def _report(result: dict[str, Any], sample: str, run: Run) -> None:

@@ -3,10 +3,14 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from leanlm.models.contract import Model
+
+if TYPE_CHECKING:
+    from leanlm.strategies.cut import Cut
 
 
 @dataclass
@@ -64,6 +68,21 @@ def generate(
         yield history[-1]
 
 
+def generate_cut(cut: "Cut", prompt: list[int], tokens: int, temperature: float = 1.0, seed: int = 1) -> Iterator[int]:
+    """As `generate`, with a model that is spread over several ranks; all of them must call it.
+
+    A model that carries state goes on from it; others read their last `sequence` tokens anew for each token.
+    """
+    generator = torch.Generator(cut.device).manual_seed(seed)
+    history, read = list(prompt), 0
+    for _ in range(tokens):
+        first = read if cut.net.carries_state else max(0, len(history) - cut.net.sequence)
+        logits = cut.next_logits(torch.tensor([history[first:]], device=cut.device), fresh=read == 0)
+        read = len(history)
+        history.append(_pick(logits.float(), temperature, 0, 1.0, generator))
+        yield history[-1]
+
+
 def _pick(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
@@ -105,9 +124,9 @@ def _main(asked: Generate) -> None:
     problems, config = typed(run.config())
     if problems:
         raise UserError(*problems)
-    tokenizer, net = restore(config, Plan(precision=config.strategy.precision), run)
+    tokenizer, cut = restore(config, Plan(precision=config.strategy.precision), run)
     prompt = [tokenizer.start, *map(int, tokenizer.encode(asked.prompt.encode()))]
-    numbers = generate(net.eval(), prompt, asked.tokens, asked.temperature, asked.top_k, asked.top_p, asked.seed)
+    numbers = generate(cut.net.eval(), prompt, asked.tokens, asked.temperature, asked.top_k, asked.top_p, asked.seed)
     sys.stdout.write(asked.prompt)
     for text in stream(tokenizer, numbers):
         sys.stdout.write(text)

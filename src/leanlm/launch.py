@@ -5,6 +5,7 @@ rank and sweeps that hang (lightning-hydra-template#393). Here the job stays one
 to its workers. Under torchrun the workers exist already, and the function simply runs.
 """
 
+import atexit
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from leanlm.errors import UserError
 
@@ -41,8 +42,41 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if launched() else 1
 
 
+def local_world_size() -> int:
+    """Processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", 0)) if launched() else 0
+
+
+def restarted() -> int:
+    """How often this process's group has been begun again after a failure, by `launch` or torchrun."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if launched() else 0
+
+
+def adopt_slurm() -> None:
+    """Where srun started this process as one of several, say so in torchrun's words, which all else here reads.
+
+    The address and the port are those that Lightning's SLURMEnvironment takes: the first node, and a port made of the job's
+    number.
+    """
+    if launched() or int(os.environ.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in os.environ:
+        return
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    slurm = SLURMEnvironment(auto_requeue=False)
+    tasks = os.environ["SLURM_NTASKS_PER_NODE"]
+    os.environ |= {
+        "MASTER_ADDR": slurm.main_address,
+        "MASTER_PORT": str(slurm.main_port),
+        "WORLD_SIZE": str(slurm.world_size()),
+        "RANK": str(slurm.global_rank()),
+        "LOCAL_RANK": str(slurm.local_rank()),
+        "GROUP_RANK": str(slurm.node_rank()),
+        "LOCAL_WORLD_SIZE": tasks,
+    }
 
 
 def say(text: str) -> None:
@@ -63,12 +97,15 @@ def process_group(accelerator: str) -> Iterator[None]:
     cuda = accelerator != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    store, _, _ = next(dist.rendezvous("env://"))
+    # the agent may keep its store over restarts, and in it the addresses of processes that are gone
+    store = dist.PrefixStore(f"attempt {restarted()}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank(), world_size=world_size())
     yield
     dist.destroy_process_group()  # not after an exception: it would wait for ranks that are gone
 
 
-def launch(function: Callable[..., Any], arguments: tuple, processes: int, isolate: bool = False) -> Any:
+def launch(function: Callable[..., Any], arguments: tuple, processes: int, isolate: bool = False, restarts: int = 0) -> Any:
     """`function(*arguments)` on `processes` local processes; what rank 0 returned.
 
     Args:
@@ -76,12 +113,13 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
         arguments: can be pickled.
         processes: 1 runs in this process.
         isolate: use a process of its own also for 1, so that its peak memory is its own (a sweep shares one process).
+        restarts: times that all processes begin again after one failed; `restarted` then tells them.
 
     Raises:
         UserError, Stopped: as the function did.
         WorkerFailed: one rank failed; all others have been ended.
     """
-    if launched() or (processes == 1 and not isolate):
+    if launched() or (processes == 1 and not isolate and not restarts):
         return function(*arguments)
 
     import torch.distributed.elastic.multiprocessing.errors as errors
@@ -100,7 +138,7 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        max_restarts=0,
+        max_restarts=restarts,
         monitor_interval=0.1,
         start_method="spawn",
     )
@@ -125,6 +163,16 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
 _USER_ERROR = "leanlm user error: "
 
 
+def leave(code: int) -> NoReturn:
+    """End this process, one of several, at once: a broken process group would wait for its dead peers, the agent's wrapper for
+    the agent, and a whole one now and then aborts when the interpreter takes gloo's threads apart."""
+    if code == 0:
+        atexit._run_exitfuncs()  # a logger may have to send its last lines
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _worker(function: Callable[..., Any], arguments: tuple) -> Any:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -144,9 +192,7 @@ def _worker(function: Callable[..., Any], arguments: tuple) -> Any:
         mark = _USER_ERROR if isinstance(error, UserError) else ""
         error.args = (mark + str(error),) if mark else error.args
         handler.record_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # at once: a broken process group would wait for its dead peers, the agent's wrapper for the agent
+    leave(code)
 
 
 def _lost_a_peer(error: Exception) -> bool:
@@ -159,7 +205,7 @@ def set_threads() -> None:
     """Share the cores among the processes of this machine."""
     import torch
 
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = local_world_size()
     if local > 1 and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local))

@@ -1,20 +1,20 @@
 """The LightningModules: one global batch a step, normalised by its own count of tokens, under any plan."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
-from leanlm import optim
+from leanlm import optim, optimizers
 from leanlm.data.batches import IGNORE, Batch
-from leanlm.memory.loss import token_loss
-from leanlm.models.contract import Model
-from leanlm.models.dropout import rows_of_step
 from leanlm.optim import Optim
-from leanlm.strategies.plan import Plan
+from leanlm.strategies import gradients
+from leanlm.strategies.cut import Cut
+from leanlm.strategies.pipeline import Pipeline
 
 
 class TokenLoss(Metric):
@@ -38,13 +38,12 @@ class TokenLoss(Metric):
 
 
 class LanguageModel(pl.LightningModule):
-    """Trains a model on global batches.
+    """Trains what this rank holds of a model on global batches.
 
     Args:
-        net: the model.
-        plan: how a global batch is cut; only its sizes are used here.
+        cut: the model as the plan cuts it.
+        pipeline: trains its stages, if there are several; None is enough for evaluation.
         optimizer: optimizer and schedule.
-        seed: of the dropout masks.
         max_steps: optimizer steps in the whole run, for the schedule.
         clip: largest global norm of the gradient; 0: no clipping.
 
@@ -52,40 +51,57 @@ class LanguageModel(pl.LightningModule):
         step_nats: loss of this rank's rows in the step at hand, divided by the tokens of the global batch; the sum over
             ranks is the loss of the step.
         grad_norm: global norm of the last step's gradient before clipping.
+        gradient_bytes: of this rank, in the last step.
     """
 
-    def __init__(self, net: Model, plan: Plan, optimizer: Optim, seed: int, max_steps: int, clip: float) -> None:
+    def __init__(self, cut: Cut, pipeline: Pipeline | None, optimizer: Optim, max_steps: int, clip: float) -> None:
         super().__init__()
-        self.net, self.plan, self.optimizer, self.seed = net, plan, optimizer, seed
-        self.max_steps, self.clip = max_steps, clip
+        self.net, self.cut, self.pipeline, self.plan = cut.net, cut, pipeline, cut.plan
+        self.stages = nn.ModuleList(cut.stages.values())
+        self.optimizer, self.max_steps, self.clip = optimizer, max_steps, clip
         self.step_nats = torch.zeros(())
         self.grad_norm = torch.zeros(())
-        self.split_loss = TokenLoss()
+        self.gradient_bytes = 0
+        self.split_loss = TokenLoss().to(cut.device)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.net(tokens)[0]
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch._replace(input=batch.input.to(device), target=batch.target.to(device))  # row numbers stay where they are
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        with rows_of_step(self.seed, batch.step, batch.rows):
-            nats = token_loss(self.net.head, self.hidden(batch), batch.target)
-        share = nats / batch.step_tokens
+        for stage in self.cut.stages.values():
+            stage.begin(batch.step, batch.fresh)
+        # Lightning divides by its batches of a step, DDP and FSDP2 by the readers; the sum over all is what counts
+        self.scale = self.plan.batches_per_step * self.plan.readers
+        if self.pipeline is not None:
+            self.batch = batch
+            return torch.zeros((), device=self.cut.device)  # a schedule mixes forward and backward: see `backward`
+        self.cut.reduce_after(batch.micro)
+        (stage,) = self.cut.stages.values()
+        share = stage(batch.input, batch.rows, batch.target) / batch.step_tokens
         self.step_nats = share.detach() + (self.step_nats if batch.micro else 0)
-        # Lightning divides by the micro-batches, DDP by the replicas; the sum over both is what counts
-        return share * (self.plan.accumulate_grad_batches * self.plan.replicate)
+        return share * self.scale
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """`batch` -> hidden `[b, s, h]` before the head."""
-        return self.net.hidden(batch.input)[0]
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.pipeline is None:
+            super().backward(loss, *args, **kwargs)
+            return
+        with self.trainer.precision_plugin.train_step_context():
+            scaled = self.pipeline.step(self.batch, self.scale / self.batch.step_tokens)
+        self.step_nats = scaled / self.scale
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        nats = token_loss(self.net.head, self.hidden(batch), batch.target)
-        self.split_loss.update(nats, (batch.target != IGNORE).sum())
+        for stage in self.cut.stages.values():
+            stage.begin(batch.step, batch.fresh)
+        nats = self.cut.relay(batch.input, batch.rows, batch.target)
+        if nats is None or not self.cut.counts_loss:  # another rank counts these rows
+            nats, batch = torch.zeros(()), batch._replace(target=batch.target[:0])
+        self.split_loss.update(nats.to(self.cut.device), (batch.target != IGNORE).sum())
 
     def on_validation_epoch_start(self) -> None:
         self.split_loss.reset()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return optim.build(self.net, self.optimizer)
+        return optimizers.build(self.cut.named_parameters(), self.optimizer)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         share = optim.factor(self.optimizer, self.trainer.global_step, self.max_steps)
@@ -97,79 +113,54 @@ class LanguageModel(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        parameters = [parameter for parameter in self.net.parameters() if parameter.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, self.grad_norm)
+        gradients.complete(self.cut)
+        self.gradient_bytes = held_bytes(parameter.grad for parameter in self.net.parameters())
+        self.grad_norm = gradients.clip(self.cut, self.clip)
 
     def global_loss(self) -> Tensor:
         """Loss of the step just done over the whole global batch. All ranks must call it."""
-        loss = self.step_nats.clone()
+        loss = self.step_nats.double() * int(self.cut.counts_loss)  # one type on all ranks
         if self.plan.world > 1:
             dist.all_reduce(loss)
         return loss
+
+    def held_bytes(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+        """Bytes of parameters, gradients and optimizer state that this rank holds."""
+        state = [value for values in optimizer.state.values() for value in values.values()]
+        return {
+            "parameters": held_bytes(self.net.parameters()),
+            "gradients": self.gradient_bytes,
+            "optimizer_state": held_bytes(value for value in state if isinstance(value, Tensor)),
+        }
 
     def carried(self) -> dict[str, Tensor]:
         """What a checkpoint must hold beside weights and optimizer, by global name; rows of all ranks together."""
         return {}
 
-    def carry(self, state: dict[str, Tensor]) -> None:
+    def carry(self, state: dict[str, Tensor], global_batch: int) -> None:
         """Take up what `carried` returned, perhaps under another plan."""
 
 
 class RecurrentLanguageModel(LanguageModel):
-    """A model whose state after step s, cut from its history, is where step s + 1 begins (truncated BPTT).
-
-    The new states of a step become the carried ones only when the step is done, so that a checkpoint taken in the
-    middle of an accumulation is the state after the last whole step.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.before: dict[int, list[Any]] = {}  # micro-batch -> states after the last step
-        self.after: dict[int, list[Any]] = {}
-        self.evaluation: list[Any] | None = None
-
-    def hidden(self, batch: Batch) -> Tensor:
-        if not self.training:
-            hidden, self.evaluation = self.net.hidden(batch.input, None if batch.fresh else self.evaluation)
-            return hidden
-        hidden, states = self.net.hidden(batch.input, None if batch.fresh else self.before.get(batch.micro))
-        self.after[batch.micro] = [tuple(part.detach() for part in state) for state in states]
-        return hidden
+    """A model whose state after step s, cut from its history, is where step s + 1 begins (truncated BPTT)."""
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if batch.micro == self.plan.accumulate_grad_batches - 1:
-            self.before, self.after = self.after, {}
+        if batch.micro == self.plan.batches_per_step - 1:
+            for stage in self.cut.stages.values():
+                stage.advance()
 
     def carried(self) -> dict[str, Tensor]:
-        if not self.before:
-            return {}
-        names = self.net.blocks.keys()
-        micros = [self.before[micro] for micro in sorted(self.before)]
-        parts = {
-            f"{name}.{i}": torch.cat([states[block][i] for states in micros])
-            for block, name in enumerate(names)
-            for i in range(len(micros[0][block]))
-        }
-        return {name: _gather_rows(part, self.plan.replicate) for name, part in parts.items()}
+        parts = {name: part for stage in self.cut.stages.values() for name, part in stage.carried().items()}
+        return {name: self.cut.gather_rows(part) for name, part in parts.items()}
 
-    def carry(self, state: dict[str, Tensor]) -> None:
-        if not state:
-            return
-        cut = self.plan.replicate * self.plan.accumulate_grad_batches
-        first = (dist.get_rank() if self.plan.world > 1 else 0) * self.plan.accumulate_grad_batches
-        for micro in range(self.plan.accumulate_grad_batches):
-            rows = {name: part.chunk(cut)[first + micro].to(self.device) for name, part in state.items()}
-            self.before[micro] = [
-                tuple(rows[key] for key in sorted(rows) if key.rpartition(".")[0] == name) for name in self.net.blocks
-            ]
+    def carry(self, state: dict[str, Tensor], global_batch: int) -> None:
+        plan, rows = self.plan, global_batch // self.plan.readers
+        first = self.cut.reader * rows
+        mine = {name: part[first : first + rows].to(self.cut.device) for name, part in state.items()}
+        for stage in self.cut.stages.values():
+            stage.carry(mine, first, plan.accumulate_grad_batches)
 
 
-def _gather_rows(part: Tensor, replicas: int) -> Tensor:
-    """`[rows of this rank, h]` -> `[global batch, h]`."""
-    if replicas == 1:
-        return part
-    parts = [torch.empty_like(part) for _ in range(replicas)]
-    dist.all_gather(parts, part.contiguous())
-    return torch.cat(parts)
+def held_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of these tensors on this rank."""
+    return sum(part.numel() * part.element_size() for part in (gradients.local(t) for t in tensors if t is not None))

@@ -1,12 +1,7 @@
-"""Optimizers and learning-rate schedules. Weight decay acts on matrices only, not on biases and norms."""
+"""The settings of optimizers and learning-rate schedules."""
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import nn
 
 NAMES = ("adamw", "muon", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
@@ -71,62 +66,3 @@ def factor(optim: Optim, step: int, max_steps: int) -> float:
         share = min(1.0, (max_steps - step) / max(1, round(optim.decay * max_steps)))
         return optim.final + (1 - optim.final) * max(0.0, share)
     return 1.0
-
-
-def build(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """The optimizer of a model's parameters; each group keeps its peak rate as `peak_lr`."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    hidden: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if optim.name == "muon" and parameter.dim() == 2 and name.startswith("blocks."):
-            hidden.append(parameter)
-        else:
-            (matrices if parameter.dim() >= 2 else others).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": optim.weight_decay, "peak_lr": optim.lr},
-        {"params": others, "weight_decay": 0.0, "peak_lr": optim.lr},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
-
-    def adamw(groups: list[dict]) -> torch.optim.Optimizer:
-        # fused: no temporary copy of the parameters during the step
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
-
-    def muon(groups: list[dict]) -> torch.optim.Optimizer:
-        return torch.optim.Muon(groups, lr=optim.muon_lr, momentum=optim.momentum)
-
-    if not hidden:
-        return adamw(groups)
-    group = {"params": hidden, "weight_decay": optim.weight_decay, "peak_lr": optim.muon_lr}
-    return Combined([(muon, [group]), (adamw, groups)])
-
-
-class Combined(torch.optim.Optimizer):
-    """Several optimizers that act as one: the groups and the state are those of all parts together.
-
-    Lightning's automatic optimization, and a checkpoint, then see a single optimizer.
-    """
-
-    def __init__(self, parts: list[tuple[Callable[[list[dict]], torch.optim.Optimizer], list[dict]]]) -> None:
-        self.parts = [make(groups) for make, groups in parts]
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for part, groups in self._groups_of_parts():
-            part.state, part.param_groups = self.state, groups  # ours may have been replaced by loading a checkpoint
-            part.step()
-        return loss
-
-    def _groups_of_parts(self) -> Iterator[tuple[torch.optim.Optimizer, list[dict]]]:
-        first = 0
-        for part in self.parts:
-            yield part, self.param_groups[first : first + len(part.param_groups)]
-            first += len(part.param_groups)

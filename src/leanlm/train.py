@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from leanlm import cli
 from leanlm.cli import effective, swept_keys
 from leanlm.config import Config, Settings, check
-from leanlm.launch import launch, launched, process_group, say
+from leanlm.launch import adopt_slurm, launch, launched, process_group, restarted, say
 from leanlm.prepare import tokens
 from leanlm.runs import Run
 
@@ -29,24 +30,30 @@ def train(config: DictConfig, path: Path | None = None, isolate: bool = False) -
         UserError: with every problem found, before any work starts.
         Stopped: a signal ended the run, and it has saved a checkpoint.
     """
+    if restarted() and config.run_dir and Path(config.run_dir, "config.yaml").is_file():  # under torchrun --max-restarts
+        config.resume = config.run_dir
     settings = check(config)
     if not launched():
         tokens(settings)  # prepared once, before there are several processes
     path = Path(config.run_dir or config.resume or path or Run.new_path("run"))
     plain = OmegaConf.to_container(config, resolve=True)
-    return launch(work, (settings, plain, path), settings.plan.world, isolate)
+    return launch(work, (settings, plain, path), settings.plan.world, isolate, config.restarts)
 
 
 def work(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any]:
     """What each rank does."""
     from leanlm.fit import fit
 
+    if restarted() and (path / "config.yaml").is_file():
+        say(f"begun again after a failure, {restarted()} of at most {settings.config.restarts} times")
+        settings = replace(settings, config=replace(settings.config, resume=str(path)))
     with process_group(settings.config.device["accelerator"]):
         return fit(settings, config, path)
 
 
 def job(config: DictConfig) -> None:
     """One job of a command line."""
+    adopt_slurm()
     hydra = HydraConfig.get()
     config = effective(config, list(hydra.overrides.task))
     sweep = hydra.mode == RunMode.MULTIRUN

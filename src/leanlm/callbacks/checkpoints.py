@@ -25,10 +25,18 @@ class Checkpoints(pl.Callback):
     """
 
     def __init__(
-        self, run: Run, record: Record, every: int, val_every: int, keep: int, fingerprint: str, start: Any = None
+        self,
+        run: Run,
+        record: Record,
+        every: int,
+        val_every: int,
+        keep: int,
+        global_batch: int,
+        fingerprint: str,
+        start: Any = None,
     ) -> None:
         self.run, self.record, self.every, self.val_every, self.keep = run, record, every, val_every, keep
-        self.fingerprint, self.start = fingerprint, start
+        self.global_batch, self.fingerprint, self.start = global_batch, fingerprint, start
         self.saved = -1
         self.signal, self.first_signal = 0, 0.0
         self.handlers: dict[int, Any] = {}
@@ -37,9 +45,9 @@ class Checkpoints(pl.Callback):
         if self.start is None:
             return
         assert isinstance(module, LanguageModel)
-        carried, state = checkpoint.load(self.start, module.net, trainer.optimizers[0])
-        module.carry(carried)
-        step, micros = state["step"], state["step"] * module.plan.accumulate_grad_batches
+        carried, state = checkpoint.load(self.start, module.cut.named_parameters(), trainer.optimizers[0])
+        module.carry(carried, self.global_batch)
+        step, micros = state["step"], state["step"] * module.plan.batches_per_step
         loop = trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
         counts = dict.fromkeys(("ready", "started", "processed", "completed"), micros)
@@ -92,7 +100,8 @@ class Checkpoints(pl.Callback):
             "text": self.fingerprint,
             "versions": {"leanlm": __version__, "torch": torch.__version__},
         }
-        checkpoint.save(self.run.checkpoints, module.net, trainer.optimizers[0], module.carried(), state, self.keep)
+        named = module.cut.owned_parameters()
+        checkpoint.save(self.run.checkpoints, named, trainer.optimizers[0], module.carried(), state, self.keep)
         self.saved = trainer.global_step
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -107,7 +116,7 @@ class Checkpoints(pl.Callback):
         assert isinstance(module, LanguageModel)
         number = self.signal
         if module.plan.world > 1:  # signals reach the ranks at different times; stop all at the same step
-            told = torch.tensor(number, device=module.device)
+            told = torch.tensor(number, device=module.cut.device)
             dist.all_reduce(told, dist.ReduceOp.MAX)
             number = int(told)
         if number:

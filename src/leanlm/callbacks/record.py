@@ -40,7 +40,7 @@ class Record(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(module, LanguageModel)
-        if batch.micro < module.plan.accumulate_grad_batches - 1:
+        if batch.micro < module.plan.batches_per_step - 1:
             return
         now = time.perf_counter()
         self.seconds, self.mark = self.seconds + now - self.mark, now
@@ -108,11 +108,10 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def peak_memory_of_ranks() -> list[int]:
-    """`peak_memory` of each rank. All ranks must call it."""
-    peaks = [peak_memory()]
-    if dist.is_available() and dist.is_initialized():
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, peaks[0])
-        return gathered
-    return peaks
+def of_ranks(value: Any) -> list[Any]:
+    """`value` of each rank. All ranks must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

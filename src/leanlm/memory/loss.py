@@ -5,11 +5,19 @@ than everything else in a small model. Here the gradients of a chunk are made ri
 all chunks share (the idea of Liger's FusedLinearCrossEntropy, Hsu et al. 2024, arXiv 2410.10989). On two CPU
 cores torch's own `F.linear_cross_entropy` took 2 to 5 times as long as plain cross-entropy, and it has no chunks before
 torch 2.13.
+
+A projection that is split over the vocabulary (a DTensor sharded in its rows) gives the loss without gathering logits:
+the devices exchange the largest logit, the sum of exponentials and the target's logit of each token (Shoeybi et al. 2019, arXiv
+1909.08053, section 3).
 """
 
+from typing import Any, NamedTuple
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from leanlm.data.batches import IGNORE
 from leanlm.models.contract import Head
@@ -25,14 +33,32 @@ def token_loss(head: Head, hidden: Tensor, target: Tensor) -> Tensor:
     """
     hidden = head.norm(hidden).flatten(0, 1)  # [b*s, h]
     target = target.flatten()
-    projection = head.projection
-    if target.numel() * projection.out_features <= CHUNK:
+    projection: Any = head.projection
+    split = isinstance(projection.weight, DTensor)
+    if not split and target.numel() * projection.out_features <= CHUNK:
         logits = projection(hidden)
         wide = torch.promote_types(logits.dtype, torch.float32)  # a sum of 1,000 tokens has few digits left in bf16
         return F.cross_entropy(logits.to(wide), target, reduction="sum", ignore_index=IGNORE)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    if split:
+        weight, bias = (part if part is None else part.to_local() for part in (projection.weight, projection.bias))
+        return _ChunkedLoss.apply(hidden, weight, bias, target, _Rows.of(projection.weight))
     return _ChunkedLoss.apply(hidden, projection.weight, projection.bias, target)
+
+
+class _Rows(NamedTuple):
+    """This device's rows of a projection that is split over the vocabulary: the first, the count where it is largest."""
+
+    group: dist.ProcessGroup
+    first: int
+    longest: int
+
+    @classmethod
+    def of(cls, weight: Any) -> "_Rows":
+        mesh = weight.device_mesh
+        longest = -(-len(weight) // mesh.size())
+        return cls(mesh.get_group(), min(len(weight), mesh.get_local_rank() * longest), longest)
 
 
 def _even(tokens: int, size: int) -> int:
@@ -44,11 +70,18 @@ class _ChunkedLoss(torch.autograd.Function):
     """Logits stand on their side, `[vocabulary, tokens of a chunk]`: on a CPU their product is then twice as fast."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        rows: _Rows | None = None,
+    ) -> Tensor:
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         matrix = weight.to(hidden.dtype)  # bf16 under autocast, otherwise the weight itself
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        size = _even(len(hidden), max(SHORTEST, CHUNK // len(weight)))
+        size = _even(len(hidden), max(SHORTEST, CHUNK // (rows.longest if rows else len(weight))))
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.empty_like(weight) if need_weight else None
         d_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
@@ -66,14 +99,24 @@ class _ChunkedLoss(torch.autograd.Function):
             if logits is not narrow:
                 logits.copy_(narrow)
             counted = y != IGNORE
-            row = y.clamp(min=0)[None]
+            position = y - rows.first if rows else y
+            here = counted & (position >= 0) & (position < len(weight)) if rows else counted
+            row = position.where(here, 0)[None]
             largest, aim = logits.amax(0), logits.gather(0, row)[0]
-            probability = torch.softmax(logits, 0, out=logits)
-            log_total = largest - probability.amax(0).log()  # the largest is at least 1 / vocabulary
+            if rows is None:
+                probability = torch.softmax(logits, 0, out=logits)
+                log_total = largest - probability.amax(0).log()  # the largest is at least 1 / vocabulary
+            else:
+                dist.all_reduce(largest, dist.ReduceOp.MAX, rows.group)
+                probability = logits.sub_(largest).exp_()
+                total, aim = sums = torch.stack((probability.sum(0), aim.where(here, 0)))
+                dist.all_reduce(sums, group=rows.group)
+                probability.div_(total)
+                log_total = largest + total.log()
             loss += (log_total - aim).where(counted, 0).sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
-            gradient = probability.scatter_add_(0, row, torch.full_like(row, -1, dtype=wide))
+            gradient = probability.scatter_add_(0, row, -here.to(wide)[None])
             if not counted.all():
                 gradient.mul_(counted)
             if d_bias is not None:
@@ -86,10 +129,19 @@ class _ChunkedLoss(torch.autograd.Function):
                 torch.addmm(d_weight, narrow, x, beta=int(first > 0), out=d_weight)
             elif d_weight is not None:
                 d_weight.copy_(narrow @ x) if first == 0 else d_weight.add_(narrow @ x)
-        ctx.gradients = d_hidden, d_weight, d_bias
+        if d_hidden is not None and rows is not None:
+            dist.all_reduce(d_hidden, group=rows.group)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.scaled = False
         return loss
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        gradients, ctx.gradients = ctx.gradients, (None, None, None)
-        return *(part if part is None else part.mul_(grad) for part in gradients), None
+        # a zero-bubble schedule runs this twice, once for the hidden state and once for the weights; in place, because
+        # the gradient of a large head is worth not copying (.data: autograd counts changes of what it has saved)
+        gradients = ctx.saved_tensors
+        for part in gradients if not ctx.scaled else ():
+            if part is not None:
+                part.data.mul_(grad)
+        ctx.scaled = True
+        return *gradients, None, None

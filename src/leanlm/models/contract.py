@@ -6,6 +6,8 @@ that whatever cuts a model (stages, shards, recomputation) can work block by blo
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +39,11 @@ class Model(nn.Module):
 
     carries_state: ClassVar[bool] = False  # True: the state after step s is the state before step s + 1
 
+    # What a tensor axis may split: name of a submodule, `*` for any block -> "vocabulary" (an embedding, or the head's
+    # projection, by token types), "colwise" (a linear layer by outputs), "rowwise" (by inputs, which a colwise layer made),
+    # "input" (a module whose input only colwise layers read: its gradient is then summed once for all of them).
+    tensor_split: ClassVar[dict[str, str]] = {}
+
     embed: nn.Module  # (tokens [b, s], position of the first token) -> hidden [b, s, h]
     blocks: nn.ModuleDict  # "0", "1", ...: (hidden, state) -> (hidden, state)
     head: Head
@@ -51,6 +58,10 @@ class Model(nn.Module):
         """What cannot work about constructor arguments that are of the right types, one line each."""
         rate = arguments.get("dropout", 0)
         return [] if 0 <= rate < 1 else [f"dropout={rate}: a share of at least 0 and below 1"]
+
+    def tensor_units(self) -> dict[str, int]:
+        """Constructor argument -> count that a tensor axis must divide, such as attention heads."""
+        return {}
 
     def hidden(self, tokens: Tensor, states: list[Any] | None = None, position: int = 0) -> tuple[Tensor, list[Any]]:
         """`tokens [b, s]` -> `hidden [b, s, h]` before the head, and the state of each block after the last token."""
@@ -87,14 +98,49 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def ties(model: nn.Module) -> dict[str, str]:
+    """Every parameter name that shares its weights with an earlier one -> the earlier, which is the global name."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    found = {name: first.setdefault(id(parameter), name) for name, parameter in named}
+    return {name: owner for name, owner in found.items() if name != owner}
+
+
 @torch.no_grad()
 def initialize(model: Model, seed: int) -> None:
     """Fill every parameter from (seed, name) alone: the same bits whichever process fills it, in whatever order."""
     for name, parameter in model.named_parameters():
-        generator = torch.Generator().manual_seed(stable_hash(seed, name))
         if parameter.device.type == "cpu":
-            model.initialize(name, parameter, generator)
-        else:  # one parameter at a time, drawn on the CPU: devices draw differently
-            value = torch.empty(parameter.shape, dtype=parameter.dtype)
-            model.initialize(name, value, generator)
-            parameter.copy_(value)
+            model.initialize(name, parameter, generator(seed, name))
+        else:
+            parameter.copy_(initial(model, seed, name, parameter))
+
+
+@torch.no_grad()
+def initial(model: Model, seed: int, name: str, like: Tensor) -> Tensor:
+    """The initial value of one parameter with the shape and type of `like`, drawn on the CPU: devices draw
+    differently."""
+    value = torch.empty(like.shape, dtype=like.dtype, device="cpu")
+    model.initialize(name, value, generator(seed, name))
+    return value
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(stable_hash(seed, name))
+
+
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """Within it, parameters are made on the meta device; buffers are made as always, since nothing could fill them later."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:  # one that is already may be tied to another
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    nn.Module.register_parameter = on_meta  # type: ignore
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -28,6 +28,7 @@ class RNN(Model):
     """
 
     carries_state = True
+    tensor_split = {"embed.tokens": "vocabulary", "head.projection": "vocabulary"}  # a recurrence reads all of its state
 
     def __init__(
         self,

@@ -43,6 +43,20 @@ class Transformer(Model):
             kernel).
     """
 
+    tensor_split = {
+        "embed.tokens": "vocabulary",
+        "blocks.*.attention": "input",
+        "blocks.*.attention.query": "colwise",
+        "blocks.*.attention.key": "colwise",
+        "blocks.*.attention.value": "colwise",
+        "blocks.*.attention.out": "rowwise",
+        "blocks.*.mlp": "input",
+        "blocks.*.mlp.up": "colwise",
+        "blocks.*.mlp.gate": "colwise",
+        "blocks.*.mlp.down": "rowwise",
+        "head.projection": "vocabulary",
+    }
+
     def __init__(
         self,
         vocabulary: int,
@@ -68,6 +82,7 @@ class Transformer(Model):
     ) -> None:
         super().__init__(vocabulary, sequence)
         self.depth, self.init, self.zero_init = depth, init, zero_init
+        self.units = {"heads": heads, "kv_heads": kv_heads or heads, "mlp_width": mlp_width or 4 * width}
 
         def make_norm() -> nn.Module:
             if norm == "rmsnorm":
@@ -104,6 +119,9 @@ class Transformer(Model):
         if not found and heads % groups:
             found.append(f"heads={heads} does not divide by kv_heads={groups}")
         return super().problems(**arguments) + found
+
+    def tensor_units(self) -> dict[str, int]:
+        return self.units
 
     def start(self, batch: int) -> list["KVCache"]:
         return [block.cache(batch) for block in self.blocks.values() if isinstance(block, Block)]

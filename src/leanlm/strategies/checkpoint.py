@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from leanlm.errors import UserError
 FORMAT = 1
 
 
+Named = Iterable[tuple[str, nn.Parameter]]  # a rank's parameters, whole or its shards, by global name
+
+
 def save(
     folder: Path,
-    net: nn.Module,
+    named: Named,
     optimizer: torch.optim.Optimizer,
     carried: dict[str, Tensor],
     state: dict[str, Any],
@@ -36,7 +40,7 @@ def save(
 
     Args:
         folder: holds the checkpoints of a run.
-        net: its parameters are saved by name, tied ones once.
+        named: parameters to save; each must be given by one rank, or the same by several.
         optimizer: its state is saved by the name of the parameter.
         carried: recurrent state of the global batch, `[global batch, ...]` each.
         state: JSON to keep beside; `state["step"]` names the checkpoint.
@@ -48,8 +52,9 @@ def save(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     _barrier()
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in net.named_parameters()}
-    tensors |= {f"optimizer.{name}": value for name, value in _optimizer_state(net, optimizer).items()}
+    named = list(named)
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in named}
+    tensors |= {f"optimizer.{name}": value for name, value in _optimizer_state(named, optimizer).items()}
     tensors |= {f"carried.{name}": value for name, value in carried.items()}
     tensors |= {f"rng.{_rank()}": torch.get_rng_state()}
     with warnings.catch_warnings():
@@ -71,8 +76,9 @@ def save(
     return whole
 
 
-def load(folder: Path, net: nn.Module, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint, made under any plan, into a model and its optimizer. All ranks must call it.
+def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint, made under any plan, into parameters (a name may be there twice) and their optimizer. All ranks must
+    call it.
 
     Returns:
         The carried state and the JSON that `save` was given.
@@ -83,27 +89,33 @@ def load(folder: Path, net: nn.Module, optimizer: torch.optim.Optimizer | None) 
         for name, meta in reader.read_metadata().state_dict_metadata.items()
         if isinstance(meta, TensorStorageMetadata)
     }
-    parameters = dict(net.named_parameters())
+    named = list(named)
+    parameters = dict(named)
     missing = [name for name in parameters if f"model.{name}" not in stored]
     if missing:
         raise UserError(f"{folder} is of another model: it has no {missing[0]} ({len(missing)} of {len(parameters)} lacking)")
     tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
     for name, meta in stored.items():
         kind, _, rest = name.partition(".")
-        if kind == "optimizer" and optimizer is not None:
+        if kind == "optimizer" and optimizer is not None and rest.rpartition(".")[0] in parameters:
             parameter = parameters[rest.rpartition(".")[0]]
-            like = parameter.detach() if meta.size == parameter.shape else torch.empty(meta.size)
+            like = parameter.detach() if meta.size == parameter.shape else torch.empty(meta.size, device=parameter.device)
             tensors[name] = torch.empty_like(like, dtype=meta.properties.dtype)
         elif kind == "carried" or name == f"rng.{_rank()}":
             tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(tensors, storage_reader=reader, no_dist=not _distributed())
+    for name, parameter in named:
+        if parameter is not parameters[name]:
+            parameter.detach().copy_(parameters[name].detach())
     if optimizer is not None:
         for name, value in tensors.items():
             if name.startswith("optimizer."):
                 owner, _, key = name.removeprefix("optimizer.").rpartition(".")
-                optimizer.state[parameters[owner]][key] = value
+                for parameter in (parameter for name, parameter in named if name == owner):
+                    mine = parameter is parameters[owner]
+                    optimizer.state[parameter][key] = value if mine else value.clone()
         if f"rng.{_rank()}" in tensors:
             torch.set_rng_state(tensors[f"rng.{_rank()}"])
     carried = {name.removeprefix("carried."): value for name, value in tensors.items() if name.startswith("carried.")}
@@ -143,10 +155,10 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _optimizer_state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_state(named: Named, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": value
-        for name, parameter in net.named_parameters()
+        for name, parameter in named
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }

@@ -1,0 +1,263 @@
+"""What each strategy costs and holds: speed and peak memory of every preset beside `single`, bytes of each rank, traffic.
+
+python scripts/strategies.py [--devices 2 4] [--models transformer lstm] [--steps 6] [--out strategies]
+
+Every run has processes of its own. Writes OUT.md (tables), OUT.json and OUT.png.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+SIZES = {
+    "transformer": ["model=transformer", "model.width=384", "model.depth=6", "model.heads=6", "optim=adamw"],
+    "lstm": ["model=lstm", "model.width=512", "model.depth=4", "optim=adamw"],
+}
+COMMON = ["global_batch=16", "sequence=128", "device=cpu", "logger=csv", "val_every=100000", "checkpoint_every=100000"]
+PRESETS = {  # strategy -> number of devices it needs at least
+    "ddp": 2, "fsdp": 2, "tensor": 2, "pipeline": 2, "gpipe": 2, "interleaved": 2, "zero_bubble": 2, "hsdp": 4,
+    "fsdp_tensor": 4, "pipeline_ddp": 4, "pipeline_fsdp": 4, "pipeline_tensor": 4,
+}  # fmt: skip
+MORE = {"fsdp, accumulate 4": ("fsdp", ["strategy.accumulate_grad_batches=4"]),
+        "fsdp, accumulate 4, reduced once": ("fsdp", ["strategy.accumulate_grad_batches=4",
+                                                      "strategy.reduce_every_micro_batch=false"])}  # fmt: skip
+
+
+def composed(overrides: list[str]) -> Any:
+    from hydra import compose, initialize_config_dir
+
+    from leanlm.config import FOLDER
+
+    with initialize_config_dir(FOLDER, version_base="1.3"):
+        return compose("train", overrides=overrides)
+
+
+def measure(overrides: list[str], steps: int) -> dict[str, Any]:
+    """On each rank: time the steps, then look at one more from inside."""
+    import lightning.pytorch as pl
+    import torch
+
+    from leanlm import build
+    from leanlm.callbacks.record import of_ranks, peak_memory
+    from leanlm.config import check
+    from leanlm.launch import process_group
+    from leanlm.prepare import tokens
+
+    class Watch(pl.Callback):
+        def __init__(self) -> None:
+            self.begin, self.times, self.modes = 0.0, [], None
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+            if batch.micro == 0:
+                if trainer.global_step == steps:
+                    self.modes = communication(), Saved()
+                    for mode in self.modes:
+                        mode.__enter__()
+                self.begin = time.perf_counter()
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+            if batch.micro < module.plan.batches_per_step - 1:
+                return
+            self.times.append(time.perf_counter() - self.begin)
+            if trainer.global_step == steps:
+                self.peak = peak_memory()
+            if self.modes:
+                for mode in reversed(self.modes):
+                    mode.__exit__(None, None, None)
+
+    settings = check(composed(overrides))
+    with process_group("cpu"):
+        data = tokens(settings)
+        cut = build.cut(settings.config, settings.plan, data.tokenizer.vocabulary)
+        module, watch = build.module(settings, cut), Watch()
+        base = resident()
+        trainer = build.trainer(settings, [watch], [], steps + 1)
+        trainer.fit(module, build.training_batches(settings, data, cut.net))
+        traffic, saved = watch.modes
+        return {
+            "milliseconds": 1000 * statistics.median(watch.times[1:steps]),
+            "peak": of_ranks(watch.peak),
+            "base": of_ranks(base),
+            "held": of_ranks(module.held_bytes(trainer.optimizers[0])),
+            "activations": of_ranks(saved.largest),
+            "traffic": of_ranks({kind: [traffic.calls[kind], traffic.bytes[kind]] for kind in traffic.calls}),
+            "describe": settings.plan.describe(),
+            "parameters": cut.parameters,
+            "stages": module.pipeline.describe() if module.pipeline else None,
+            "torch": torch.__version__,
+        }
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def communication() -> Any:
+    """A mode that counts calls and payload bytes (the larger of what goes in and what comes out) of each kind."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Communication(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.bytes = Counter(), Counter()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            space, _, name = func._schema.name.partition("::")
+            kind = next((kind for key, kind in KINDS.items() if key in name), None)
+            if space in ("c10d", "_c10d_functional") and kind:
+                groups = [args[0], args[1] if len(args) > 1 else (), out]
+                self.calls[kind] += 1
+                self.bytes[kind] += max(sum(t.nbytes for t in tree_leaves(g) if isinstance(t, torch.Tensor)) for g in groups)
+            return out
+
+    return Communication()
+
+
+KINDS = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
+         "reduce_scatter": "reduce-scatter", "send": "send", "broadcast": "broadcast"}  # fmt: skip
+
+
+class Saved:
+    """The most bytes that autograd kept at a time for the backward pass; each storage once, parameters not counted."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.now, self.largest, self.live = 0, 0, Counter()
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: Held(self, tensor), lambda held: held.tensor)
+
+    def __enter__(self) -> None:
+        self.hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+
+
+class Held:
+    """A saved tensor that says when it is let go."""
+
+    def __init__(self, watch: Saved, tensor: Any) -> None:
+        from leanlm.strategies.gradients import local
+
+        self.watch, self.tensor = watch, tensor
+        owner = tensor._base if tensor._is_view() else tensor
+        storage = local(tensor.detach()).untyped_storage()
+        self.key, self.size = None if owner.is_leaf and owner.requires_grad else storage.data_ptr(), storage.nbytes()
+        if self.key is not None:
+            watch.now += self.size if watch.live[self.key] == 0 else 0
+            watch.largest = max(watch.largest, watch.now)
+            watch.live[self.key] += 1
+
+    def __del__(self) -> None:
+        if self.key is not None:
+            self.watch.live[self.key] -= 1
+            self.watch.now -= self.size if self.watch.live[self.key] == 0 else 0
+
+
+def main() -> None:
+    from leanlm.config import check
+    from leanlm.launch import launch
+    from leanlm.prepare import tokens
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--devices", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--models", nargs="+", default=list(SIZES))
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--out", default="strategies")
+    asked = parser.parse_args()
+    tokens(check(composed([*COMMON, *SIZES[asked.models[0]]])))
+    found: dict[str, dict] = {}
+    for model in asked.models:
+        jobs = [("single", 1, "single", [])]
+        for devices in asked.devices:
+            jobs += [(name, devices, name, []) for name, least in PRESETS.items() if least <= devices]
+            jobs += [(name, devices, *how) for name, how in MORE.items() if devices == 2]
+        for name, devices, strategy, more in jobs:
+            overrides = [*COMMON, *SIZES[model], f"strategy={strategy}", f"devices={devices}", *more]
+            if check_stages(model, overrides):
+                continue
+            result = launch(measure, (overrides, asked.steps), devices, isolate=True)
+            found.setdefault(model, {})[f"{name} ({devices})"] = result
+            print(f"{model:12} {name:34} {devices}  {result['milliseconds']:7.0f} ms  "
+                  f"{[round(peak / 2**20) for peak in result['peak']]} MiB", flush=True)  # fmt: skip
+    Path(f"{asked.out}.json").write_text(json.dumps(found, indent=1))
+    Path(f"{asked.out}.md").write_text(tables(found))
+    picture(found, Path(f"{asked.out}.png"))
+    print(tables(found))
+
+
+def check_stages(model: str, overrides: list[str]) -> bool:
+    """Whether a preset cannot work with this model (more stages than blocks)."""
+    from leanlm.config import check
+    from leanlm.errors import UserError
+
+    try:
+        check(composed(overrides))
+    except UserError as error:
+        print(f"{model}: {error}")
+        return True
+    return False
+
+
+def tables(found: dict[str, dict]) -> str:
+    lines = []
+    for model, results in found.items():
+        alone = results["single (1)"]
+        lines += [f"\n{model}, {alone['parameters']:,} parameters\n",
+                  "| strategy (devices) | ms a step | of single | peak resident of a rank, MiB | weights | gradients | state | "
+                  "activations | traffic of rank 0 a step, MiB |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        for name, one in results.items():
+            held = [", ".join(f"{rank[key] / 2**20:.1f}" for rank in one["held"]) for key in one["held"][0]]
+            traffic = ", ".join(f"{kind} {calls}x {size / 2**20:.1f}" for kind, (calls, size) in one["traffic"][0].items())
+            lines.append(
+                f"| {name} | {one['milliseconds']:.0f} | {one['milliseconds'] / alone['milliseconds']:.2f} | "
+                f"{', '.join(f'{peak / 2**20:.0f}' for peak in one['peak'])} | {' | '.join(held)} | "
+                f"{', '.join(f'{a / 2**20:.0f}' for a in one['activations'])} | {traffic or 'none'} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def picture(found: dict[str, dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = max(len(results) for results in found.values())
+    figure, axes = plt.subplots(
+        len(found), 2, figsize=(12, (0.9 + 0.28 * rows) * len(found)), layout="constrained", squeeze=False
+    )
+    parts = [("parameters", "weights", "C0"), ("gradients", "gradients", "C1"), ("optimizer_state", "optimizer state", "C2")]
+    for (model, results), (speed, memory) in zip(found.items(), axes, strict=True):
+        names = list(results)
+        values = [one["milliseconds"] for one in results.values()]
+        speed.bar_label(speed.barh(names, values, color="0.6", height=0.65), [f"{value:,.0f}" for value in values], padding=3)
+        speed.set_title(f"{model}: milliseconds a step", fontsize=10)
+        left = [0.0] * len(names)
+        for key, label, colour in [*parts, ("activations", "activations", "C4")]:
+            worst = []
+            for one in results.values():
+                totals = [sum(rank.values()) + saved for rank, saved in zip(one["held"], one["activations"], strict=True)]
+                rank = totals.index(max(totals))
+                worst.append((one["activations"][rank] if key == "activations" else one["held"][rank][key]) / 2**20)
+            memory.barh(names, worst, left=left, color=colour, height=0.65, label=label)
+            left = [a + b for a, b in zip(left, worst, strict=True)]
+        memory.set_title(f"{model}: MiB held by the fullest rank", fontsize=10)
+        memory.set_yticklabels([])
+        for each in (speed, memory):
+            each.invert_yaxis()
+            each.spines[["top", "right"]].set_visible(False)
+            each.margins(x=0.12)
+        memory.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

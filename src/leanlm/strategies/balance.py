@@ -1,0 +1,122 @@
+"""Which blocks go to which stage of a pipeline, and how much of the time its devices will wait."""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from leanlm.models.contract import Model
+from leanlm.strategies.plan import Plan
+
+
+@torch.no_grad()
+def costs(net: Model) -> dict[str, float]:
+    """Floating-point operations for one row in `embed`, each block and `head`, counted on a model without storage.
+
+    Matrix products, convolutions and attention are counted, as torch's counter does.
+    """
+    found, mode = {}, net.training
+    net.eval()
+
+    def count(part: torch.nn.Module, *inputs: torch.Tensor | None) -> tuple[float, torch.Tensor]:
+        with FlopCounterMode(display=False) as counter:
+            out = part(*inputs)
+        return float(counter.get_total_flops()), out[0] if isinstance(out, tuple) else out
+
+    found["embed"], hidden = count(net.embed, torch.empty(1, net.sequence, dtype=torch.long, device="meta"))
+    for name, block in net.blocks.items():
+        found[name], hidden = count(block, hidden, None)
+    found["head"], _ = count(net.head, hidden)
+    net.train(mode)
+    return found
+
+
+def split(cost: dict[str, float], plan: Plan) -> list[list[str]]:
+    """Blocks of each stage: as `plan.stage_blocks` says, else so that the costliest stage costs least.
+
+    The embedding counts to the first stage and the head to the last. By dynamic programming over prefixes; each stage has
+    a block at least.
+    """
+    names = [name for name in cost if name not in ("embed", "head")]
+    stages = plan.stages if plan.pipeline > 1 else 1
+    if plan.stage_blocks is not None and stages > 1:
+        blocks = iter(names)
+        return [[next(blocks) for _ in range(count)] for count in plan.stage_blocks]
+    sums = [0.0]
+    for name in names:
+        sums.append(sums[-1] + cost[name])
+    # best[n]: lowest cost of the costliest stage when the stages so far hold n blocks, and where the last of them begins
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for stage in range(stages):
+        extra = cost["embed"] * (stage == 0) + cost["head"] * (stage == stages - 1)
+        best = {
+            end: min(
+                (max(most, sums[end] - sums[begin] + extra), [*ends, end])
+                for begin, (most, ends) in best.items()
+                if begin < end
+            )
+            for end in range(stage + 1, len(names) - (stages - stage - 1) + 1)
+        }
+    ends = [0, *best[len(names)][1]]
+    return [names[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+
+
+def bubble(order: dict[int, list[tuple[str, int, int]]], cost: list[float]) -> float:
+    """Share of the time that the devices of a pipeline wait, by playing a schedule with the given costs.
+
+    A full backward costs twice a forward, its halves (inputs, weights) as much as a forward each; communication is free.
+
+    Args:
+        order: device -> its work in order: (F, B, I for inputs or W for weights; stage; micro-batch).
+        cost: of each stage's forward pass of a micro-batch, in any unit.
+    """
+    queues = {device: list(work) for device, work in order.items()}
+    last, clock = len(cost) - 1, dict.fromkeys(queues, 0.0)
+    done: dict[tuple[str, int, int], float] = {}
+    while any(queues.values()):
+        ready = False
+        for device, queue in queues.items():
+            while queue:
+                kind, stage, micro = queue[0]
+                needs = {
+                    "F": [("F", stage - 1, micro)] if stage else [],
+                    "I": [("I", stage + 1, micro) if stage < last else ("F", stage, micro)],
+                    "W": [("I", stage, micro)],
+                }["I" if kind == "B" else kind]
+                if not all(need in done for need in needs):
+                    break
+                begin = max([clock[device], *(done[need] for need in needs)])
+                clock[device] = begin + cost[stage] * (2 if kind == "B" else 1)
+                done["I" if kind == "B" else kind, stage, micro] = clock[device]
+                queue.pop(0)
+                ready = True
+        if not ready:
+            raise ValueError("the schedule waits for itself")
+    work = sum(3 * cost[stage] for kind, stage, _ in done if kind == "F")
+    return 1 - work / (max(clock.values()) * len(queues))
+
+
+def order_of(schedule: Any, micro_batches: int) -> dict[int, list[tuple[str, int, int]]]:
+    """The order of work of one of torch's schedules, for `bubble`."""
+    if type(schedule).__name__ == "Schedule1F1B":  # torch's own listing numbers the last device's micro-batches wrongly
+        devices, micros = schedule._num_stages, range(micro_batches)
+        found: dict[int, list[tuple[str, int, int]]] = {}
+        for device in range(devices):
+            ahead = min(devices - 1 - device, micro_batches)
+            backward = [("B", device, micro) for micro in micros]
+            forward = [("F", device, micro) for micro in micros]
+            steady = [part for pair in zip(forward[ahead:], backward, strict=False) for part in pair]
+            found[device] = forward[:ahead] + steady + backward[micro_batches - ahead :]
+        return found
+    return {
+        device: [part for action in actions if action for part in _parts(action)]
+        for device, actions in schedule.pipeline_order.items()
+    }
+
+
+def _parts(action: Any) -> list[tuple[str, int, int]]:
+    """The computations in one action of a schedule."""
+    if action.sub_actions:
+        return [part for each in action.sub_actions for part in _parts(each)]
+    kind = action.computation_type.value
+    return [(kind, action.stage_index, action.microbatch_index)] if kind in ("F", "B", "I", "W") else []

@@ -1,0 +1,271 @@
+"""A plan applied to a model: what this rank keeps of it, and how its parts are spread over the device mesh.
+
+The order is fixed (as in torchtitan's parallelize.py): stages, then the tensor axis, then initial values, then shards. The
+model is built without storage; each part is filled, one parameter at a time, just before it is sharded, so that no rank
+ever holds more than its share and one part.
+"""
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from leanlm.models.contract import Model, initial, ties
+from leanlm.strategies import balance
+from leanlm.strategies.plan import AXES, Plan
+from leanlm.strategies.schedules import SCHEDULES, stages_of
+from leanlm.strategies.stage import Stage
+
+
+class Cut:
+    """What one rank holds of a model.
+
+    Attributes:
+        net: the model without the parts that other ranks hold.
+        stages: this rank's stages by number, in the order of the data; all of the model is the only one without a pipeline.
+        mesh: of all ranks, with AXES as its dimensions; None where there is one.
+        ties: parameter names that share weights -> the global name. Where their stages differ, each has a copy.
+        parameters: how many the whole model has, tied ones counted once.
+        split: blocks of every stage of the pipeline, in order.
+        costs: floating-point operations of every stage for one row, in a pipeline.
+        width: of the hidden state between stages.
+    """
+
+    def __init__(self, net: Model, plan: Plan, seed: int, device: torch.device, cost: dict[str, float] | None = None) -> None:
+        """`net` has no storage yet if the plan cuts it; `cost` is that of its parts, for a pipeline."""
+        self.net, self.plan, self.device = net, plan, device
+        cost = cost or dict.fromkeys(["embed", *net.blocks, "head"], 0.0)
+        self.split = split = balance.split(cost, plan)
+        self.costs = [sum(cost[name] for name in blocks) for blocks in split]
+        self.costs[0] += cost["embed"]
+        self.costs[-1] += cost["head"]
+        self.parameters = sum(parameter.numel() for parameter in net.parameters())
+        self.ties, self.width = ties(net), net.head.projection.in_features
+        self.vocabulary, self.dtype = net.vocabulary, next(net.parameters()).dtype
+        self.mesh: DeviceMesh | None = None
+        self.readers: DeviceMesh | None = None  # ranks that hold the same part of the model and read other rows
+        if plan.world > 1:
+            self.mesh = init_device_mesh(device.type, plan.sizes, mesh_dim_names=AXES)
+            self.readers = self.mesh["replicate", "shard"]._flatten("readers") if plan.readers > 1 else None
+        numbers = stages_of(self.coordinate("pipeline"), plan.pipeline, len(split), SCHEDULES[plan.schedule].v_shape)
+        self._drop([name for number in numbers for name in split[number]], 0 in numbers, len(split) - 1 in numbers)
+        self.stages = {n: Stage(net, split[n], n == 0, n == len(split) - 1, seed) for n in numbers}
+        if plan.tensor > 1:
+            self._split_matrices()
+        self._fill_and_shard(seed)
+
+    def coordinate(self, axis: str) -> int:
+        """This rank's place along an axis of the mesh."""
+        return self.mesh.get_local_rank(axis) if self.mesh is not None else 0
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        assert self.mesh is not None
+        return self.mesh.get_group(axis)
+
+    def owner(self, stage: int) -> int:
+        """The pipeline rank that holds a stage."""
+        plan = self.plan
+        v_shape = SCHEDULES[plan.schedule].v_shape
+        holds = [rank for rank in range(plan.pipeline) if stage in stages_of(rank, plan.pipeline, len(self.split), v_shape)]
+        return holds[0]
+
+    @property
+    def reader(self) -> int:
+        """Which of the groups that read different rows this rank belongs to."""
+        return self.coordinate("replicate") * self.plan.shard + self.coordinate("shard")
+
+    def gather_rows(self, part: Tensor) -> Tensor:
+        """`[rows of this rank, ...]` -> `[global batch, ...]`."""
+        if self.readers is None:
+            return part
+        return DTensor.from_local(part, self.readers, [Shard(0)], run_check=False).full_tensor()
+
+    def relay(self, tokens: Tensor, rows: Tensor, targets: Tensor | None) -> Tensor | None:
+        """A forward pass through the stages of all ranks, which hand the hidden state on; successive passes overlap.
+
+        Args:
+            tokens: `[b, s]`, the same on every rank of a pipeline.
+            rows, targets: as `Stage.forward` takes them.
+
+        Returns:
+            what the last stage returns, on the rank that holds it; None on the others.
+        """
+        here, hidden = self.coordinate("pipeline"), tokens
+        for number, stage in self.stages.items():
+            if number > 0 and self.owner(number - 1) != here:
+                hidden = torch.empty(*tokens.shape, self.width, dtype=self.dtype, device=self.device)
+                dist.recv(hidden, group=self.group("pipeline"), group_src=self.owner(number - 1))
+            hidden = stage(hidden, rows, targets)
+            if number < len(self.split) - 1 and self.owner(number + 1) != here:
+                dist.send(hidden, group=self.group("pipeline"), group_dst=self.owner(number + 1))
+        return hidden if len(self.split) - 1 in self.stages else None
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor, fresh: bool) -> Tensor:
+        """Logits `[v]` of the token after `tokens [1, s]`. All ranks must call it.
+
+        A model that carries state goes on from the call before unless `fresh`; others read only `tokens`.
+        """
+        for stage in self.stages.values():
+            stage.begin(0, fresh)
+        logits = self.relay(tokens, torch.zeros(1, dtype=torch.long), None)
+        if self.plan.pipeline > 1:
+            logits = torch.empty(self.vocabulary, dtype=self.dtype, device=self.device) if logits is None else logits
+            dist.broadcast(logits, group=self.group("pipeline"), group_src=self.owner(len(self.split) - 1))
+        assert logits is not None
+        return logits
+
+    def reduce_after(self, micro: int) -> None:
+        """Before the forward pass of a micro-batch: say whether FSDP2 reduces gradients after it."""
+        last = micro == self.plan.batches_per_step - 1
+        for stage in self.stages.values():
+            if isinstance(stage, FSDPModule):
+                stage.set_is_last_backward(last)
+                stage.set_requires_gradient_sync(last or self.plan.reduce_every_micro_batch)
+                stage.set_requires_all_reduce(last)
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """This rank's parameters by their global names. A name is there twice if this rank holds both copies of it."""
+        return [(self.ties.get(name, name), parameter) for name, parameter in self.net.named_parameters()]
+
+    def owned_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """`named_parameters` without `copies`."""
+        copies = {id(parameter) for _, parameter in self.copies()}
+        return [(name, parameter) for name, parameter in self.named_parameters() if id(parameter) not in copies]
+
+    def copies(self) -> list[tuple[str, nn.Parameter]]:
+        """Those of `named_parameters` whose owner is in another stage."""
+        return [(self.ties[name], parameter) for name, parameter in self.net.named_parameters() if name in self.ties]
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's loss counts: several ranks may compute the same."""
+        return len(self.split) - 1 in self.stages and self.coordinate("tensor") == 0
+
+    def _drop(self, blocks: list[str], first: bool, last: bool) -> None:
+        for name in set(self.net.blocks) - set(blocks):
+            del self.net.blocks[name]
+        if not first:
+            self.net.embed = None  # type: ignore[assignment]
+        if not last:
+            self.net.head = None  # type: ignore[assignment]
+
+    def _split_matrices(self) -> None:
+        assert self.mesh is not None
+        mesh = self.mesh["tensor"]
+        for pattern, kind in self.net.tensor_split.items():
+            for name in [pattern.replace("*", block) for block in self.net.blocks] if "*" in pattern else [pattern]:
+                module = _find(self.net, name)
+                if module is None:  # held by another rank, or a part that this configuration does not have
+                    continue
+                if kind == "input":
+                    module.register_forward_pre_hook(_sum_gradient_once(mesh))
+                else:
+                    parallelize_module(module, mesh, _style(kind, module))
+
+    def _fill_and_shard(self, seed: int) -> None:
+        sharded = self.plan.shard > 1
+        for stage in self.stages.values():
+            for block in stage.blocks.values():
+                self._fill(block, seed)
+                if sharded:
+                    self._shard(block)
+            self._fill(stage, seed)
+            if sharded:
+                self._shard(stage)
+
+    def _shard(self, module: nn.Module) -> None:
+        assert self.mesh is not None
+        mesh = self.mesh["replicate", "shard"] if self.plan.replicate > 1 else self.mesh["shard"]
+        # torch's schedules keep the parameters of a stage whole during a step; one that was resharded loses its gradients
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # the view it returns is a state, never written to
+        reshard = self.plan.reshard_after_forward and self.plan.pipeline == 1
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
+
+    @torch.no_grad()
+    def _fill(self, part: nn.Module, seed: int) -> None:
+        """Give storage and initial values to the parameters of a part that have none; tied ones of a part become one."""
+        inside = set(part.modules())
+        filled: dict[str, nn.Parameter] = {}
+        for prefix, module in self.net.named_modules():
+            if module not in inside:
+                continue
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                name = f"{prefix}.{key}"
+                name = self.ties.get(name, name)
+                if name in filled:
+                    setattr(module, key, filled[name])
+                elif parameter.is_meta:
+                    value = initial(self.net, seed, name, parameter).to(self.device)
+                    if isinstance(parameter, DTensor):
+                        mesh, placements = parameter.device_mesh, parameter.placements
+                        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+                    filled[name] = nn.Parameter(value)
+                    setattr(module, key, filled[name])
+
+
+def _find(net: nn.Module, path: str) -> nn.Module | None:
+    module: Any = net
+    for name in path.split("."):
+        children = module._modules
+        module = children.get(name)
+        if module is None:
+            return None
+    return module
+
+
+def _style(kind: str, module: nn.Module) -> ParallelStyle:
+    if kind == "vocabulary" and isinstance(module, nn.Embedding):
+        return _VocabularyParallel()
+    if kind == "vocabulary":  # in training, memory/loss.py reads the weights and gathers no logits
+        return ColwiseParallel(output_layouts=Replicate())
+    return RowwiseParallel() if kind == "rowwise" else ColwiseParallel()
+
+
+class _VocabularyParallel(ParallelStyle):
+    """An embedding whose rows are spread: each device looks up the token types it holds, and the results are summed.
+
+    torch's RowwiseParallel does the same forward, but leaves each device with the gradient of the whole table.
+    """
+
+    def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
+        weight = distribute_tensor(module.weight, device_mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter("weight", nn.Parameter(weight))
+        module.forward = partial(_look_up, module, device_mesh)
+        return module
+
+
+def _look_up(module: Any, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
+    weight = module.weight.to_local()
+    position = tokens - mesh.get_local_rank() * -(-module.num_embeddings // mesh.size())
+    here = (position >= 0) & (position < len(weight))
+    found = nn.functional.embedding(position.where(here, 0), weight).masked_fill(~here[..., None], 0)
+    return DTensor.from_local(found, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()]).to_local()
+
+
+def _sum_gradient_once(mesh: DeviceMesh) -> Any:
+    """A forward pre-hook after which the gradients that several column-wise layers give their common input are added
+    before they are summed over the tensor axis, not after."""
+
+    def hook(module: nn.Module, inputs: tuple) -> tuple:
+        return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False), *inputs[1:]
+
+    return hook
+
+
+def local_part(whole: Tensor, like: DTensor) -> Tensor:
+    """The part of `whole` that this rank holds of the tensor `like`: the innermost axis of the mesh splits first."""
+    for dim in reversed(range(like.device_mesh.ndim)):
+        placement = like.placements[dim]
+        if not placement.is_replicate():
+            chunks = whole.chunk(like.device_mesh.size(dim), placement.dim)  # type: ignore[attr-defined]
+            own = like.device_mesh.get_local_rank(dim)
+            whole = chunks[own] if own < len(chunks) else whole.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
+    return whole

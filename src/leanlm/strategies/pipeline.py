@@ -1,0 +1,85 @@
+"""A pipeline over the stages of a model, with torch's own schedules (torch.distributed.pipelining)."""
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
+
+from leanlm.data.batches import Batch
+from leanlm.strategies.balance import bubble, order_of
+from leanlm.strategies.cut import Cut
+from leanlm.strategies.schedules import SCHEDULES
+
+
+class Pipeline:
+    """Runs whole training steps through the stages of all ranks.
+
+    Args:
+        cut: with at least two stages.
+        rows: of this group of ranks in a step.
+        sequence: tokens per row.
+    """
+
+    def __init__(self, cut: Cut, rows: int, sequence: int) -> None:
+        self.cut, self.scale, plan = cut, 1.0, cut.plan
+        micro = rows // plan.accumulate_grad_batches
+        dtype = cut.dtype
+        # static shapes: torch would else run the stages once more to find them, and advance carried state
+        tokens = torch.empty(micro, sequence, dtype=torch.long, device="meta")
+        hidden = torch.empty(micro, sequence, cut.width, dtype=dtype, device="meta", requires_grad=True)
+        loss = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True)
+        last = len(cut.split) - 1
+        parts = [
+            PipelineStage(
+                stage,
+                number,
+                len(cut.split),
+                cut.device,
+                input_args=tokens if number == 0 else hidden,
+                output_args=loss if number == last else hidden,
+                group=cut.group("pipeline"),
+            )
+            for number, stage in cut.stages.items()
+        ]
+        kind = get_schedule_class(SCHEDULES[plan.schedule].torch)
+        several = issubclass(kind, PipelineScheduleMulti)
+        self.schedule = kind(
+            parts if several else parts[0],
+            plan.accumulate_grad_batches,
+            loss_fn=lambda nats, _: nats * self.scale,
+            scale_grads=False,  # the loss is already divided by the tokens of the global batch
+        )
+
+    def describe(self) -> str:
+        """The stages, their share of the work, and the share of the time that devices will wait."""
+        cost, total, lines = self.cut.costs, sum(self.cut.costs), []
+        for number, blocks in enumerate(self.cut.split):
+            parts = [f"blocks {blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"]
+            parts = ["embed"] * (number == 0) + parts + ["head"] * (number == len(cost) - 1)
+            lines.append(f"stage {number} on device {self.cut.owner(number)}: {' + '.join(parts)} ({cost[number] / total:.0%})")
+        waits = bubble(order_of(self.schedule, self.cut.plan.accumulate_grad_batches), cost)
+        return "; ".join(lines) + f". Devices wait {waits:.0%} of the time (bubble and imbalance, communication not counted)"
+
+    def step(self, batch: Batch, scale: float) -> Tensor:
+        """Forward and backward of all micro-batches of a step.
+
+        Args:
+            batch: the rows of this group of ranks in the step.
+            scale: of the summed loss in nats.
+
+        Returns:
+            the scaled loss of these rows on the rank of the last stage; 0 on the others.
+        """
+        self.scale = scale
+        losses: list[Tensor] = []
+        tokens = (batch.input,) if 0 in self.cut.stages else ()
+        last = len(self.cut.split) - 1 in self.cut.stages
+        self.schedule.step(
+            *tokens,
+            target=batch.rows if last else None,  # the last stage has its targets as an argument, and makes the loss
+            losses=losses if last else None,
+            return_outputs=False,
+            rows=batch.rows,
+            targets=batch.target,
+        )
+        return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.cut.device)

@@ -1,0 +1,47 @@
+"""The names of torch's pipeline schedules, and what each needs. Imports no torch.
+
+Memory and bubble of each: Narayanan et al. 2021 (arXiv 2104.04473) for 1F1B and interleaving, Qi et al. 2023 (arXiv
+2401.10241) for zero bubble, DeepSeek-AI 2024 (arXiv 2412.19437) for DualPipe.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a schedule needs.
+
+    Attributes:
+        torch: name of the class in torch.distributed.pipelining.
+        stages_per_device: how many by default, and if `fixed`, always.
+        v_shape: stages go down the devices and up again, so the first and the last are on one device.
+        rounds: micro-batches must fill whole rounds over the devices.
+        fill_stages: at least as many micro-batches as stages, not only as devices.
+    """
+
+    torch: str
+    stages_per_device: int = 1
+    fixed: bool = True
+    v_shape: bool = False
+    rounds: bool = False
+    fill_stages: bool = False
+
+
+SCHEDULES = {
+    "gpipe": Schedule("GPipe"),
+    "1f1b": Schedule("1F1B"),
+    "interleaved": Schedule("Interleaved1F1B", 2, fixed=False, rounds=True),
+    "zero-bubble": Schedule("ZBVZeroBubble", 2, v_shape=True),
+    "LoopedBFS": Schedule("LoopedBFS", 2, fixed=False),
+    "InterleavedZeroBubble": Schedule("InterleavedZeroBubble", 2, fixed=False, rounds=True),
+    "DualPipeV": Schedule("DualPipeV", 2, v_shape=True, fill_stages=True),
+}
+
+
+def stages_of(rank: int, devices: int, stages: int, v_shape: bool) -> list[int]:
+    """Stage numbers on device `rank` of a pipeline, in rising order."""
+    found = []
+    for first in range(0, stages, devices):
+        backwards = v_shape and first // devices % 2 == 1
+        found.append(first + (devices - 1 - rank if backwards else rank))
+    return found

@@ -1,0 +1,90 @@
+"""The definition of a run as a loop of plain torch, and small configurations to compare with it.
+
+Float64, 20 steps, dropout 0.1, clipping active, tied embeddings, AdamW and Muon, and uncounted tokens that make the
+counts of the micro-batches unequal.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from conftest import composed
+
+from leanlm import build
+from leanlm.config import Settings, check
+from leanlm.models.dropout import rows_of_step
+from leanlm.prepare import tokens
+
+STEPS, ROWS = 20, 8
+MODELS = {
+    "elman_tanh": ["model=elman", "model.width=12", "model.depth=2"],
+    "elman_relu": ["model=elman", "model.cell=elman_relu", "model.width=12"],
+    "lstm": ["model=lstm", "model.width=12", "model.depth=2"],
+    "lstm_token_dropout": ["model=lstm", "model.width=12", "model.depth=2", "model.locked=false"],
+    "gru": ["model=gru", "model.width=12", "model.depth=2"],
+    "gpt2": ["model=gpt2", "model.width=16", "model.depth=2", "model.heads=2"],
+    "modern": ["model=transformer", "model.width=16", "model.depth=2", "model.heads=4", "model.kv_heads=2"],
+    "llama": ["model=llama", "model.width=16", "model.depth=2", "model.heads=2", "model.kv_heads=1", "model.mlp_width=24"],
+    "muon": ["model=transformer", "model.width=16", "model.depth=2", "model.heads=2", "optim=muon"],
+    "lstm_muon": ["model=lstm", "model.width=12", "model.depth=2", "optim=muon"],
+}  # fmt: skip
+
+
+def overrides(model: str, text: Path, plan: dict | None = None, depth: int | None = None) -> list[str]:
+    optim = [] if "muon" in model else ["optim=adamw"]
+    return [
+        *MODELS[model], *optim, "optim.lr=0.01", "optim.warmup=5", "model.tied=true", "model.dropout=0.1",
+        "data=text", f"data.path={text}", "data.tokenizer=char", "data.ignore=[' ',e]", f"global_batch={ROWS}", "sequence=12",
+        f"max_steps={STEPS}", "log_every=1", "clip=0.1", "strategy.precision=fp64", "device=cpu", "logger=csv", "val_lanes=4",
+        "sample_tokens=8",
+        *(f"strategy.{key}={value}" for key, value in (plan or {}).items()), *([f"model.depth={depth}"] if depth else []),
+    ]  # fmt: skip
+
+
+def settings(model: str, text: Path, depth: int | None = None) -> Settings:
+    return check(composed(*overrides(model, text, depth=depth)))
+
+
+def plain_loop(settings: Settings) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
+    """No Lightning, no plan, no chunks: the definition of a run. Returns losses, weights and gradient norms."""
+    config = settings.config
+    data = tokens(settings)
+    net = build.cut(config, settings.plan, data.tokenizer.vocabulary).net
+    named = list(net.named_parameters())
+    hidden = [p for n, p in named if config.optim.name == "muon" and p.dim() == 2 and n.startswith("blocks.")]
+    rest = [p for _, p in named if not any(p is h for h in hidden)]
+    decay = [
+        {"params": [p for p in rest if p.dim() > 1]},
+        {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0},
+    ]
+    optimizers = [torch.optim.AdamW([g for g in decay if g["params"]], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)]
+    optimizers += [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1)] if hidden else []
+    peaks = [(g, g["lr"]) for o in optimizers for g in o.param_groups]
+    curve, norms, states = [], [], None
+    batches = iter(build.training_batches(settings, data, net))
+    for step in range(STEPS):
+        batch = next(batches)
+        for o in optimizers:
+            o.zero_grad()
+        with rows_of_step(config.seed, step, torch.arange(ROWS)):
+            logits, states = net(batch.input, None if batch.fresh or not net.carries_state else states)
+        if net.carries_state:
+            states = [tuple(part.detach() for part in state) for state in states]
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=-100)  # a mean over counted tokens
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)))
+        for group, peak in peaks:
+            group["lr"] = peak * rate(config.optim.schedule, step)
+        for o in optimizers:
+            o.step()
+        curve.append(loss.item())
+    return curve, {n: p.detach() for n, p in named}, norms
+
+
+def rate(schedule: str, step: int) -> float:
+    """Warm-up of 5 steps; then cosine to 0.1, or constant until the last 40% fall to 0."""
+    if step < 5:
+        return (step + 1) / 5
+    if schedule == "wsd":
+        return min(1.0, (20 - step) / 8)
+    return 0.1 + 0.9 * (1 + float(torch.cos(torch.tensor((step - 5) / 15 * torch.pi, dtype=torch.float64)))) / 2

@@ -1,0 +1,71 @@
+"""A model of one file and one YAML, which nothing in leanlm knows, runs under every axis that it declares."""
+
+import ast
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import composed
+from reference import ROWS, STEPS, plain_loop
+from runner import final_weights, losses, run_all
+
+import leanlm
+from leanlm.config import check
+from leanlm.errors import UserError
+
+TESTS = Path(__file__).resolve().parents[1]
+PLANS = {
+    "ddp": {"replicate": 2},
+    "shard": {"shard": 2, "accumulate_grad_batches": 2},
+    "tensor": {"tensor": 2},
+    "zero-bubble": {"pipeline": 2, "schedule": "zero-bubble", "accumulate_grad_batches": 4},
+    "shard x tensor": {"shard": 2, "tensor": 2},
+    "pipeline x tensor": {"pipeline": 2, "tensor": 2, "accumulate_grad_batches": 4},
+}
+
+
+def overrides(text: Path, plan: dict) -> list[str]:
+    return [
+        f"hydra.searchpath=[file://{TESTS / 'conf'}]", "model=gated", "data=text", f"data.path={text}", "data.tokenizer=char",
+        "data.ignore=[e]", f"global_batch={ROWS}", "sequence=12", f"max_steps={STEPS}", "log_every=1", "clip=0.1",
+        "optim.lr=0.01", "optim.warmup=5", "optim=muon", "strategy.precision=fp64", "device=cpu", "logger=csv",
+        "sample_tokens=8",
+        *(f"strategy.{key}={value}" for key, value in plan.items()),
+    ]  # fmt: skip
+
+
+@pytest.mark.timeout(300)
+def test_every_axis_has_the_curve_of_a_plain_loop(text: Path, tmp_path: Path) -> None:
+    whole = check(composed(*overrides(text, {})))
+    curve, weights, norms = plain_loop(whole)
+    assert curve[-1] < curve[0] - 0.1
+    assert max(norms) > 0.1
+    for processes in (2, 4):
+        run_all(
+            {tmp_path / name: overrides(text, plan) for name, plan in PLANS.items() if prod_of(plan) == processes}, processes
+        )
+    for name in PLANS:
+        assert max(abs(a - b) for a, b in zip(losses(tmp_path / name), curve, strict=True)) < 1e-9, name
+        found = final_weights(tmp_path / name, whole)
+        assert max((found[key] - weights[key]).abs().max().item() for key in weights) < 1e-9, name
+
+
+def prod_of(plan: dict) -> int:
+    return prod(plan.get(axis, 1) for axis in ("pipeline", "replicate", "shard", "tensor"))
+
+
+def test_its_limits_are_found_before_anything_starts(text: Path) -> None:
+    with pytest.raises(UserError) as error:
+        check(composed(*overrides(text, {"tensor": 3})))
+    assert "model.width=32 does not divide by tensor=3: write strategy.tensor=2" in str(error.value)
+
+
+def test_strategies_know_the_contract_of_models_and_no_model() -> None:
+    for file in (Path(leanlm.__file__).parent / "strategies").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("leanlm.models"):
+                assert node.module in ("leanlm.models.contract", "leanlm.models.dropout"), file
+    for file in (Path(leanlm.__file__).parent / "models").glob("*.py"):
+        assert "distributed" not in file.read_text(), file
+    assert torch.distributed.is_available()

@@ -1,0 +1,90 @@
+"""One rank killed, out of memory or raising, under plans that cut the model: all end, the message says who and why, the
+checkpoint stays whole, and `restarts` goes on from it."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from runner import losses
+
+from leanlm.runs import Run
+from leanlm.strategies import checkpoint
+
+FAULTY = """
+import os, pathlib, resource, signal, time, torch
+from leanlm.callbacks.record import Record
+from leanlm.launch import rank
+from leanlm.models.transformer import Transformer
+
+class Faulty(Transformer):
+    pass
+
+begin = Record.on_train_batch_start
+
+def fail(self, trainer, module, batch, batch_idx):
+    begin(self, trainer, module, batch, batch_idx)
+    mark = pathlib.Path("failed")
+    if rank() == 1 and batch.step == 5 and not mark.exists():
+        mark.write_text(str(time.time()))
+        fault = os.environ["FAULT"]
+        if fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "raising":
+            raise ValueError("the cat walked over rank 1")
+        if fault == "out of memory":
+            resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+            torch.ones(1 << 40)
+
+Record.on_train_batch_start = fail
+"""
+CAUSES = {
+    "killed": "SIGKILL (the system may have run out of memory)",
+    "raising": "ValueError: the cat walked over rank 1",
+    "out of memory": "can't allocate memory",
+}
+PLANS = {
+    "pipeline": ["strategy=pipeline", "strategy.accumulate_grad_batches=4"],
+    "fsdp": ["strategy=fsdp"],
+    "tensor": ["strategy=tensor"],
+}
+
+
+def command(text: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "leanlm.train", "model=small", "model._target_=faulty.Faulty", "model.width=16", "model.depth=2",
+        "data=text", "data.tokenizer=char", f"data.path={text}", "global_batch=8", "sequence=12", "max_steps=8", "log_every=1",
+        "device=cpu", "logger=csv", "sample_tokens=8", "checkpoint_every=3", "strategy.precision=fp64", "run_dir=run", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fault", "plan"), [("killed", "pipeline"), ("out of memory", "fsdp"), ("raising", "tensor")])
+def test_all_end_and_the_message_names_rank_and_cause(fault: str, plan: str, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    done = subprocess.run(
+        command(text, *PLANS[plan]), capture_output=True, text=True, cwd=tmp_path, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "FAULT": fault},
+    )  # fmt: skip
+    assert time.time() - float((tmp_path / "failed").read_text()) < 30
+    assert done.returncode == 1, done.stderr
+    assert "rank 1 of 2 failed" in done.stderr
+    assert CAUSES[fault] in done.stderr
+    assert not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tmp_path)], "every process has ended"
+    assert checkpoint.newest_whole(Run(tmp_path / "run").checkpoints)[0].name == "step-00000003"
+
+
+def test_restarts_go_on_from_the_last_checkpoint(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    for name, fault in (("whole", "none"), ("run", "killed")):
+        (tmp_path / "failed").unlink(missing_ok=True)
+        done = subprocess.run(
+            command(text, *PLANS["pipeline"], f"run_dir={name}", "restarts=1"), capture_output=True, text=True, cwd=tmp_path,
+            timeout=150, env={**os.environ, "PYTHONPATH": str(tmp_path), "FAULT": fault},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "begun again after a failure, 1 of at most 1 times" in done.stdout
+    assert "resuming after step 3" in done.stdout
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
