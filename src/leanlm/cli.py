@@ -13,6 +13,7 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -43,16 +44,19 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
     def job(config: DictConfig) -> None:
         try:
             function(config if schema is Config else typed(config, schema)[1])
-        except UserError as error:
-            codes.append(_complain(error))
         except Stopped as stopped:
             raise SystemExit(128 + stopped.signum) from None
-        except WorkerFailed as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            codes.append(1)
-        except Exception:
-            traceback.print_exc()
-            codes.append(1)
+        except Exception as error:
+            if not HydraConfig.get().launcher._target_.endswith("BasicLauncher"):
+                raise  # in a job of its own, whose launcher has to hear of it
+            if isinstance(error, UserError):
+                codes.append(_complain(error))
+            elif isinstance(error, WorkerFailed):
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                codes.append(1)
+            else:
+                traceback.print_exc()
+                codes.append(1)
 
     sys.argv[1:] = map(_quoted, sys.argv[1:])
     try:
@@ -121,8 +125,11 @@ def command_line(arguments: list[str], name: str, schema: type) -> None:
 
 
 def swept_keys(arguments: list[str]) -> set[str]:
-    """The keys that a command line gives several values."""
-    parsed = OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides)
+    """The keys that a command line gives several values; none if it cannot be read."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides)
+    except HydraException:
+        return set()
     return {override.key_or_group for override in parsed if override.is_sweep_override()}
 
 

@@ -93,7 +93,7 @@ def _work(settings: Settings, path: Path, split: str, text: str | None) -> dict[
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700)),
-        "bits_per_byte": loss * count / size / math.log(2),
+        "bits_per_byte": loss * len(numbers) / size / math.log(2),  # as if tokens that are not counted cost the mean
         "tokens": count,
         "log_probability": -loss * count,
     }

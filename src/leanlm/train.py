@@ -58,9 +58,11 @@ def job(config: DictConfig) -> None:
     config = effective(config, list(hydra.overrides.task))
     sweep = hydra.mode == RunMode.MULTIRUN
     if sweep:
-        swept = swept_keys(sys.argv[1:])
+        swept = os.environ.get("LEANLM_SWEPT", "").split(",")  # SLURM and submitit run jobs elsewhere, with this environment
         given = [override for override in hydra.overrides.task if override.partition("=")[0] in swept] or hydra.overrides.task
         path = Path(hydra.sweep.dir, f"{hydra.job.num}_{','.join(given)}".replace(os.sep, "-")[:120])
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and (path / "config.yaml").is_file():
+            config.resume = str(path)  # SLURM has queued the job again
         say(f"\njob {hydra.job.num}: {' '.join(hydra.overrides.task)}")
     else:
         path = Run.new_path("_".join(hydra.runtime.choices[group] for group in ("data", "model", "strategy")))
@@ -68,8 +70,11 @@ def job(config: DictConfig) -> None:
 
 
 def main() -> None:
+    os.environ["LEANLM_SWEPT"] = ",".join(swept_keys(sys.argv[1:]))
     cli.run("train", Config, job)
 
 
 if __name__ == "__main__":
-    main()
+    from leanlm import train as importable  # where other processes find it: their own __main__ is another
+
+    importable.main()

@@ -8,8 +8,12 @@ import pytest
 from reference import overrides
 from runner import losses, run_all
 
+from leanlm.evaluate import Evaluate, evaluate
+from leanlm.generate import Generate
+from leanlm.generate import _main as write
 from leanlm.runs import Run
 from leanlm.strategies import checkpoint
+from leanlm.strategies.plan import Plan
 
 DEPTH = 4
 PLANS = {
@@ -89,6 +93,22 @@ def same(path: Path, reference: Path) -> None:
 def test_goes_on_under_another_plan(model: str, first: str, then: str, runs) -> None:
     path = runs[model, first, then]
     same(path, path.parent / f"{model}-single")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("model", ["lstm", "muon"])
+def test_one_process_evaluates_and_generates_from_any_plan(model: str, plan: str, runs, capsys) -> None:
+    root = next(iter(runs.values())).parent
+    exact = Plan(precision="fp64")
+    loss = {name: evaluate(Evaluate(run=str(root / f"{model}-{name}"), strategy=exact))["loss"] for name in ("single", plan)}
+    assert abs(loss["single"] - loss[plan]) < 1e-9
+    assert loss[plan] == pytest.approx(Run(root / f"{model}-{plan}").results()["loss"], abs=1e-9)
+    texts = []
+    for name in ("single", plan):
+        write(Generate(run=str(root / f"{model}-{name}"), prompt="the", tokens=20))
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 3 + 20 + 1
 
 
 @pytest.mark.slow

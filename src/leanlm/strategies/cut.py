@@ -5,7 +5,9 @@ model is built without storage; each part is filled, one parameter at a time, ju
 ever holds more than its share and one part.
 """
 
+import ctypes
 import warnings
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -177,6 +179,7 @@ class Cut:
                 self._fill(block, seed)
                 if sharded:
                     self._shard(block)
+                    _return_freed_memory()
             self._fill(stage, seed)
             if sharded:
                 self._shard(stage)
@@ -209,6 +212,13 @@ class Cut:
                         value = distribute_tensor(value, mesh, placements, src_data_rank=None)
                     filled[name] = nn.Parameter(value)
                     setattr(module, key, filled[name])
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps the space of the whole blocks that were just sharded: a rank's resident memory would come to that of the
+    whole model, although it never holds it."""
+    with suppress(AttributeError, OSError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _find(net: nn.Module, path: str) -> nn.Module | None:

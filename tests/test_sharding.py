@@ -1,0 +1,121 @@
+"""It really shards: what each rank holds, against what its axis should give; and no rank ever holds the whole model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import composed
+from runner import run_all
+from torch.distributed.tensor import DTensor
+
+from leanlm import build
+from leanlm.callbacks.record import of_ranks, peak_memory
+from leanlm.config import check
+from leanlm.errors import UserError
+from leanlm.launch import launch, process_group
+from leanlm.runs import Run
+from leanlm.strategies.plan import Plan
+
+VOCABULARY, WIDTH, DEPTH, HEAD = 256, 64, 4, 256 * 64
+BLOCK = 12 * WIDTH**2  # no biases, no norm weights
+
+
+def overrides(text: Path, plan: dict) -> list[str]:
+    return [
+        "model=transformer", f"model.width={WIDTH}", f"model.depth={DEPTH}", "data=text", f"data.path={text}", "global_batch=8",
+        "sequence=12", "max_steps=2", "device=cpu", "logger=csv", "sample_tokens=1", "optim=adamw",
+        *(f"strategy.{key}={value}" for key, value in plan.items()),
+    ]  # fmt: skip
+
+
+def test_each_rank_holds_its_share(text: Path, tmp_path: Path) -> None:
+    """In numbers of 4 bytes; the untied embedding and head are as large as each other."""
+    whole = 2 * HEAD + DEPTH * BLOCK
+    expected = {
+        "ddp": ({"replicate": 2}, [whole] * 2),
+        "shard": ({"shard": 2}, [whole / 2] * 2),
+        "tensor": ({"tensor": 2}, [whole / 2] * 2),
+        "pipeline": ({"pipeline": 2, "accumulate_grad_batches": 2}, [HEAD + 2 * BLOCK] * 2),
+        "pipeline, by hand": (
+            {"pipeline": 2, "accumulate_grad_batches": 2, "stage_blocks": "[1,3]"},
+            [HEAD + BLOCK, HEAD + 3 * BLOCK],
+        ),
+        "zero-bubble": (
+            {"pipeline": 2, "schedule": "zero-bubble", "accumulate_grad_batches": 2},
+            [2 * HEAD + 2 * BLOCK, 2 * BLOCK],
+        ),
+    }
+    run_all({tmp_path / name: overrides(text, plan) for name, (plan, _) in expected.items()}, 2)
+    four = {"shard x tensor": ({"shard": 2, "tensor": 2}, [whole / 4] * 4)}
+    run_all({tmp_path / name: overrides(text, plan) for name, (plan, _) in four.items()}, 4)
+    for name, (_, numbers) in (expected | four).items():
+        result = json.loads(Run(tmp_path / name).result.read_text())
+        assert result["parameters"] == whole
+        for held, number in zip(result["held_bytes"], numbers, strict=True):
+            assert held["parameters"] == held["gradients"] == 4 * number, name
+            assert held["optimizer_state"] == pytest.approx(8 * number, abs=4 * 64), name  # and a step count for each parameter
+
+
+def grow(text: Path) -> list[int]:
+    """Bytes by which building a model of 8 blocks of 48 MiB adds to the peak of each process."""
+    with process_group("cpu"):
+        settings = check(composed(*overrides(text, {"shard": 2}), "model.width=1024", "model.depth=8", "model.heads=8"))
+        before = peak_memory()
+        cut = build.cut(settings.config, settings.plan, VOCABULARY)
+        grown = of_ranks(peak_memory() - before)
+        assert cut.parameters == 8 * 12 * 1024**2 + 2 * VOCABULARY * 1024
+        return grown
+
+
+def test_no_rank_ever_holds_the_whole_model(text: Path) -> None:
+    whole = 8 * 12 * 1024**2 * 4
+    for grown in launch(grow, (text,), 2):
+        assert grown < 0.5 * whole + 1.5 * whole / 8  # its half, and one block on the way
+
+
+def weights(text: Path) -> dict[str, torch.Tensor]:
+    """Initial weights under every plan of two devices, gathered."""
+    found = {}
+    plans = {
+        "shard": Plan(shard=2),
+        "tensor": Plan(tensor=2),
+        "1f1b": Plan(pipeline=2),
+        "v": Plan(pipeline=2, schedule="zero-bubble"),
+    }
+    with process_group("cpu"):
+        settings = check(composed(*overrides(text, {"shard": 2}), "model.tied=true", "model.zero_init=false"))
+        for name, plan in plans.items():
+            named = build.cut(settings.config, plan, VOCABULARY).named_parameters()
+            mine = {key: p.full_tensor() if isinstance(p, DTensor) else p.detach() for key, p in named}
+            for part in of_ranks(mine):
+                found |= {f"{name} {key}": value for key, value in part.items()}
+    return found
+
+
+def test_initial_weights_are_the_same_bits_under_every_plan(text: Path) -> None:
+    settings = check(composed(*overrides(text, {}), "model.tied=true", "model.zero_init=false"))
+    whole = dict(build.cut(settings.config, settings.plan, VOCABULARY).named_parameters())
+    found = launch(weights, (text,), 2)
+    assert len(found) == 4 * len(whole)
+    for name, value in found.items():
+        assert torch.equal(value, whole[name.partition(" ")[2]]), name
+
+
+REFUSED = [
+    ({"pipeline": 5, "accumulate_grad_batches": 8}, "= 5 stages, but the model has 4 blocks: write strategy.pipeline=4"),
+    ({"pipeline": 4, "accumulate_grad_batches": 2}, "fewer micro-batches than the 4 stages that they must fill; write at"),
+    ({"tensor": 3}, "model.heads=4 does not divide by tensor=3: write strategy.tensor=2, or model.heads=6"),
+    ({"pipeline": 2, "accumulate_grad_batches": 2, "stage_blocks": "[4]"}, "2 numbers, each at least 1, with the sum 4"),
+    ({"pipeline": 2, "accumulate_grad_batches": 5, "schedule": "interleaved"}, "2 equal rounds over pipeline=2; write 4"),
+    ({"pipeline": 2, "accumulate_grad_batches": 2, "schedule": "1f2b"}, "choose one of gpipe, 1f1b, interleaved"),
+    ({"pipeline": -1, "shard": -1}, "only one of strategy.pipeline, strategy.shard can be -1"),
+    ({"shard": 3}, "does not divide by shard=3 x accumulate_grad_batches=1 = 3: write global_batch=6 or 9"),
+]
+
+
+@pytest.mark.parametrize(("plan", "message"), REFUSED)
+def test_a_plan_that_cannot_work_is_refused_with_what_would(plan: dict, message: str, text: Path) -> None:
+    with pytest.raises(UserError) as error:
+        check(composed(*overrides(text, plan)))
+    assert message in str(error.value)
