@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from leanlm.data.batches import IGNORE
+from leanlm.launch import launch, process_group
 from leanlm.memory import loss
 from leanlm.models.contract import Head
 
@@ -89,3 +90,32 @@ def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     with Watch():
         loss.token_loss(head, hidden, target).backward()
     assert largest <= 160 * 1000 < 300 * 1000
+
+
+def spread(tokens: int, vocabulary: int, bias: bool) -> list[float]:
+    """On two devices that share the vocabulary, in several chunks: largest differences of loss and gradients."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    loss.CHUNK = 1 << 11
+    with process_group("cpu"):
+        mesh = init_device_mesh("cpu", (2,))
+        torch.manual_seed(3)
+        head = Head(8, vocabulary, nn.LayerNorm(8), bias).double()
+        hidden = torch.randn(3, tokens // 3, 8, dtype=torch.float64, requires_grad=True)
+        target = torch.randint(vocabulary, (3, tokens // 3))
+        target[0, :5] = IGNORE
+        plain = F.cross_entropy(head(hidden).flatten(0, 1), target.flatten(), reduction="sum")
+        wanted = torch.autograd.grad(plain * 0.3, [hidden, *head.parameters()])
+        for name, parameter in list(head.projection.named_parameters()):
+            setattr(head.projection, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+        found = loss.token_loss(head, hidden, target)
+        got = torch.autograd.grad(found * 0.3, [hidden, *head.parameters()])
+        whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in got]
+        return [abs(found - plain).item(), *(float((a - b).abs().max()) for a, b in zip(whole, wanted, strict=True))]
+
+
+@pytest.mark.parametrize(("vocabulary", "bias"), [(64, False), (37, True)])
+def test_a_vocabulary_that_is_spread_over_devices(vocabulary: int, bias: bool) -> None:
+    """37 types on two devices are 19 and 18; 600 tokens are several chunks."""
+    assert max(launch(spread, (600, vocabulary, bias), 2)) < 1e-10

@@ -24,7 +24,7 @@ MODELS = {
     "gru": ["model=gru", "model.width=12", "model.depth=2"],
     "gpt2": ["model=gpt2", "model.width=16", "model.depth=2", "model.heads=2"],
     "modern": ["model=transformer", "model.width=16", "model.depth=2", "model.heads=4", "model.kv_heads=2"],
-    "llama": ["model=llama", "model.width=16", "model.depth=2", "model.heads=2", "model.kv_heads=1", "model.mlp_width=24"],
+    "llama": ["model=llama", "model.width=16", "model.depth=2", "model.heads=4", "model.kv_heads=2", "model.mlp_width=24"],
     "muon": ["model=transformer", "model.width=16", "model.depth=2", "model.heads=2", "optim=muon"],
     "lstm_muon": ["model=lstm", "model.width=12", "model.depth=2", "optim=muon"],
 }  # fmt: skip

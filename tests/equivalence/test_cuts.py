@@ -1,7 +1,7 @@
 """Sharded, tensor-parallel and pipelined plans, alone and composed, have the curve and the weights of a plain loop, to 1e-9.
 
-Five blocks, so that no number of stages divides them. CI runs two models under every plan, so that every model is there;
-the slow test runs all of the others.
+Five blocks, so that no number of stages divides them. CI runs two models under every plan of two or three devices, and one
+under those of four, so that every model is there; the slow test runs all of the others, and eight devices.
 """
 
 from math import prod
@@ -43,17 +43,15 @@ PLANS = {
     "zero-bubble x tensor": {**P2, "tensor": 2, "schedule": "zero-bubble", "accumulate_grad_batches": 4},
     "pipeline x shard x tensor": {**P2, "shard": 2, "tensor": 2, "accumulate_grad_batches": 2},
 }  # fmt: skip
-TRANSFORMERS = ["gpt2", "modern", "muon", "llama2"]
+TRANSFORMERS = ["gpt2", "modern", "muon", "llama"]
 RECURRENT = ["lstm", "elman_tanh", "gru", "lstm_muon", "elman_relu", "lstm_token_dropout"]
-CUTTABLE = {**MODELS, "llama2": [*MODELS["llama"], "model.kv_heads=2"]}  # one key-value head cannot be shared by two devices
 
 
 def pairs_for_ci() -> list[tuple[str, str]]:
     found = []
     for i, plan in enumerate(PLANS):
-        found.append((TRANSFORMERS[i % len(TRANSFORMERS)], plan))
-        if devices(plan) < 8:
-            found.append((RECURRENT[i % len(RECURRENT)], plan))
+        two = [(TRANSFORMERS[i % len(TRANSFORMERS)], plan), (RECURRENT[i % len(RECURRENT)], plan)]
+        found += two if devices(plan) < 4 else two[i % 2 : i % 2 + 1] if devices(plan) == 4 else []
     return found
 
 
@@ -65,36 +63,22 @@ CI = pairs_for_ci()
 REST = [(m, p) for p in PLANS for m in [*TRANSFORMERS, *RECURRENT] if (m, p) not in CI]
 
 
-def arguments(model: str, plan: str, text: Path) -> list[str]:
-    more = ["model.kv_heads=2"] if model == "llama2" else []
-    return [*overrides(model.removesuffix("2") if more else model, text, PLANS[plan], DEPTH), *more]
-
-
 def all_runs(pairs: list[tuple[str, str]], text: Path, root: Path) -> dict[tuple[str, str], Path]:
     found = {(model, plan): root / f"{model}-{plan}" for model, plan in pairs}
     for processes in sorted({devices(plan) for _, plan in pairs}):
-        jobs = {path: arguments(model, plan, text) for (model, plan), path in found.items() if devices(plan) == processes}
+        jobs = {
+            path: overrides(model, text, PLANS[plan], DEPTH)
+            for (model, plan), path in found.items()
+            if devices(plan) == processes
+        }
         run_all(jobs, processes)
     return found
 
 
 @pytest.fixture(scope="module")
 def references(text: Path) -> dict[str, tuple]:
-    made = {}
-    for model in [*TRANSFORMERS, *RECURRENT]:
-        config = settings_of(model, text)
-        made[model] = (config, *plain_loop(config))
-    return made
-
-
-def settings_of(model: str, text: Path):
-    from conftest import composed
-
-    from leanlm.config import check
-
-    if model == "llama2":
-        return check(composed(*overrides("llama", text, depth=DEPTH), "model.kv_heads=2"))
-    return settings(model, text, DEPTH)
+    configs = {model: settings(model, text, DEPTH) for model in MODELS}
+    return {model: (config, *plain_loop(config)) for model, config in configs.items()}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ PLANS = {
     "shard": {"shard": 2, "accumulate_grad_batches": 2},
     "tensor": {"tensor": 2},
     "zero-bubble": {"pipeline": 2, "schedule": "zero-bubble", "accumulate_grad_batches": 4},
-    "shard x tensor": {"shard": 2, "tensor": 2},
     "pipeline x tensor": {"pipeline": 2, "tensor": 2, "accumulate_grad_batches": 4},
 }
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from leanlm.errors import UserError
 from leanlm.models.contract import Model, initial, ties
 from leanlm.strategies import balance
 from leanlm.strategies.plan import AXES, Plan
@@ -33,7 +34,8 @@ class Cut:
         net: the model without the parts that other ranks hold.
         stages: this rank's stages by number, in the order of the data; all of the model is the only one without a pipeline.
         mesh: of all ranks, with AXES as its dimensions; None where there is one.
-        ties: parameter names that share weights -> the global name. Where their stages differ, each has a copy.
+        ties: parameter names that share weights -> the global name.
+        shared: global names of weights that the first and the last stage share; each has a copy.
         parameters: how many the whole model has, tied ones counted once.
         split: blocks of every stage of the pipeline, in order.
         costs: floating-point operations of every stage for one row, in a pipeline.
@@ -56,6 +58,7 @@ class Cut:
         if plan.world > 1:
             self.mesh = init_device_mesh(device.type, plan.sizes, mesh_dim_names=AXES)
             self.readers = self.mesh["replicate", "shard"]._flatten("readers") if plan.readers > 1 else None
+        self.shared = self._shared_by_stages()
         numbers = stages_of(self.coordinate("pipeline"), plan.pipeline, len(split), SCHEDULES[plan.schedule].v_shape)
         self._drop([name for number in numbers for name in split[number]], 0 in numbers, len(split) - 1 in numbers)
         self.stages = {n: Stage(net, split[n], n == 0, n == len(split) - 1, seed) for n in numbers}
@@ -150,6 +153,26 @@ class Cut:
     def counts_loss(self) -> bool:
         """Whether this rank's loss counts: several ranks may compute the same."""
         return len(self.split) - 1 in self.stages and self.coordinate("tensor") == 0
+
+    def _shared_by_stages(self) -> list[str]:
+        """Global names of tied weights whose stages differ.
+
+        Raises:
+            UserError: they are not the first and the last.
+        """
+        stage = {f"blocks.{block}": number for number, blocks in enumerate(self.split) for block in blocks}
+        stage |= {"embed": 0, "head": len(self.split) - 1}
+        found = set()
+        for ends in self.ties.items():
+            numbers = [next(number for part, number in stage.items() if name.startswith(f"{part}.")) for name in ends]
+            if numbers[0] != numbers[1] and sorted(numbers) != [0, len(self.split) - 1]:
+                raise UserError(
+                    f"{ends[0]} and {ends[1]} are one, but a pipeline puts them in stages {numbers}: only the first and the "
+                    "last can share weights"
+                )
+            if numbers[0] != numbers[1]:
+                found.add(ends[1])
+        return sorted(found)
 
     def _drop(self, blocks: list[str], first: bool, last: bool) -> None:
         for name in set(self.net.blocks) - set(blocks):

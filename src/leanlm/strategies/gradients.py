@@ -28,7 +28,7 @@ def clip(cut: Cut, largest: float) -> Tensor:
     """
     copies = {id(parameter) for _, parameter in cut.copies()}
     parameters = [parameter for parameter in cut.net.parameters() if parameter.grad is not None]
-    if cut.mesh is None:
+    if not cut.plan.cuts_model:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     else:
         holders = cut.plan.world // cut.plan.pipeline
@@ -65,23 +65,17 @@ def _pieces(parameter: Tensor) -> int:
 
 def _add_tied(cut: Cut) -> None:
     """Weights shared by the first and the last stage of a pipeline have a copy in each: both get the sum of the gradients."""
-    copies = cut.copies()
-    owners = dict(reversed(cut.named_parameters()))  # of a name that is there twice, the first
-    if cut.plan.pipeline == 1 or not cut.ties:
-        return
-    here = [name for name, _ in copies if owners[name] is not dict(copies)[name]]
-    for name, copy in copies:
-        if name in here:
-            total = local(owners[name].grad).add_(local(copy.grad))
-            local(copy.grad).copy_(total)
-    first, last = 0, len(cut.split) - 1
-    if (first in cut.stages) == (last in cut.stages):
-        return
-    peer = dist.get_global_rank(cut.group("pipeline"), cut.owner(last if first in cut.stages else first))
-    for name in sorted(set(cut.ties.values())):
-        mine = local(owners[name].grad)
-        theirs = torch.empty_like(mine)
-        swap = [dist.P2POp(dist.isend, mine, peer), dist.P2POp(dist.irecv, theirs, peer)]
-        for work in dist.batch_isend_irecv(swap):
-            work.wait()
-        mine.add_(theirs)
+    copies, owners = dict(cut.copies()), dict(cut.owned_parameters())
+    for name in cut.shared:
+        if name in copies and name in owners:
+            total = local(owners[name].grad).add_(local(copies[name].grad))
+            local(copies[name].grad).copy_(total)
+        elif name in copies or name in owners:
+            mine = local((copies | owners)[name].grad)
+            other_end = len(cut.split) - 1 if name in owners else 0
+            peer = dist.get_global_rank(cut.group("pipeline"), cut.owner(other_end))
+            theirs = torch.empty_like(mine)
+            swap = [dist.P2POp(dist.isend, mine, peer), dist.P2POp(dist.irecv, theirs, peer)]
+            for work in dist.batch_isend_irecv(swap):
+                work.wait()
+            mine.add_(theirs)
