@@ -1,7 +1,9 @@
 """Runs many configurations in one group of processes: starting processes costs more than these runs."""
 
+import multiprocessing
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import composed
 from omegaconf import OmegaConf
@@ -16,12 +18,19 @@ from leanlm.strategies.checkpoint import checkpoints, load
 
 
 def run_all(jobs: dict[Path, list[str]], processes: int = 1) -> None:
-    """Train each job (folder -> overrides) under its plan, all with the same number of processes."""
-    launch(_work, (jobs,), processes)
+    """Train each job (folder -> overrides) under its plan, all with the same number of processes.
+
+    They are forked from a server that has imported everything and done nothing.
+    """
+    multiprocessing.set_forkserver_preload(["runner"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leanlm.launch.START_METHOD", "forkserver")
+        launch(_work, (jobs,), processes)
 
 
 def _work(jobs: dict[Path, list[str]]) -> None:
-    with process_group("cpu"):
+    with process_group("cpu"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leanlm.fit.loss_curve", lambda *_: None)  # takes as long as the training; test_commands looks at it
         for path, overrides in jobs.items():
             config = composed(*overrides)
             fit(check(config), OmegaConf.to_container(config, resolve=True), path)

@@ -51,6 +51,23 @@ def test_the_costliest_stage_costs_least(stages: int, head: float) -> None:
     assert worst(found) == pytest.approx(best)
 
 
+@pytest.mark.parametrize("schedule", ["interleaved", "zero-bubble"])
+@pytest.mark.parametrize("head", [0.0, 1.0, 6.0])
+def test_where_devices_have_several_stages_the_costliest_device_costs_least(schedule: str, head: float) -> None:
+    """Against all ways to cut 6 equal blocks into 4 stages."""
+    cost = {"embed": 0.0} | {str(i): 2.0 for i in range(6)} | {"head": head}
+    held = [[0, 3], [1, 2]] if schedule == "zero-bubble" else [[0, 2], [1, 3]]
+
+    def worst(parts: list[int]) -> float:
+        each = [2.0 * part for part in parts]
+        each[-1] += head
+        return max(sum(each[stage] for stage in stages) for stages in held)
+
+    best = min(worst([b - a for a, b in zip([0, *cuts], [*cuts, 6], strict=True)]) for cuts in combinations(range(1, 6), 3))
+    found = split(cost, Plan(pipeline=2, schedule=schedule, accumulate_grad_batches=4))
+    assert worst([len(part) for part in found]) == best
+
+
 def test_a_large_vocabulary_moves_blocks_away_from_the_head() -> None:
     with without_storage():
         small, large = (Transformer(vocabulary, 64, width=64, depth=12, heads=4) for vocabulary in (256, 50257))

@@ -144,7 +144,7 @@ def test_a_failing_rank_ends_all_with_one_traceback(text: Path, tmp_path: Path) 
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
 
 
-@pytest.mark.parametrize("to", ["launcher", "group"])
+@pytest.mark.parametrize("to", [pytest.param("launcher", marks=pytest.mark.slow), "group"])
 def test_ctrl_c_ends_every_process_and_saves(to: str, text: Path, tmp_path: Path) -> None:
     """`group` is what a terminal does: the launcher and the workers all get the signal."""
     process = subprocess.Popen(

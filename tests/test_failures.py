@@ -61,7 +61,10 @@ def command(text: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fault", "plan"), [("killed", "pipeline"), ("out of memory", "fsdp"), ("raising", "tensor")])
+@pytest.mark.parametrize(
+    ("fault", "plan"),
+    [("killed", "pipeline"), ("out of memory", "fsdp"), pytest.param("raising", "tensor", marks=pytest.mark.slow)],
+)
 def test_all_end_and_the_message_names_rank_and_cause(fault: str, plan: str, text: Path, tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(FAULTY)
     done = subprocess.run(

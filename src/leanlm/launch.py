@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from leanlm.errors import UserError
 
+START_METHOD = "spawn"  # fresh processes; a fork of one that has used CUDA or OpenMP may hang
 GRACE = 8  # seconds from telling the workers to stop until they are killed
 
 
@@ -140,7 +141,7 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
         local_addr="localhost",
         max_restarts=restarts,
         monitor_interval=0.1,
-        start_method="spawn",
+        start_method=START_METHOD,
     )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
     try:

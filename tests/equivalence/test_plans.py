@@ -18,14 +18,12 @@ from leanlm.prepare import tokens
 
 ONE_PROCESS = {
     "single": {},
-    "accumulate 2": {"accumulate_grad_batches": 2},
     "accumulate 4": {"accumulate_grad_batches": 4},
     "a row at a time": {"accumulate_grad_batches": ROWS},
 }
 SEVERAL = {
     "ddp 2": {"replicate": 2},
     "ddp 2, accumulate 2": {"replicate": 2, "accumulate_grad_batches": 2},
-    "ddp 4": {"replicate": 4},
 }
 
 
@@ -39,7 +37,7 @@ def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str
     """Every model under every plan; (model, plan) -> folder of the run."""
     root = tmp_path_factory.mktemp("runs")
     found = {}
-    for processes in (1, 2, 4):
+    for processes in (1, 2):
         jobs = {}
         for plan, how in {**ONE_PROCESS, **SEVERAL}.items():
             if how.get("replicate", 1) == processes:

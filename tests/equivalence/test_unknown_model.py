@@ -16,7 +16,6 @@ from leanlm.errors import UserError
 
 TESTS = Path(__file__).resolve().parents[1]
 PLANS = {
-    "ddp": {"replicate": 2},
     "shard": {"shard": 2, "accumulate_grad_batches": 2},
     "tensor": {"tensor": 2},
     "zero-bubble": {"pipeline": 2, "schedule": "zero-bubble", "accumulate_grad_batches": 4},

@@ -1,5 +1,6 @@
 """Which blocks go to which stage of a pipeline, and how much of the time its devices will wait."""
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from leanlm.models.contract import Model
 from leanlm.strategies.plan import Plan
+from leanlm.strategies.schedules import SCHEDULES, stages_of
 
 
 @torch.no_grad()
@@ -32,21 +34,53 @@ def costs(net: Model) -> dict[str, float]:
 
 
 def split(cost: dict[str, float], plan: Plan) -> list[list[str]]:
-    """Blocks of each stage: as `plan.stage_blocks` says, else so that the costliest stage costs least.
+    """Blocks of each stage: as `plan.stage_blocks` says, else balanced by cost.
 
-    The embedding counts to the first stage and the head to the last. By dynamic programming over prefixes; each stage has
-    a block at least.
+    The embedding counts to the first stage and the head to the last; each stage has a block at least. First the costliest
+    stage is made as cheap as can be (dynamic programming over prefixes); then, where devices have several stages, blocks move
+    over one boundary at a time as long as the costliest device gets cheaper.
     """
     names = [name for name in cost if name not in ("embed", "head")]
     stages = plan.stages if plan.pipeline > 1 else 1
     if plan.stage_blocks is not None and stages > 1:
-        blocks = iter(names)
-        return [[next(blocks) for _ in range(count)] for count in plan.stage_blocks]
-    sums = [0.0]
-    for name in names:
-        sums.append(sums[-1] + cost[name])
-    # best[n]: lowest cost of the costliest stage when the stages so far hold n blocks, and where the last of them begins
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+        ends = [0, *accumulate(plan.stage_blocks)]
+    else:
+        ends = _costliest_stage_least(cost, names, stages)
+    if plan.stage_blocks is None and stages > plan.pipeline:
+        v_shape = SCHEDULES[plan.schedule].v_shape
+        held = [stages_of(rank, plan.pipeline, stages, v_shape) for rank in range(plan.pipeline)]
+
+        def worst(ends: list[int]) -> tuple[float, float]:
+            each = stage_costs(cost, [names[begin:end] for begin, end in pairwise(ends)])
+            return max(sum(each[number] for number in numbers) for numbers in held), max(each)
+
+        while True:
+            moves = [
+                [*ends[:i], ends[i] + by, *ends[i + 1 :]]
+                for i in range(1, stages)
+                for by in (-1, 1)
+                if ends[i - 1] < ends[i] + by < ends[i + 1]
+            ]
+            better = min(moves, key=worst, default=ends)
+            if worst(better) >= worst(ends):
+                break
+            ends = better
+    return [names[begin:end] for begin, end in pairwise(ends)]
+
+
+def stage_costs(cost: dict[str, float], blocks: list[list[str]]) -> list[float]:
+    """Of each stage, with embedding and head."""
+    each = [sum(cost[name] for name in names) for names in blocks]
+    each[0] += cost["embed"]
+    each[-1] += cost["head"]
+    return each
+
+
+def _costliest_stage_least(cost: dict[str, float], names: list[str], stages: int) -> list[int]:
+    """Where stages begin and end, as counts of blocks."""
+    sums = [0.0, *accumulate(cost[name] for name in names)]
+    # best[n]: lowest cost of the costliest stage when the stages so far hold n blocks, and where they end
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [0])}
     for stage in range(stages):
         extra = cost["embed"] * (stage == 0) + cost["head"] * (stage == stages - 1)
         best = {
@@ -57,8 +91,7 @@ def split(cost: dict[str, float], plan: Plan) -> list[list[str]]:
             )
             for end in range(stage + 1, len(names) - (stages - stage - 1) + 1)
         }
-    ends = [0, *best[len(names)][1]]
-    return [names[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+    return best[len(names)][1]
 
 
 def bubble(order: dict[int, list[tuple[str, int, int]]], cost: list[float]) -> float:

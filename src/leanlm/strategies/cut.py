@@ -47,9 +47,7 @@ class Cut:
         self.net, self.plan, self.device = net, plan, device
         cost = cost or dict.fromkeys(["embed", *net.blocks, "head"], 0.0)
         self.split = split = balance.split(cost, plan)
-        self.costs = [sum(cost[name] for name in blocks) for blocks in split]
-        self.costs[0] += cost["embed"]
-        self.costs[-1] += cost["head"]
+        self.costs = balance.stage_costs(cost, split)
         self.parameters = sum(parameter.numel() for parameter in net.parameters())
         self.ties, self.width = ties(net), net.head.projection.in_features
         self.vocabulary, self.dtype = net.vocabulary, next(net.parameters()).dtype
