@@ -16,6 +16,7 @@ DEPTH = 5
 P2, P3 = {"pipeline": 2}, {"pipeline": 3}
 ONCE = {"reduce_every_micro_batch": "false", "reshard_after_forward": "false"}
 PLANS = {
+    "ddp 4": {"replicate": 4},
     "shard": {"shard": 2},
     "shard, accumulate": {"shard": 2, "accumulate_grad_batches": 2},
     "shard, accumulate, kept and reduced once": {"shard": 2, "accumulate_grad_batches": 2, **ONCE},
