@@ -84,7 +84,7 @@ def same(path: Path, reference: Path, tolerance: float = 0.0) -> None:
     assert abs(ours["loss"] - theirs["loss"]) <= tolerance
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed(kills: int, whole: tuple[str, Path], text: Path, tmp_path: Path) -> None:
     model, reference = whole
     draw = random.Random(kills)

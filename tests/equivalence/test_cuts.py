@@ -1,7 +1,7 @@
 """Sharded, tensor-parallel and pipelined plans, alone and composed, have the curve and the weights of a plain loop, to 1e-9.
 
-Five blocks, so that no number of stages divides them. CI runs one model under every plan of up to four devices, so that
-every model is there; the slow test runs all of the others, and eight devices.
+Five blocks, so that no number of stages divides them. CI runs one model under most plans, so that every model is there;
+the slow test runs all of the others, and eight devices.
 """
 
 from itertools import cycle
@@ -52,7 +52,8 @@ RECURRENT = ["lstm", "elman_tanh", "gru", "lstm_muon", "elman_relu", "lstm_token
 def pairs_for_ci() -> list[tuple[str, str]]:
     found = []
     models = {True: cycle(TRANSFORMERS), False: cycle(RECURRENT)}
-    for i, plan in enumerate(plan for plan in PLANS if devices(plan) < 8):
+    left_out = {"ddp 4", "replicate x tensor", "pipeline x replicate", "zero-bubble x shard", "pipeline x shard x tensor"}
+    for i, plan in enumerate(plan for plan in PLANS if plan not in left_out):
         found.append((next(models[i % 2 == 0]), plan))
     return found
 

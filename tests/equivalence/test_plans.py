@@ -22,7 +22,6 @@ ONE_PROCESS = {
     "a row at a time": {"accumulate_grad_batches": ROWS},
 }
 SEVERAL = {
-    "ddp 2": {"replicate": 2},
     "ddp 2, accumulate 2": {"replicate": 2, "accumulate_grad_batches": 2},
 }
 
