@@ -231,7 +231,7 @@ def _cuts(config: Config, plan: Plan) -> list[str]:
     arguments = {key: value for key, value in config.model.items() if key != "_target_"}
     with without_storage():
         net: Model = _target(config.model["_target_"])(vocabulary=256, sequence=config.sequence, **arguments)
-    return cuts_of_model(plan, len(net.blocks), net.tensor_units(), bool(net.tensor_split))
+    return cuts_of_model(plan, len(net.blocks), net.tensor_units(), bool(net.tensor_split), net.carries_state)
 
 
 def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:

@@ -195,7 +195,7 @@ def _schedule(plan: Plan) -> list[str]:
     return problems
 
 
-def cuts_of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool) -> list[str]:
+def cuts_of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, recurrent: bool = False) -> list[str]:
     """What cannot work about a plan for one model.
 
     Args:
@@ -203,9 +203,15 @@ def cuts_of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool) 
         blocks: how many the model has.
         units: what a tensor axis must divide, by name.
         splits: whether the model declares anything that a tensor axis may split.
+        recurrent: whether it carries state.
     """
     problems = []
     if plan.pipeline > 1:
+        if recurrent and SCHEDULES[plan.schedule].splits_backward and torch.__version__ < "2.13":
+            problems.append(
+                f"strategy.schedule={plan.schedule}: torch {torch.__version__} loses gradients of recurrent layers under "
+                "it (2.13 does not); write strategy.schedule=1f1b or interleaved"
+            )
         if plan.stages > blocks:
             per = plan.stages // plan.pipeline
             problems.append(

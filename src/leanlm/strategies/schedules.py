@@ -17,6 +17,7 @@ class Schedule:
         v_shape: stages go down the devices and up again, so the first and the last are on one device.
         rounds: micro-batches must fill whole rounds over the devices.
         fill_stages: at least as many micro-batches as stages, not only as devices.
+        splits_backward: the gradients of inputs and of weights are made at different times.
     """
 
     torch: str
@@ -25,16 +26,17 @@ class Schedule:
     v_shape: bool = False
     rounds: bool = False
     fill_stages: bool = False
+    splits_backward: bool = False
 
 
 SCHEDULES = {
     "gpipe": Schedule("GPipe"),
     "1f1b": Schedule("1F1B"),
     "interleaved": Schedule("Interleaved1F1B", 2, fixed=False, rounds=True),
-    "zero-bubble": Schedule("ZBVZeroBubble", 2, v_shape=True),
+    "zero-bubble": Schedule("ZBVZeroBubble", 2, v_shape=True, splits_backward=True),
     "LoopedBFS": Schedule("LoopedBFS", 2, fixed=False),
-    "InterleavedZeroBubble": Schedule("InterleavedZeroBubble", 2, fixed=False, rounds=True),
-    "DualPipeV": Schedule("DualPipeV", 2, v_shape=True, fill_stages=True),
+    "InterleavedZeroBubble": Schedule("InterleavedZeroBubble", 2, fixed=False, rounds=True, splits_backward=True),
+    "DualPipeV": Schedule("DualPipeV", 2, v_shape=True, fill_stages=True, splits_backward=True),
 }
 
 
