@@ -44,7 +44,7 @@ def work(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, An
     """What each rank does."""
     from leanlm.fit import fit
 
-    if restarted() and (path / "config.yaml").is_file():
+    if restarted() and any(Run(path).checkpoints.glob("step-*")):  # else begin where this run was told to
         say(f"begun again after a failure, {restarted()} of at most {settings.config.restarts} times")
         settings = replace(settings, config=replace(settings.config, resume=str(path)))
     with process_group(settings.config.device["accelerator"]):
