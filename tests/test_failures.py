@@ -79,15 +79,30 @@ def test_all_end_and_the_message_names_rank_and_cause(fault: str, plan: str, tex
     assert checkpoint.newest_whole(Run(tmp_path / "run").checkpoints)[0].name == "step-00000003"
 
 
+def succeeds(cwd: Path, fault: str, arguments: list[str]) -> str:
+    (cwd / "faulty.py").write_text(FAULTY)
+    (cwd / "failed").unlink(missing_ok=True)
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, cwd=cwd, timeout=150,
+        env={**os.environ, "PYTHONPATH": str(cwd), "FAULT": fault},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_restarts_go_on_from_the_last_checkpoint(text: Path, tmp_path: Path) -> None:
-    (tmp_path / "faulty.py").write_text(FAULTY)
     for name, fault in (("whole", "none"), ("run", "killed")):
-        (tmp_path / "failed").unlink(missing_ok=True)
-        done = subprocess.run(
-            command(text, *PLANS["pipeline"], f"run_dir={name}", "restarts=1"), capture_output=True, text=True, cwd=tmp_path,
-            timeout=150, env={**os.environ, "PYTHONPATH": str(tmp_path), "FAULT": fault},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    assert "begun again after a failure, 1 of at most 1 times" in done.stdout
-    assert "resuming after step 3" in done.stdout
+        said = succeeds(tmp_path, fault, command(text, *PLANS["pipeline"], f"run_dir={name}", "restarts=1"))
+    assert "begun again after a failure, 1 of at most 1 times" in said
+    assert "resuming after step 3" in said
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_restart_before_the_first_checkpoint_begins_where_the_run_was_told_to(text: Path, tmp_path: Path) -> None:
+    for more in (["run_dir=whole"], ["run_dir=begun", "max_steps=4", "checkpoint_every=4"]):
+        succeeds(tmp_path, "none", command(text, *PLANS["fsdp"], "optim.schedule=constant", *more))
+    more = ["resume=begun", "run_dir=run", "max_steps=8", "checkpoint_every=100", "restarts=1"]
+    said = succeeds(tmp_path, "killed", [sys.executable, "-m", "leanlm.train", *more])
+    assert said.count("resuming after step 4") == 2
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")

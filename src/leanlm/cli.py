@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from leanlm.config import FOLDER, Config, check, leaves, typed
 from leanlm.errors import UserError
-from leanlm.launch import Stopped, WorkerFailed, launched, leave, rank, world_size
+from leanlm.launch import Stopped, WorkerFailed, adopt_slurm, launched, leave, rank, world_size
 from leanlm.runs import Run
 
 FREE_TEXT = ("prompt", "text", "sample")
@@ -42,6 +42,7 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
 
     @hydra.main(config_path=FOLDER, config_name=name, version_base="1.3")
     def job(config: DictConfig) -> None:
+        adopt_slurm()  # here, not before Hydra starts: submitit runs only this function in the jobs that it queues
         try:
             function(config if schema is Config else typed(config, schema)[1])
         except Stopped as stopped:

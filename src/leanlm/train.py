@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from leanlm import cli
 from leanlm.cli import effective, swept_keys
 from leanlm.config import Config, Settings, check
-from leanlm.launch import adopt_slurm, launch, launched, process_group, restarted, say
+from leanlm.launch import launch, launched, process_group, restarted, say
 from leanlm.prepare import tokens
 from leanlm.runs import Run
 
@@ -53,7 +53,6 @@ def work(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, An
 
 def job(config: DictConfig) -> None:
     """One job of a command line."""
-    adopt_slurm()
     hydra = HydraConfig.get()
     config = effective(config, list(hydra.overrides.task))
     sweep = hydra.mode == RunMode.MULTIRUN

@@ -14,6 +14,7 @@ from leanlm import build
 from leanlm.config import Settings, check
 from leanlm.models.dropout import rows_of_step
 from leanlm.prepare import tokens
+from leanlm.strategies.schedules import SCHEDULES
 
 STEPS, ROWS = 20, 8
 MODELS = {
@@ -28,6 +29,12 @@ MODELS = {
     "muon": ["model=transformer", "model.width=16", "model.depth=2", "model.heads=2", "optim=muon"],
     "lstm_muon": ["model=lstm", "model.width=12", "model.depth=2", "optim=muon"],
 }  # fmt: skip
+
+
+def supported(model: str, plan: dict) -> bool:
+    """torch before 2.13 loses gradients of recurrent layers under a split backward pass; leanlm refuses that there."""
+    recurrent = model.startswith(("elman", "lstm", "gru"))
+    return torch.__version__ >= "2.13" or not (recurrent and SCHEDULES[plan.get("schedule", "1f1b")].splits_backward)
 
 
 def overrides(model: str, text: Path, plan: dict | None = None, depth: int | None = None) -> list[str]:

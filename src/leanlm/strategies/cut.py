@@ -8,16 +8,13 @@ ever holds more than its share and one part.
 import ctypes
 import warnings
 from contextlib import suppress
-from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from leanlm.errors import UserError
 from leanlm.models.contract import Model, initial, ties
@@ -25,6 +22,7 @@ from leanlm.strategies import balance
 from leanlm.strategies.plan import AXES, Plan
 from leanlm.strategies.schedules import SCHEDULES, stages_of
 from leanlm.strategies.stage import Stage
+from leanlm.strategies.tensor import split_matrices
 
 
 class Cut:
@@ -60,8 +58,8 @@ class Cut:
         numbers = stages_of(self.coordinate("pipeline"), plan.pipeline, len(split), SCHEDULES[plan.schedule].v_shape)
         self._drop([name for number in numbers for name in split[number]], 0 in numbers, len(split) - 1 in numbers)
         self.stages = {n: Stage(net, split[n], n == 0, n == len(split) - 1, seed) for n in numbers}
-        if plan.tensor > 1:
-            self._split_matrices()
+        if self.mesh is not None and plan.tensor > 1:
+            split_matrices(net, self.mesh["tensor"])
         self._fill_and_shard(seed)
 
     def coordinate(self, axis: str) -> int:
@@ -180,19 +178,6 @@ class Cut:
         if not last:
             self.net.head = None  # type: ignore[assignment]
 
-    def _split_matrices(self) -> None:
-        assert self.mesh is not None
-        mesh = self.mesh["tensor"]
-        for pattern, kind in self.net.tensor_split.items():
-            for name in [pattern.replace("*", block) for block in self.net.blocks] if "*" in pattern else [pattern]:
-                module = _find(self.net, name)
-                if module is None:  # held by another rank, or a part that this configuration does not have
-                    continue
-                if kind == "input":
-                    module.register_forward_pre_hook(_sum_gradient_once(mesh))
-                else:
-                    parallelize_module(module, mesh, _style(kind, module))
-
     def _fill_and_shard(self, seed: int) -> None:
         sharded = self.plan.shard > 1
         for stage in self.stages.values():
@@ -240,55 +225,6 @@ def _return_freed_memory() -> None:
     whole model, although it never holds it."""
     with suppress(AttributeError, OSError):  # other C libraries
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _find(net: nn.Module, path: str) -> nn.Module | None:
-    module: Any = net
-    for name in path.split("."):
-        children = module._modules
-        module = children.get(name)
-        if module is None:
-            return None
-    return module
-
-
-def _style(kind: str, module: nn.Module) -> ParallelStyle:
-    if kind == "vocabulary" and isinstance(module, nn.Embedding):
-        return _VocabularyParallel()
-    if kind == "vocabulary":  # in training, memory/loss.py reads the weights and gathers no logits
-        return ColwiseParallel(output_layouts=Replicate())
-    return RowwiseParallel() if kind == "rowwise" else ColwiseParallel()
-
-
-class _VocabularyParallel(ParallelStyle):
-    """An embedding whose rows are spread: each device looks up the token types it holds, and the results are summed.
-
-    torch's RowwiseParallel does the same forward, but leaves each device with the gradient of the whole table.
-    """
-
-    def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
-        weight = distribute_tensor(module.weight, device_mesh, [Shard(0)], src_data_rank=None)
-        module.register_parameter("weight", nn.Parameter(weight))
-        module.forward = partial(_look_up, module, device_mesh)
-        return module
-
-
-def _look_up(module: Any, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
-    weight = module.weight.to_local()
-    position = tokens - mesh.get_local_rank() * -(-module.num_embeddings // mesh.size())
-    here = (position >= 0) & (position < len(weight))
-    found = nn.functional.embedding(position.where(here, 0), weight).masked_fill(~here[..., None], 0)
-    return DTensor.from_local(found, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()]).to_local()
-
-
-def _sum_gradient_once(mesh: DeviceMesh) -> Any:
-    """A forward pre-hook after which the gradients that several column-wise layers give their common input are added
-    before they are summed over the tensor axis, not after."""
-
-    def hook(module: nn.Module, inputs: tuple) -> tuple:
-        return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False), *inputs[1:]
-
-    return hook
 
 
 def local_part(whole: Tensor, like: DTensor) -> Tensor:
