@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanlm.data.batches import IGNORE
 from leanlm.launch import launch, process_group
@@ -65,16 +66,28 @@ def test_autocast_stays_near_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation takes one matrix product a chunk; training takes three."""
+    products = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal products
+            products += "mm" in function.__name__
+            return function(*args, **(kwargs or {}))
+
     monkeypatch.setattr(loss, "CHUNK", 1)
     head, hidden, target = setup(1000, True, torch.float64)
-    with torch.no_grad():
-        torch.testing.assert_close(loss.token_loss(head, hidden, target), whole(head, hidden, target), atol=1e-9, rtol=0)
+    with torch.no_grad(), Count():
+        found = loss.token_loss(head, hidden, target)
+    torch.testing.assert_close(found, whole(head, hidden, target), atol=1e-9, rtol=0)
+    evaluating, products = products, 0
+    with Count():
+        loss.token_loss(head, hidden, target)
+    assert products == 3 * evaluating > 3
 
 
 def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor that autograd keeps, nor any made on the way, is as large as the logits of all tokens."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     largest = 0
 
     class Watch(TorchDispatchMode):

@@ -41,10 +41,11 @@ def token_loss(head: Head, hidden: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits.to(wide), target, reduction="sum", ignore_index=IGNORE)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    weight, bias, rows = projection.weight, projection.bias, None
     if split:
-        weight, bias = (part if part is None else part.to_local() for part in (projection.weight, projection.bias))
-        return _ChunkedLoss.apply(hidden, weight, bias, target, _Rows.of(projection.weight))
-    return _ChunkedLoss.apply(hidden, projection.weight, projection.bias, target)
+        rows = _Rows.of(weight)
+        weight, bias = (part if part is None else part.to_local() for part in (weight, bias))
+    return _ChunkedLoss.apply(hidden, weight, bias, target, rows, torch.is_grad_enabled())
 
 
 class _Rows(NamedTuple):
@@ -76,9 +77,10 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        rows: _Rows | None = None,
+        rows: _Rows | None,
+        training: bool,  # in here gradients are always off, and what needs one is told as if they were on
     ) -> Tensor:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        need_hidden, need_weight, need_bias = (need and training for need in ctx.needs_input_grad[:3])
         matrix = weight.to(hidden.dtype)  # bf16 under autocast, otherwise the weight itself
         wide = torch.promote_types(hidden.dtype, torch.float32)
         size = _even(len(hidden), max(SHORTEST, CHUNK // (rows.longest if rows else len(weight))))
@@ -144,4 +146,4 @@ class _ChunkedLoss(torch.autograd.Function):
             if part is not None:
                 part.data.mul_(grad)
         ctx.scaled = True
-        return *gradients, None, None
+        return *gradients, None, None, None
