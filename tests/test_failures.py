@@ -91,11 +91,11 @@ def succeeds(cwd: Path, fault: str, arguments: list[str]) -> str:
 
 
 def test_restarts_go_on_from_the_last_checkpoint(text: Path, tmp_path: Path) -> None:
-    for name, fault in (("whole", "none"), ("run", "killed")):
-        said = succeeds(tmp_path, fault, command(text, *PLANS["pipeline"], f"run_dir={name}", "restarts=1"))
+    succeeds(tmp_path, "none", command(text, "run_dir=whole"))
+    said = succeeds(tmp_path, "killed", command(text, *PLANS["pipeline"], "run_dir=run", "restarts=1"))
     assert "begun again after a failure, 1 of at most 1 times" in said
     assert "resuming after step 3" in said
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-9, rel=0)
 
 
 @pytest.mark.slow
