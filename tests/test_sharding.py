@@ -110,6 +110,13 @@ REFUSED = [
     ({"pipeline": 2, "accumulate_grad_batches": 5, "schedule": "interleaved"}, "2 equal rounds over pipeline=2; write 4"),
     ({"pipeline": 2, "accumulate_grad_batches": 2, "schedule": "1f2b"}, "choose one of gpipe, 1f1b, interleaved"),
     ({"pipeline": -1, "shard": -1}, "only one of strategy.pipeline, strategy.shard can be -1"),
+    (
+        {"pipeline": 2, "accumulate_grad_batches": 2, "schedule": "zero-bubble", "recompute": "operators"},
+        "serves once; write strategy.recompute=blocks",
+    ),
+    ({"recompute_window": 64}, "cannot read part of a row without the tokens before it"),
+    ({"recompute": "1.5"}, "strategy.recompute=1.5: choose none, blocks, operators, 2 or more"),
+    ({"optimizer_state": "int2"}, "choose one of fp32, bf16, int8, int4"),
     ({"shard": 3}, "does not divide by shard=3 x accumulate_grad_batches=1 = 3: write global_batch=6 or 9"),
 ]
 

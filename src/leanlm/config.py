@@ -94,6 +94,8 @@ def check(config: DictConfig) -> Settings:
         problems.append(f"devices={checked.devices}, but {devices} processes were started: leave devices out under torchrun")
     plan, found = resolve(checked.strategy, devices, checked.global_batch)
     problems += found + checked.optim.problems() + _device(checked.device) + _loggers(checked.logger) + _model(checked)
+    if checked.optim.name == "sgd" and plan.optimizer_state != "fp32":
+        problems.append(f"strategy.optimizer_state={plan.optimizer_state} is of AdamW's averages, and optim.name=sgd has none")
     if not problems:
         problems += _cuts(checked, plan)
     occupied = checked.run_dir and Path(checked.run_dir, "config.yaml").is_file()
@@ -224,7 +226,7 @@ def _model(config: Config) -> list[str]:
 
 def _cuts(config: Config, plan: Plan) -> list[str]:
     """Problems of a plan with this model, found on one that has no storage."""
-    if plan.pipeline * plan.tensor == 1:
+    if plan.pipeline * plan.tensor == 1 and not plan.recompute_window:
         return []
     from leanlm.models.contract import Model, without_storage
 

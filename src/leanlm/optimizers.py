@@ -8,12 +8,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim._muon import muon
 
+from leanlm.memory.state import AdamW
 from leanlm.optim import Optim
 from leanlm.strategies.cut import local_part
+from leanlm.strategies.plan import Plan
+
+PLAIN = Plan()
 
 
-def build(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> torch.optim.Optimizer:
-    """The optimizer of named parameters; each group keeps its peak rate as `peak_lr`.
+def build(named: Iterable[tuple[str, nn.Parameter]], optim: Optim, plan: Plan = PLAIN) -> torch.optim.Optimizer:
+    """The optimizer of named parameters, with its state as the plan keeps it; each group has its peak rate as `peak_lr`.
 
     Fused kernels take tensors of one device mesh at a time, so parameters that are spread otherwise are other groups.
     """
@@ -33,8 +37,10 @@ def build(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> torch.opti
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
 
     def adamw(groups: list[dict]) -> torch.optim.Optimizer:
-        # fused: no temporary copy of the parameters during the step
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
+        settings: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
+        if plan.optimizer_state != "fp32" or plan.precision.startswith("bf16-s"):
+            return AdamW(groups, plan.optimizer_state, plan.precision == "bf16-stochastic", **settings)
+        return torch.optim.AdamW(groups, **settings, fused=True)  # fused: no temporary copy of the parameters
 
     def muons(groups: list[dict]) -> torch.optim.Optimizer:
         return Muon(groups, lr=optim.muon_lr, momentum=optim.momentum)
@@ -79,6 +85,7 @@ class Combined(torch.optim.Optimizer):
     def __init__(self, parts: list[tuple[Callable[[list[dict]], torch.optim.Optimizer], list[dict]]]) -> None:
         self.parts = [make(groups) for make, groups in parts]
         super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self.kind = next((part.kind for part in self.parts if isinstance(part, AdamW)), "fp32")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):

@@ -32,9 +32,9 @@ MODELS = {
 
 
 def supported(model: str, plan: dict) -> bool:
-    """torch before 2.13 loses gradients of recurrent layers under a split backward pass; leanlm refuses that there."""
-    recurrent = model.startswith(("elman", "lstm", "gru"))
-    return torch.__version__ >= "2.13" or not (recurrent and SCHEDULES[plan.get("schedule", "1f1b")].splits_backward)
+    """torch before 2.13 cannot split the backward pass of recurrent layers and of split matrices; leanlm refuses that there."""
+    hard = model.startswith(("elman", "lstm", "gru")) or plan.get("tensor", 1) > 1
+    return torch.__version__ >= "2.13" or not (hard and SCHEDULES[plan.get("schedule", "1f1b")].splits_backward)
 
 
 def overrides(model: str, text: Path, plan: dict | None = None, depth: int | None = None) -> list[str]:

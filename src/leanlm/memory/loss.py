@@ -11,6 +11,8 @@ the devices exchange the largest logit, the sum of exponentials and the target's
 1909.08053, section 3).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +47,21 @@ def token_loss(head: Head, hidden: Tensor, target: Tensor) -> Tensor:
     if split:
         rows = _Rows.of(weight)
         weight, bias = (part if part is None else part.to_local() for part in (weight, bias))
-    return _ChunkedLoss.apply(hidden, weight, bias, target, rows, torch.is_grad_enabled())
+    return _ChunkedLoss.apply(hidden, weight, bias, target, rows, torch.is_grad_enabled() and not _Pass.is_repeated)
+
+
+class _Pass:
+    is_repeated = False
+
+
+@contextmanager
+def repeated() -> Iterator[None]:
+    """For a forward pass that is done again before its backward: the loss is made without its gradients."""
+    before, _Pass.is_repeated = _Pass.is_repeated, True
+    try:
+        yield
+    finally:
+        _Pass.is_repeated = before
 
 
 class _Rows(NamedTuple):
@@ -133,6 +149,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 d_weight.copy_(narrow @ x) if first == 0 else d_weight.add_(narrow @ x)
         if d_hidden is not None and rows is not None:
             dist.all_reduce(d_hidden, group=rows.group)
+        if not training:  # nothing will read them; recomputation compares their shapes
+            d_hidden, d_weight, d_bias = (
+                like.new_empty(()).expand_as(like) if like is not None and need else None
+                for like, need in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+            )
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.scaled = False
         return loss

@@ -14,21 +14,22 @@ from torch import Tensor, nn
 
 
 class _Draw:
-    """Which rows of which step are being computed; None outside training."""
+    """Which rows of which step are being computed, and the position of their first token; None outside training."""
 
     key: int = 0
     rows: Tensor | None = None
+    first: int = 0
 
 
 @contextmanager
-def rows_of_step(seed: int, step: int, rows: Tensor) -> Iterator[None]:
-    """Within it, dropout draws for the global row numbers `rows [b]` of optimizer step `step`."""
-    before = _Draw.key, _Draw.rows
-    _Draw.key, _Draw.rows = _splitmix(_splitmix(seed) ^ step), rows
+def rows_of_step(seed: int, step: int, rows: Tensor, first: int = 0) -> Iterator[None]:
+    """Within it, dropout draws for the global row numbers `rows [b]` of optimizer step `step`, from position `first` on."""
+    before = _Draw.key, _Draw.rows, _Draw.first
+    _Draw.key, _Draw.rows, _Draw.first = _splitmix(_splitmix(seed) ^ step), rows, first
     try:
         yield
     finally:
-        _Draw.key, _Draw.rows = before
+        _Draw.key, _Draw.rows, _Draw.first = before
 
 
 class RowDropout(nn.Module):
@@ -50,19 +51,20 @@ class RowDropout(nn.Module):
             return hidden
         if _Draw.rows is None:
             raise RuntimeError("dropout in training mode needs leanlm.models.dropout.rows_of_step(seed, step, rows)")
-        positions = 1 if self.locked else hidden.shape[1]
-        keep = keep_mask(_Draw.key ^ self.site, _Draw.rows, positions * hidden.shape[2], self.rate)
-        return torch.where(keep.view(len(hidden), positions, hidden.shape[2]), hidden / (1 - self.rate), 0)
+        width = hidden.shape[2]
+        positions, first = (1, 0) if self.locked else (hidden.shape[1], _Draw.first)
+        keep = keep_mask(_Draw.key ^ self.site, _Draw.rows, positions * width, self.rate, first * width)
+        return torch.where(keep.view(len(hidden), positions, width), hidden / (1 - self.rate), 0)
 
     def extra_repr(self) -> str:
         return f"{self.rate}, locked={self.locked}"
 
 
-def keep_mask(key: int, rows: Tensor, elements: int, rate: float) -> Tensor:
-    """Bool `[rows, elements]`, each True with probability 1 - `rate`."""
+def keep_mask(key: int, rows: Tensor, elements: int, rate: float, first: int = 0) -> Tensor:
+    """Bool `[rows, elements]`, each True with probability 1 - `rate`: elements from number `first` on of each row's mask."""
     row_keys = _splitmix_tensor(rows.long() ^ _signed(_splitmix(key), 64))[:, None]
     low, high = row_keys.to(torch.int32), (row_keys >> 32).to(torch.int32)
-    bits = torch.arange(elements, dtype=torch.int32, device=rows.device) * _signed(0x9E3779B1, 32) ^ low
+    bits = torch.arange(first, first + elements, dtype=torch.int32, device=rows.device) * _signed(0x9E3779B1, 32) ^ low
     bits = _scramble(bits, 16, 0x85EBCA6B)
     bits = bits.bitwise_xor_(high)
     bits = _scramble(bits, 13, 0xC2B2AE35)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from leanlm.errors import UserError
+from leanlm.memory.state import convert, spread_like
 
 FORMAT = 1
 
@@ -99,8 +100,10 @@ def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) ->
         kind, _, rest = name.partition(".")
         if kind == "optimizer" and optimizer is not None and rest.rpartition(".")[0] in parameters:
             parameter = parameters[rest.rpartition(".")[0]]
-            like = parameter.detach() if meta.size == parameter.shape else torch.empty(meta.size, device=parameter.device)
-            tensors[name] = torch.empty_like(like, dtype=meta.properties.dtype)
+            if len(meta.size) == parameter.dim() > 0:  # as large, or packed along its last dimension
+                tensors[name] = spread_like(parameter, meta.size, meta.properties.dtype)
+            else:
+                tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype, device=parameter.device)
         elif kind == "carried" or name == f"rng.{_rank()}":
             tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype)
     with warnings.catch_warnings():
@@ -116,6 +119,9 @@ def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) ->
                 for parameter in (parameter for name, parameter in named if name == owner):
                     mine = parameter is parameters[owner]
                     optimizer.state[parameter][key] = value if mine else value.clone()
+        for _, parameter in named:
+            if parameter in optimizer.state:
+                convert(optimizer.state[parameter], parameter, getattr(optimizer, "kind", "fp32"))
         if f"rng.{_rank()}" in tensors:
             torch.set_rng_state(tensors[f"rng.{_rank()}"])
     carried = {name.removeprefix("carried."): value for name, value in tensors.items() if name.startswith("carried.")}

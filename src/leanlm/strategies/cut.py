@@ -57,7 +57,7 @@ class Cut:
         self.shared = self._shared_by_stages()
         numbers = stages_of(self.coordinate("pipeline"), plan.pipeline, len(split), SCHEDULES[plan.schedule].v_shape)
         self._drop([name for number in numbers for name in split[number]], 0 in numbers, len(split) - 1 in numbers)
-        self.stages = {n: Stage(net, split[n], n == 0, n == len(split) - 1, seed) for n in numbers}
+        self.stages = {n: Stage(net, split[n], n == 0, n == len(split) - 1, seed, plan) for n in numbers}
         if self.mesh is not None and plan.tensor > 1:
             split_matrices(net, self.mesh["tensor"])
         self._fill_and_shard(seed)

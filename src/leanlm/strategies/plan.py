@@ -6,12 +6,14 @@ from math import prod
 
 import torch
 
+from leanlm.memory import recompute, state
 from leanlm.strategies.schedules import SCHEDULES
 
 PRECISIONS = {  # name -> (parameters' type, Lightning's precision plugin)
     "fp32": (torch.float32, "32-true"),
     "bf16-mixed": (torch.float32, "bf16-mixed"),
     "bf16": (torch.bfloat16, "32-true"),  # built in its type; Lightning's plugin then leaves it alone
+    "bf16-stochastic": (torch.bfloat16, "32-true"),
     "fp64": (torch.float64, "32-true"),
 }
 AXES = ("pipeline", "replicate", "shard", "tensor")  # of the device mesh; the last varies fastest over the ranks
@@ -35,7 +37,13 @@ class Plan:
             all-gather.
         reduce_every_micro_batch: under `shard`, reduce gradients after each micro-batch (they stay sharded: least
             memory) or only after the last (least traffic).
-        precision: fp32, bf16-mixed (weights in fp32, products in bf16), bf16, or fp64 for parity runs.
+        recompute: what backward computes again instead of keeping it: none, blocks (all), 2 or more (every k-th block),
+            operators (what is cheap in each block), or 0 to 1: the share of the blocks' activations that may stay.
+        recompute_window: of a model that carries state, tokens of the sequence that are read at a time and read again in
+            backward, so that memory grows with its square root. 0: none. -1: twice the square root.
+        optimizer_state: how AdamW's averages are kept: fp32 (as the weights are), bf16, int8 or int4.
+        precision: fp32, bf16-mixed (weights in fp32, products in bf16), bf16, bf16-stochastic (AdamW rounds the weights up or
+            down by chance, so that small updates are not lost), or fp64 for parity runs.
     """
 
     accumulate_grad_batches: int = 1
@@ -48,6 +56,9 @@ class Plan:
     stage_blocks: list[int] | None = None
     reshard_after_forward: bool = True
     reduce_every_micro_batch: bool = True
+    recompute: str = "none"
+    recompute_window: int = 0
+    optimizer_state: str = "fp32"
     precision: str = "fp32"
 
     @property
@@ -92,15 +103,21 @@ class Plan:
     def exactness(self) -> str:
         """`rounding`: the same mathematics as one device in fp32, summed in another order; `changes`: the curve may
         move."""
-        if self.precision.startswith("bf16"):
+        if self.precision.startswith("bf16") or self.optimizer_state != "fp32":
             return "changes"
-        return "bitwise" if self.world * self.accumulate_grad_batches == 1 else "rounding"
+        return "bitwise" if self.world * self.accumulate_grad_batches == 1 and not self.recompute_window else "rounding"
 
     def describe(self) -> str:
         """One line: the axes above 1, the accumulation, the precision, the exactness."""
         parts = [f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1] or ["one device"]
         if self.pipeline > 1:
             parts.append(f"schedule={self.schedule}")
+        if self.recompute != "none":
+            parts.append(f"recompute={self.recompute}")
+        if self.recompute_window:
+            parts.append(f"recompute_window={self.recompute_window}")
+        if self.optimizer_state != "fp32":
+            parts.append(f"optimizer_state={self.optimizer_state}")
         parts += [f"accumulate_grad_batches={self.accumulate_grad_batches}", self.precision]
         return ", ".join(parts) + f" ({self.exactness})"
 
@@ -121,6 +138,13 @@ def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, l
         problems.append(f"strategy.accumulate_grad_batches={plan.accumulate_grad_batches}: it counts micro-batches, at least 1")
     if plan.precision not in PRECISIONS:
         problems.append(f"strategy.precision={plan.precision}: choose one of {', '.join(PRECISIONS)}")
+    if plan.optimizer_state not in state.KINDS:
+        problems.append(f"strategy.optimizer_state={plan.optimizer_state}: choose one of {', '.join(state.KINDS)}")
+    if plan.recompute_window < -1:
+        problems.append(
+            f"strategy.recompute_window={plan.recompute_window}: tokens, 0 for none, or -1 for twice the square root"
+        )
+    problems += recompute.problems(plan.recompute)
     plan, found = _devices(plan, devices)
     problems += found
     if plan.pipeline > 1:
@@ -179,6 +203,11 @@ def _schedule(plan: Plan) -> list[str]:
     problems, per = [], plan.stages_per_device or kind.stages_per_device
     if per < 1 or (kind.fixed and per != kind.stages_per_device):
         problems.append(f"strategy.stages_per_device={per}: {plan.schedule} needs {kind.stages_per_device}")
+    if kind.splits_backward and plan.recompute == "operators":
+        problems.append(
+            f"strategy.recompute=operators: {plan.schedule} goes through a block twice in backward, and torch's selective "
+            "recomputation serves once; write strategy.recompute=blocks, or strategy.schedule=1f1b"
+        )
     micros = plan.accumulate_grad_batches
     least = plan.pipeline * (per if kind.fill_stages else 1)
     if micros < least:
@@ -207,10 +236,11 @@ def cuts_of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, 
     """
     problems = []
     if plan.pipeline > 1:
-        if recurrent and SCHEDULES[plan.schedule].splits_backward and torch.__version__ < "2.13":
+        if SCHEDULES[plan.schedule].splits_backward and torch.__version__ < "2.13" and (recurrent or plan.tensor > 1):
+            what = "loses gradients of recurrent layers" if recurrent else "cannot divide the backward pass of split matrices"
             problems.append(
-                f"strategy.schedule={plan.schedule}: torch {torch.__version__} loses gradients of recurrent layers under "
-                "it (2.13 does not); write strategy.schedule=1f1b or interleaved"
+                f"strategy.schedule={plan.schedule}: torch {torch.__version__} {what} under it (2.13 does not); "
+                "write strategy.schedule=1f1b or interleaved"
             )
         if plan.stages > blocks:
             per = plan.stages // plan.pipeline
@@ -225,6 +255,11 @@ def cuts_of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, 
                 f"strategy.stage_blocks={list(plan.stage_blocks)}: {plan.stages} numbers, each at least 1, with the sum "
                 f"{blocks} (here {len(plan.stage_blocks)} numbers, sum {sum(plan.stage_blocks)})"
             )
+    if plan.recompute_window and not recurrent:
+        problems.append(
+            f"strategy.recompute_window={plan.recompute_window}: the model carries no state, and cannot read part of a row "
+            "without the tokens before it; write strategy.recompute=blocks"
+        )
     if plan.tensor > 1 and not splits:
         problems.append(f"strategy.tensor={plan.tensor}: the model declares nothing that may be split (Model.tensor_split)")
     for name, count in units.items() if plan.tensor > 1 else ():

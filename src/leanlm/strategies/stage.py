@@ -1,13 +1,21 @@
 """A stage: consecutive parts of a model that one device computes; the whole model where there is no pipeline."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from leanlm.memory.loss import token_loss
+from leanlm.memory.recompute import again, levels
 from leanlm.models.contract import Model
 from leanlm.models.dropout import rows_of_step
+from leanlm.strategies.plan import Plan
+
+Draws = Callable[[int], AbstractContextManager[None]]  # position of the first token -> where dropout draws for it
 
 
 class Stage(nn.Module):
@@ -22,17 +30,19 @@ class Stage(nn.Module):
         first: whether it reads tokens, with the embedding.
         last: whether it ends with the head and the loss.
         seed: of the dropout masks.
+        plan: what it keeps for backward.
 
     Attributes:
         before: first row of a micro-batch -> the states of its blocks after the last step.
     """
 
-    def __init__(self, net: Model, blocks: list[str], first: bool, last: bool, seed: int) -> None:
+    def __init__(self, net: Model, blocks: list[str], first: bool, last: bool, seed: int, plan: Plan) -> None:
         super().__init__()
         self.embed = net.embed if first else None
         self.blocks = nn.ModuleDict({name: net.blocks[name] for name in blocks})
         self.head = net.head if last else None
         self.carries_state, self.seed = net.carries_state, seed
+        self.levels, self.window = levels(plan.recompute, list(self.blocks.values())), plan.recompute_window
         self.step, self.fresh = 0, True
         self.before: dict[int, list[Any]] = {}
         self.after: dict[int, list[Any]] = {}
@@ -54,34 +64,46 @@ class Stage(nn.Module):
             hidden `[b, s, h]`; in the last stage the summed loss in nats, or without targets logits `[v]`.
         """
         if not self.training:
-            return self._parts(x, targets, rows)
-        with rows_of_step(self.seed, self.step, rows.to(x.device)):
-            return self._parts(x, targets, rows)
+            out, after = self._read(x, targets, self._states(rows), lambda first: nullcontext())
+            self.evaluation = after if self.carries_state else None
+            return out
+        read = self._read_in_windows if self.window else self._read
+        draws = partial(rows_of_step, self.seed, self.step, rows.to(x.device))
+        out, after = read(x, targets, self._states(rows), draws)
+        if self.carries_state:
+            self.after[int(rows[0])] = [tuple(part.detach() for part in state) for state in after]
+        return out
 
-    def _parts(self, x: Tensor, targets: Tensor | None, rows: Tensor) -> Tensor:
-        hidden = _Received.apply(x) if self.embed is None else self.embed(x)
+    def _read_in_windows(self, x: Tensor, targets: Tensor | None, states: Any, draws: Draws) -> tuple[Tensor, list[Any]]:
+        """As `_read`, a piece of the sequence at a time, each computed again in backward from the states before it."""
+        window = self.window if self.window > 0 else 2 * isqrt(x.shape[1])
+        outs = []
+        for first in range(0, x.shape[1], window):
+            piece = slice(first, first + window)
+            mine = None if targets is None else targets[:, piece]
+            out, states = again(self._read, x[:, piece], mine, states, draws, first)
+            outs.append(out)
+        return (torch.cat(outs, 1) if self.head is None else torch.stack(outs).sum()), states
+
+    def _read(
+        self, x: Tensor, targets: Tensor | None, states: list[Any] | None, draws: Draws, first: int = 0
+    ) -> tuple[Tensor, list[Any]]:
+        """What `forward` returns and the states after it, of tokens from position `first` on."""
+        with draws(first):
+            hidden = _Received.apply(x) if self.embed is None else self.embed(x, first)
         sent = hidden.dtype  # a recurrence may leave bf16 under autocast; the next stage expects what it was promised
-        states, after = self._states(rows), []
-        for i, block in enumerate(self.blocks.values()):
-            hidden, state = block(hidden, states[i] if states else None)
+        after = []
+        for i, (block, level) in enumerate(zip(self.blocks.values(), self.levels, strict=True)):
+            hidden, state = again(_drawing(draws, first, block), hidden, states[i] if states else None, level=level)
             after.append(state)
-        self._keep(rows, after)
         if self.head is None:
-            return hidden.to(sent).contiguous()
-        return self.head(hidden[:, -1:])[0, 0] if targets is None else token_loss(self.head, hidden, targets)
+            return hidden.to(sent).contiguous(), after
+        return (self.head(hidden[:, -1:])[0, 0] if targets is None else token_loss(self.head, hidden, targets)), after
 
     def _states(self, rows: Tensor) -> list[Any] | None:
         if not self.carries_state or self.fresh:
             return None
         return self.before.get(int(rows[0])) if self.training else self.evaluation
-
-    def _keep(self, rows: Tensor, states: list[Any]) -> None:
-        if not self.carries_state:
-            return
-        if self.training:
-            self.after[int(rows[0])] = [tuple(part.detach() for part in state) for state in states]
-        else:
-            self.evaluation = states
 
     def advance(self) -> None:
         """The step is done: its last states are where the next one begins."""
@@ -107,6 +129,16 @@ class Stage(nn.Module):
             self.before[first_row + micro * size] = [
                 tuple(mine[key][rows] for key in sorted(mine) if key.rpartition(".")[0] == name) for name in self.blocks
             ]
+
+
+def _drawing(draws: Draws, first: int, block: nn.Module) -> Callable[..., Any]:
+    """The block, which draws the same dropout masks whenever it is called."""
+
+    def run(hidden: Tensor, state: Any) -> Any:
+        with draws(first):
+            return block(hidden, state)
+
+    return run
 
 
 class _Received(torch.autograd.Function):

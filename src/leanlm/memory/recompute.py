@@ -1,0 +1,68 @@
+"""Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): what backward needs is computed again, not kept.
+
+Whole blocks, some of them, or only what is cheap in them (Korthikanti et al. 2022, arXiv 2205.05198); and for models that
+carry state, pieces of the sequence, of which only the states between them are kept.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from leanlm.memory.loss import repeated
+
+CHOICES = "none, blocks, operators, 2 or more (every k-th block), or 0 to 1 (share of the blocks' activations that may stay)"
+DEAR = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product")
+
+
+def problems(recompute: str) -> list[str]:
+    """What is wrong with `Plan.recompute`."""
+    try:
+        levels(recompute, [])
+    except ValueError:
+        return [f"strategy.recompute={recompute}: choose {CHOICES}"]
+    return []
+
+
+def levels(recompute: str, blocks: Sequence[nn.Module]) -> list[str]:
+    """For each of a device's blocks: `keep`, `operators` or `blocks`.
+
+    Of a share, the last blocks stay: their activations are gone by the time that the first blocks are computed again. Of
+    recurrent layers nothing is cheap, and torch's change the results of their own matrix products.
+
+    Raises:
+        ValueError: `recompute` is none of CHOICES.
+    """
+    if recompute in ("none", "blocks"):
+        return ["keep" if recompute == "none" else recompute] * len(blocks)
+    if recompute == "operators":
+        return ["keep" if any(isinstance(part, nn.RNNBase) for part in block.modules()) else recompute for block in blocks]
+    if recompute.isdecimal() and int(recompute) > 1:
+        return ["keep" if i % int(recompute) else "blocks" for i in range(len(blocks))]
+    share = float(recompute)
+    if not 0 <= share <= 1:
+        raise ValueError(recompute)
+    kept = int(share * len(blocks) + 1e-9)
+    return ["blocks"] * (len(blocks) - kept) + ["keep"] * kept
+
+
+def again(function: Callable[..., Any], *inputs: Any, level: str = "blocks") -> Any:
+    """`function(*inputs)`, of which backward has the inputs, and with `operators` the results of matrix products and of
+    attention; the rest is computed again. Bitwise."""
+    if level == "keep" or not torch.is_grad_enabled():
+        return function(*inputs)
+    contexts: Any = partial(create_selective_checkpoint_contexts, _policy) if level == "operators" else _contexts
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _contexts() -> tuple[Any, Any]:
+    return repeated(), nullcontext()
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    dear = operator.__name__.startswith(DEAR)
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,102 @@
+"""What trades time for bytes, alone and in pairs, under every kind of plan: `bitwise` gives equal bits, `rounding` 1e-9."""
+
+from itertools import combinations
+from math import prod
+from pathlib import Path
+
+import pytest
+from reference import STEPS, overrides, settings, supported
+from runner import final_weights, losses, run_all
+
+DEPTH = 4
+TECHNIQUES = {
+    "every block": {"recompute": "blocks"},
+    "every second block": {"recompute": "2"},
+    "operators": {"recompute": "operators"},
+    "half may stay": {"recompute": "0.5"},
+    "windows": {"recompute_window": 5},
+}
+ROUNDING = {"windows"}
+RECURRENT_ONLY = {"windows"}
+PLANS = {
+    "single": {},
+    "ddp": {"replicate": 2},
+    "shard": {"shard": 2, "accumulate_grad_batches": 2},
+    "tensor": {"tensor": 2},
+    "pipeline": {"pipeline": 2, "accumulate_grad_batches": 4},
+    "zero-bubble": {"pipeline": 2, "accumulate_grad_batches": 4, "schedule": "zero-bubble"},
+}
+MODELS = ["gpt2", "lstm"]
+
+
+def fits(model: str, plan: str, names: tuple[str, ...]) -> bool:
+    """Whether the techniques work with a model and a plan, and with each other: one key has one value."""
+    keys = [key for name in names for key in TECHNIQUES[name]]
+    if plan == "zero-bubble" and "operators" in names:
+        return False
+    return len(keys) == len(set(keys)) and (model == "lstm" or not RECURRENT_ONLY & set(names))
+
+
+SETS = [(name,) for name in TECHNIQUES] + list(combinations(TECHNIQUES, 2))
+CASES = [
+    (model, plan, names)
+    for plan in PLANS
+    for model in MODELS
+    for names in SETS
+    if fits(model, plan, names) and supported(model, PLANS[plan])
+]
+CI = [
+    *(case for case in CASES if case[1] == "single" and len(case[2]) == 1),
+    ("gpt2", "shard", ("every block",)),
+    ("lstm", "pipeline", ("every block", "windows")),
+    ("gpt2", "zero-bubble", ("every block",)),
+]
+REST = [case for case in CASES if case not in CI]
+Case = tuple[str, str, tuple[str, ...]]
+
+
+def all_runs(cases: list[Case], text: Path, root: Path) -> dict[Case, Path]:
+    cases = sorted({*cases, *((model, plan, ()) for model, plan, _ in cases)})
+    found = {case: root / f"{i}" for i, case in enumerate(cases)}
+    for processes in (1, 2):
+        jobs = {}
+        for (model, plan, names), path in found.items():
+            if prod(PLANS[plan].get(axis, 1) for axis in ("pipeline", "replicate", "shard", "tensor")) == processes:
+                how = {key: value for name in names for key, value in TECHNIQUES[name].items()}
+                jobs[path] = overrides(model, text, PLANS[plan] | how, DEPTH)
+        run_all(jobs, processes)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Path]:
+    return all_runs(CI, text, tmp_path_factory.mktemp("memory"))
+
+
+@pytest.fixture(scope="module")
+def other_runs(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Path]:
+    return all_runs(REST, text, tmp_path_factory.mktemp("memory"))
+
+
+def compare(case: Case, runs: dict[Case, Path], text: Path) -> None:
+    model, plan, names = case
+    plain, path = runs[model, plan, ()], runs[case]
+    largest = 1e-9 if ROUNDING & set(names) else 0
+    assert len(losses(path)) == STEPS
+    assert max(abs(a - b) for a, b in zip(losses(path), losses(plain), strict=True)) <= largest
+    config = settings(model, text, DEPTH)
+    ours, theirs = final_weights(path, config), final_weights(plain, config)
+    assert all((ours[name] - theirs[name]).abs().max() <= largest for name in theirs)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", CI, ids=str)
+def test_same_curve_and_weights(case: Case, runs, text: Path) -> None:
+    compare(case, runs, text)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("case", REST, ids=str)
+def test_same_curve_and_weights_of_the_rest(case: Case, other_runs, text: Path) -> None:
+    compare(case, other_runs, text)

@@ -1,0 +1,161 @@
+"""AdamW whose averages take fewer bytes: against torch's, and against its definition written out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import composed
+from runner import losses, run_all
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from leanlm.memory import state
+from leanlm.memory.state import AdamW, code_values
+from leanlm.runs import Run
+from leanlm.strategies.checkpoint import checkpoints
+
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+
+
+def gradients(steps: int, *shape: int) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(shape) * torch.rand(shape[0], 1) for _ in range(steps)]
+
+
+def trained(optimizer: type, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **more) -> tuple[torch.Tensor, dict]:
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(shape).to(dtype))
+    made = optimizer([{"params": [parameter], "weight_decay": 0.1}], **SETTINGS, **more)
+    for gradient in gradients(5, *shape):
+        parameter.grad = gradient.to(dtype)
+        made.step()
+    return parameter.detach(), made.state[parameter]
+
+
+def test_full_averages_have_the_bits_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "PIECE", 1 << 14)
+    ours, theirs = trained(AdamW, (100, 640), kind="fp32"), trained(torch.optim.AdamW, (100, 640), fused=True)
+    assert torch.equal(ours[0], theirs[0])
+    assert all(torch.equal(ours[1][key], theirs[1][key]) for key in ("exp_avg", "exp_avg_sq"))
+
+
+def nearest(numbers: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return values[(numbers[..., None] - values).abs().argmin(-1)]
+
+
+def kept(average: torch.Tensor, kind: str, signed: bool) -> torch.Tensor:
+    """What is left of an average when it is stored."""
+    if kind == "bf16":
+        return average.bfloat16().float()
+    blocks = average.view(-1, 64)
+    scales = blocks.abs().amax(1, keepdim=True)
+    return (nearest((blocks / scales).bfloat16().float(), code_values(int(kind[3:]), signed)) * scales).view_as(average)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_is_adamw_with_averages_that_are_stored_so(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "PIECE", 1 << 10)
+    torch.manual_seed(0)
+    weight = torch.randn(40, 128)
+    first, second = torch.zeros(40, 128), torch.zeros(40, 128)
+    for t, gradient in enumerate(gradients(5, 40, 128), 1):
+        first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
+        change = first / (1 - 0.9**t) / ((second / (1 - 0.95**t)).sqrt() + 1e-8)
+        weight = weight * (1 - 1e-2 * 0.1) - 1e-2 * change
+        first, second = kept(first, kind, True), kept(second, kind, False)
+    got, _ = trained(AdamW, (40, 128), kind=kind)
+    different = (got - weight).abs() > 1e-5
+    assert different.float().mean() < 0.005, "a number between two codes may go either way"
+
+
+def test_codes() -> None:
+    for bits, signed in ((8, True), (8, False), (4, True), (4, False)):
+        values = code_values(bits, signed)
+        assert len(values.unique()) == 2**bits
+        assert values[-1] == 1
+        numbers = torch.linspace(-1 if signed else 0, 1, 4001).bfloat16().float()
+        half = numbers.bfloat16().view(torch.int16).int() + (1 << 15)
+        codes = state._nearest(bits, signed)[half]
+        assert ((values[codes.int()] - numbers).abs() - (nearest(numbers, values) - numbers).abs()).abs().max() < 1e-6
+    assert (code_values(8, True).abs() < 1e-4).sum() > 5, "small numbers have codes of their own"
+
+
+@pytest.mark.parametrize(("kind", "share"), [("bf16", 1 / 2), ("int8", 1 / 4 + 1 / 64), ("int4", 1 / 8 + 1 / 64)])
+def test_bytes(kind: str, share: float) -> None:
+    parameter, kept = trained(AdamW, (512, 512), kind=kind)
+    held = sum(part.numel() * part.element_size() for part in kept.values())
+    assert held == 2 * 4 * parameter.numel() * share + 4
+
+
+def test_a_step_copies_no_tensor() -> None:
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for part in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(part, torch.Tensor) and part.untyped_storage().data_ptr() not in held:
+                    largest = max(largest, part.untyped_storage().nbytes())
+            return out
+
+    parameter = torch.nn.Parameter(torch.randn(4096, 1024))
+    parameter.grad = torch.randn_like(parameter)
+    optimizer = AdamW([{"params": [parameter], "weight_decay": 0.1}], "int8", **SETTINGS)
+    optimizer.step()
+    tensors = (parameter, parameter.grad, *optimizer.state[parameter].values())
+    held = {part.untyped_storage().data_ptr() for part in tensors}
+    with Watch():
+        optimizer.step()
+    assert 0 < largest <= 4 * state.PIECE
+
+
+def test_stochastic_rounding_keeps_small_updates() -> None:
+    numbers = torch.full((200_000,), 1 + 1 / 512)  # a quarter of the way to the next bf16 number, 1 + 1/128
+    rounded = state._round(numbers)
+    assert set(rounded.float().unique().tolist()) == {1.0, 1 + 1 / 128}
+    assert abs(rounded.float().mean() - numbers[0]) < 1e-4
+    assert torch.equal(state._round(torch.tensor([-2.0, 0.0, 0.5])).float(), torch.tensor([-2.0, 0.0, 0.5]))
+    exact, _ = trained(torch.optim.AdamW, (64, 64))
+    by_chance, _ = trained(AdamW, (64, 64), torch.bfloat16, kind="fp32", stochastic=True)
+    assert by_chance.dtype == torch.bfloat16
+    assert (by_chance.float() - exact).abs().max() < 0.1
+
+
+def overrides(text: Path, kind: str, plan: list[str], steps: int) -> list[str]:
+    return [
+        "model=transformer", "model.width=128", "model.depth=2", "data=text", f"data.path={text}", "global_batch=8",
+        "sequence=12", f"max_steps={steps}", "device=cpu", "logger=csv", "sample_tokens=1", "optim=adamw", "log_every=1",
+        "optim.schedule=constant", "optim.warmup=1", f"strategy.optimizer_state={kind}", *plan,
+    ]  # fmt: skip
+
+
+@pytest.mark.timeout(200)
+def test_a_checkpoint_goes_on_under_other_plans_and_kinds(text: Path, tmp_path: Path) -> None:
+    """Stored by two devices in codes, taken up by one in codes, and by others as bf16 and in full."""
+    shard, tensor = ["strategy=fsdp"], ["strategy=tensor"]
+    run_all({tmp_path / "begun": overrides(text, "int8", shard, 4)}, 2)
+    goes_on = [f"resume={tmp_path / 'begun'}", "max_steps=8", "strategy.shard=1", "strategy.tensor=1"]
+    one = {
+        kind: [*goes_on, f"strategy.optimizer_state={kind}", f"run_dir={tmp_path / kind}"] for kind in ("int8", "bf16", "fp32")
+    }
+    run_all({tmp_path / kind: arguments for kind, arguments in one.items()})
+    again = [*goes_on[:2], "strategy.shard=1", "strategy.tensor=2", f"run_dir={tmp_path / 'tensor'}"]
+    run_all({tmp_path / "tensor": again, tmp_path / "whole": overrides(text, "int8", tensor, 8)}, 2)
+    curves = {name: losses(tmp_path / name) for name in ("int8", "bf16", "fp32", "tensor", "whole")}
+    assert len(curves["whole"]) == 8
+    for name, curve in curves.items():
+        assert max(abs(a - b) for a, b in zip(curve, curves["whole"], strict=True)) < 2e-3, name
+    assert curves["int8"] == pytest.approx(curves["tensor"], abs=1e-5)
+    held = {name: json.loads(Run(tmp_path / name).result.read_text())["held_bytes"][0] for name in ("int8", "bf16", "fp32")}
+    assert held["int8"]["optimizer_state"] < 0.55 * held["bf16"]["optimizer_state"] < 0.3 * held["fp32"]["optimizer_state"]
+    assert all(len(checkpoints(Run(tmp_path / name).checkpoints)) for name in one)
+
+
+def test_not_for_sgd(text: Path) -> None:
+    from leanlm.config import check
+    from leanlm.errors import UserError
+
+    with pytest.raises(UserError) as error:
+        check(composed(*overrides(text, "int8", ["optim=sgd"], 2)))
+    assert "strategy.optimizer_state=int8 is of AdamW" in str(error.value)
