@@ -81,7 +81,7 @@ def bare(steps: int, folder: Path) -> list[float]:
     settings = check(configure())
     data = tokens(settings)
     net = build.cut(settings.config, settings.plan, data.tokenizer.vocabulary).net
-    optimizer = optimizers.build(net.named_parameters(), settings.config.optim)
+    optimizer = optimizers.build(net.named_parameters(), settings.config.optim, settings.plan, None)
     batches, times = iter(build.training_batches(settings, data, net)), []
     last = time.perf_counter()
     for step in range(steps):

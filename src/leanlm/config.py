@@ -94,8 +94,13 @@ def check(config: DictConfig) -> Settings:
         problems.append(f"devices={checked.devices}, but {devices} processes were started: leave devices out under torchrun")
     plan, found = resolve(checked.strategy, devices, checked.global_batch)
     problems += found + checked.optim.problems() + _device(checked.device) + _loggers(checked.logger) + _model(checked)
-    if checked.optim.name == "sgd" and plan.optimizer_state != "fp32":
-        problems.append(f"strategy.optimizer_state={plan.optimizer_state} is of AdamW's averages, and optim.name=sgd has none")
+    averages = {"optimizer_state": "fp32", "zero1": False}
+    if checked.optim.name == "sgd":
+        problems += [
+            f"strategy.{key}={getattr(plan, key)} is of AdamW's averages, and optim.name=sgd has none"
+            for key, plain in averages.items()
+            if getattr(plan, key) != plain
+        ]
     if not problems:
         problems += _cuts(checked, plan)
     occupied = checked.run_dir and Path(checked.run_dir, "config.yaml").is_file()

@@ -101,7 +101,7 @@ class LanguageModel(pl.LightningModule):
         self.split_loss.reset()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return optimizers.build(self.cut.named_parameters(), self.optimizer, self.plan)
+        return optimizers.build(self.cut.named_parameters(), self.optimizer, self.plan, self.cut.mesh)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         share = optim.factor(self.optimizer, self.trainer.global_step, self.max_steps)

@@ -5,18 +5,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim._muon import muon
 
+from leanlm.memory.offload import scratch
 from leanlm.memory.state import AdamW
 from leanlm.optim import Optim
 from leanlm.strategies.cut import local_part
 from leanlm.strategies.plan import Plan
 
-PLAIN = Plan()
 
-
-def build(named: Iterable[tuple[str, nn.Parameter]], optim: Optim, plan: Plan = PLAIN) -> torch.optim.Optimizer:
+def build(
+    named: Iterable[tuple[str, nn.Parameter]], optim: Optim, plan: Plan, mesh: DeviceMesh | None
+) -> torch.optim.Optimizer:
     """The optimizer of named parameters, with its state as the plan keeps it; each group has its peak rate as `peak_lr`.
 
     Fused kernels take tensors of one device mesh at a time, so parameters that are spread otherwise are other groups.
@@ -38,8 +40,10 @@ def build(named: Iterable[tuple[str, nn.Parameter]], optim: Optim, plan: Plan = 
 
     def adamw(groups: list[dict]) -> torch.optim.Optimizer:
         settings: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
-        if plan.optimizer_state != "fp32" or plan.precision.startswith("bf16-s"):
-            return AdamW(groups, plan.optimizer_state, plan.precision == "bf16-stochastic", **settings)
+        stochastic, away = plan.precision == "bf16-stochastic", plan.offload in ("optimizer", "all")
+        if plan.optimizer_state != "fp32" or stochastic or away or plan.zero1:
+            copies = mesh["replicate"] if mesh is not None and plan.zero1 else None
+            return AdamW(groups, plan.optimizer_state, stochastic, copies, scratch() if away else None, **settings)
         return torch.optim.AdamW(groups, **settings, fused=True)  # fused: no temporary copy of the parameters
 
     def muons(groups: list[dict]) -> torch.optim.Optimizer:
@@ -85,7 +89,9 @@ class Combined(torch.optim.Optimizer):
     def __init__(self, parts: list[tuple[Callable[[list[dict]], torch.optim.Optimizer], list[dict]]]) -> None:
         self.parts = [make(groups) for make, groups in parts]
         super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self.kind = next((part.kind for part in self.parts if isinstance(part, AdamW)), "fp32")
+        ours = [part for part in self.parts if isinstance(part, AdamW)]
+        if ours:
+            self.kind, self.owned = ours[0].kind, ours[0].owned
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):

@@ -15,6 +15,10 @@ TECHNIQUES = {
     "operators": {"recompute": "operators"},
     "half may stay": {"recompute": "0.5"},
     "windows": {"recompute_window": 5},
+    "activations in a file": {"offload": "activations"},
+    "state in a file": {"offload": "optimizer"},
+    "all in a file": {"offload": "all"},
+    "ZeRO-1": {"zero1": "true"},
 }
 ROUNDING = {"windows"}
 RECURRENT_ONLY = {"windows"}
@@ -32,7 +36,7 @@ MODELS = ["gpt2", "lstm"]
 def fits(model: str, plan: str, names: tuple[str, ...]) -> bool:
     """Whether the techniques work with a model and a plan, and with each other: one key has one value."""
     keys = [key for name in names for key in TECHNIQUES[name]]
-    if plan == "zero-bubble" and "operators" in names:
+    if (plan == "zero-bubble" and "operators" in names) or (plan != "ddp" and "ZeRO-1" in names):
         return False
     return len(keys) == len(set(keys)) and (model == "lstm" or not RECURRENT_ONLY & set(names))
 
@@ -46,10 +50,13 @@ CASES = [
     if fits(model, plan, names) and supported(model, PLANS[plan])
 ]
 CI = [
-    *(case for case in CASES if case[1] == "single" and len(case[2]) == 1),
+    *(("gpt2", "single", (name,)) for name in ("every block", "operators", "half may stay", "all in a file")),
+    *(("lstm", "single", (name,)) for name in ("every second block", "windows", "all in a file")),
     ("gpt2", "shard", ("every block",)),
     ("lstm", "pipeline", ("every block", "windows")),
     ("gpt2", "zero-bubble", ("every block",)),
+    ("gpt2", "ddp", ("state in a file", "ZeRO-1")),
+    ("lstm", "shard", ("all in a file",)),
 ]
 REST = [case for case in CASES if case not in CI]
 Case = tuple[str, str, tuple[str, ...]]

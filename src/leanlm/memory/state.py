@@ -11,11 +11,14 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 
 from leanlm.errors import UserError
+from leanlm.memory.offload import Scratch
 
 KINDS = ("fp32", "bf16", "int8", "int4")
 PIECE = 1 << 18  # numbers that are unpacked at a time; a whole number of blocks
@@ -30,12 +33,23 @@ class AdamW(torch.optim.Optimizer):
         groups: of parameters.
         kind: of KINDS; how the averages are kept.
         stochastic: round bf16 parameters up or down by chance, so that small updates are not lost.
+        copies: devices that hold the same parameters, among which the averages and the work are divided by rows (ZeRO-1,
+            Rajbhandari et al. 2020, arXiv 1910.02054); None: each does all of it.
+        scratch: where the averages are between two steps; None: in memory.
         defaults: lr, betas, eps, weight_decay.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], kind: str, stochastic: bool = False, **defaults: Any) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        kind: str = "fp32",
+        stochastic: bool = False,
+        copies: DeviceMesh | None = None,
+        scratch: Scratch | None = None,
+        **defaults: Any,
+    ) -> None:
         super().__init__(groups, defaults)
-        self.kind, self.stochastic = kind, stochastic
+        self.kind, self.stochastic, self.copies, self.scratch = kind, stochastic, copies, scratch
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):
@@ -49,12 +63,27 @@ class AdamW(torch.optim.Optimizer):
                     self._update(parameter, group)
         return loss
 
+    def owned(self, parameter: Tensor) -> Tensor:
+        """The rows of a parameter that this device updates, sharing its storage."""
+        mesh = self.copies
+        if mesh is None or isinstance(parameter, DTensor) or parameter.numel() < SMALLEST:
+            return parameter
+        parts = parameter.detach().chunk(mesh.size())
+        if len(parts) < mesh.size():
+            return parameter
+        mine = parts[mesh.get_local_rank()]
+        shape, stride = parameter.shape, parameter.stride()
+        return DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        averages = [_average(state, parameter, name, self.kind) for name in ("exp_avg", "exp_avg_sq")]
+        state, owned = self.state[parameter], self.owned(parameter)
+        averages = [_average(state, owned, name, self.kind) for name in ("exp_avg", "exp_avg_sq")]
         step = state.setdefault("step", torch.zeros(()))
-        weights, gradients = (_flat(part) for part in (parameter, parameter.grad))
-        for piece in _pieces(parameter):
+        gradient = parameter.grad
+        if owned is not parameter:
+            gradient = gradient.chunk(self.copies.size())[self.copies.get_local_rank()]  # type: ignore[union-attr]
+        weights, gradients = _flat(owned), _flat(gradient)
+        for piece in _pieces(owned):
             weight, gradient = weights[piece], gradients[piece]
             wide = weight if weight.dtype != torch.bfloat16 else weight.float()
             first_average, second_average = (average.read(piece).to(wide.dtype) for average in averages)
@@ -68,6 +97,12 @@ class AdamW(torch.optim.Optimizer):
             if wide is not weight:
                 weight.copy_(_round(wide) if self.stochastic else wide)
         step += 1
+        if owned is not parameter and self.copies is not None:
+            group_ = self.copies.get_group()
+            for rank, rows in enumerate(parameter.detach().chunk(self.copies.size())):
+                dist.broadcast(rows, group=group_, group_src=rank)
+        if self.scratch is not None:
+            _put_away(state, self.scratch)
 
 
 class _Plain:
@@ -132,17 +167,27 @@ def code_values(bits: int, signed: bool) -> Tensor:
 
 @cache
 def _nearest(bits: int, signed: bool) -> Tensor:
-    """The code nearest to every number that bf16 can write, by its 16 bits: the search for it takes 20 times as long."""
+    """The code nearest to every number that bf16 can write, by its 16 bits: a search takes several times as long."""
     values = code_values(bits, signed)
     numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.bfloat16).float().nan_to_num()
     return torch.bucketize(numbers, (values[1:] + values[:-1]) / 2).to(torch.uint8)
 
 
-def convert(state: dict[str, Tensor], parameter: Tensor, kind: str) -> None:
-    """Bring the averages in a parameter's state, if there are any, to a kind: a checkpoint may have held them otherwise."""
+def convert(state: dict[str, Tensor], parameter: Tensor, kind: str | None) -> None:
+    """Bring the averages in a parameter's state, if there are any, to a kind: a checkpoint may have held them otherwise.
+
+    None: to the type of the parameter, which torch's AdamW wants.
+    """
     for name in ("exp_avg", "exp_avg_sq"):
         if name in state or f"{name}_codes" in state:
-            _average(state, parameter, name, kind)
+            _average(state, parameter, name, kind or "fp32")
+            if kind is None:
+                state[name] = state[name].to(parameter.dtype)
+
+
+def owned(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """What this device keeps optimizer state of."""
+    return optimizer.owned(parameter) if hasattr(optimizer, "owned") else parameter
 
 
 def spread_like(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -161,8 +206,7 @@ def spread_like(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tens
             "columns: write strategy.optimizer_state=bf16, or a smaller tensor axis"
         )
     mine = torch.empty(*local.shape[:-1], last, dtype=dtype, device=local.device)
-    stride = torch.empty(size, device="meta").stride()
-    return DTensor.from_local(mine, parameter.device_mesh, parameter.placements, run_check=False, shape=size, stride=stride)
+    return _spread(mine, parameter, size)
 
 
 def _average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) -> "_Plain | _Blocks":
@@ -199,6 +243,23 @@ def _average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) 
         for piece in _pieces(parameter):
             made[1].write(piece, before[1].read(piece))
     return made[1]
+
+
+def _put_away(state: dict[str, Tensor], scratch: Scratch) -> None:
+    for key, value in state.items():
+        mine = value.to_local() if isinstance(value, DTensor) else value
+        if mine.numel() * mine.element_size() < SMALLEST:
+            continue
+        if not scratch.holds(mine):
+            moved = scratch.empty(mine.shape, mine.dtype).copy_(mine)
+            state[key] = _spread(moved, value, value.shape) if isinstance(value, DTensor) else moved
+            mine = moved
+        scratch.release(mine)
+
+
+def _spread(mine: Tensor, like: DTensor, size: torch.Size) -> Tensor:
+    stride = torch.empty(size, device="meta").stride()
+    return DTensor.from_local(mine, like.device_mesh, like.placements, run_check=False, shape=size, stride=stride)
 
 
 def _pieces(parameter: Tensor) -> list[slice]:

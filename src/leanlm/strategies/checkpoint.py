@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from leanlm.errors import UserError
-from leanlm.memory.state import convert, spread_like
+from leanlm.memory.state import convert, owned, spread_like
 
 FORMAT = 1
 
@@ -101,7 +101,7 @@ def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) ->
         if kind == "optimizer" and optimizer is not None and rest.rpartition(".")[0] in parameters:
             parameter = parameters[rest.rpartition(".")[0]]
             if len(meta.size) == parameter.dim() > 0:  # as large, or packed along its last dimension
-                tensors[name] = spread_like(parameter, meta.size, meta.properties.dtype)
+                tensors[name] = spread_like(owned(optimizer, parameter), meta.size, meta.properties.dtype)
             else:
                 tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype, device=parameter.device)
         elif kind == "carried" or name == f"rng.{_rank()}":
@@ -121,7 +121,7 @@ def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) ->
                     optimizer.state[parameter][key] = value if mine else value.clone()
         for _, parameter in named:
             if parameter in optimizer.state:
-                convert(optimizer.state[parameter], parameter, getattr(optimizer, "kind", "fp32"))
+                convert(optimizer.state[parameter], owned(optimizer, parameter), getattr(optimizer, "kind", None))
         if f"rng.{_rank()}" in tensors:
             torch.set_rng_state(tensors[f"rng.{_rank()}"])
     carried = {name.removeprefix("carried."): value for name, value in tensors.items() if name.startswith("carried.")}

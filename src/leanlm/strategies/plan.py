@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from leanlm.memory import recompute, state
+from leanlm.memory import offload, recompute, state
 from leanlm.strategies.schedules import SCHEDULES
 
 PRECISIONS = {  # name -> (parameters' type, Lightning's precision plugin)
@@ -42,6 +42,8 @@ class Plan:
         recompute_window: of a model that carries state, tokens of the sequence that are read at a time and read again in
             backward, so that memory grows with its square root. 0: none. -1: twice the square root.
         optimizer_state: how AdamW's averages are kept: fp32 (as the weights are), bf16, int8 or int4.
+        zero1: under `replicate`, divide AdamW's averages among the copies of the model (ZeRO-1).
+        offload: what a GPU keeps in host memory, a CPU in a file: none, activations, optimizer (AdamW's averages), or all.
         precision: fp32, bf16-mixed (weights in fp32, products in bf16), bf16, bf16-stochastic (AdamW rounds the weights up or
             down by chance, so that small updates are not lost), or fp64 for parity runs.
     """
@@ -59,6 +61,8 @@ class Plan:
     recompute: str = "none"
     recompute_window: int = 0
     optimizer_state: str = "fp32"
+    zero1: bool = False
+    offload: str = "none"
     precision: str = "fp32"
 
     @property
@@ -112,12 +116,8 @@ class Plan:
         parts = [f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1] or ["one device"]
         if self.pipeline > 1:
             parts.append(f"schedule={self.schedule}")
-        if self.recompute != "none":
-            parts.append(f"recompute={self.recompute}")
-        if self.recompute_window:
-            parts.append(f"recompute_window={self.recompute_window}")
-        if self.optimizer_state != "fp32":
-            parts.append(f"optimizer_state={self.optimizer_state}")
+        levers = ("recompute", "recompute_window", "optimizer_state", "zero1", "offload")
+        parts += [f"{key}={getattr(self, key)}" for key in levers if getattr(self, key) != getattr(Plan, key)]
         parts += [f"accumulate_grad_batches={self.accumulate_grad_batches}", self.precision]
         return ", ".join(parts) + f" ({self.exactness})"
 
@@ -145,7 +145,14 @@ def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, l
             f"strategy.recompute_window={plan.recompute_window}: tokens, 0 for none, or -1 for twice the square root"
         )
     problems += recompute.problems(plan.recompute)
+    if plan.offload not in offload.CHOICES:
+        problems.append(f"strategy.offload={plan.offload}: choose one of {', '.join(offload.CHOICES)}")
     plan, found = _devices(plan, devices)
+    if plan.zero1 and (plan.replicate == 1 or plan.shard > 1 or plan.tensor > 1):
+        problems.append(
+            "strategy.zero1=true divides optimizer state among whole copies of the model: it needs replicate above 1, and "
+            "shard and tensor divide it already"
+        )
     problems += found
     if plan.pipeline > 1:
         problems += _schedule(plan)

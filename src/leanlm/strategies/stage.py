@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlm.memory.loss import token_loss
+from leanlm.memory.offload import activations
 from leanlm.memory.recompute import again, levels
 from leanlm.models.contract import Model
 from leanlm.models.dropout import rows_of_step
@@ -43,6 +44,7 @@ class Stage(nn.Module):
         self.head = net.head if last else None
         self.carries_state, self.seed = net.carries_state, seed
         self.levels, self.window = levels(plan.recompute, list(self.blocks.values())), plan.recompute_window
+        self.offloads = plan.offload in ("activations", "all")
         self.step, self.fresh = 0, True
         self.before: dict[int, list[Any]] = {}
         self.after: dict[int, list[Any]] = {}
@@ -69,7 +71,8 @@ class Stage(nn.Module):
             return out
         read = self._read_in_windows if self.window else self._read
         draws = partial(rows_of_step, self.seed, self.step, rows.to(x.device))
-        out, after = read(x, targets, self._states(rows), draws)
+        with activations(self, x.device) if self.offloads else nullcontext():
+            out, after = read(x, targets, self._states(rows), draws)
         if self.carries_state:
             self.after[int(rows[0])] = [tuple(part.detach() for part in state) for state in after]
         return out

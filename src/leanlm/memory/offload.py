@@ -1,0 +1,141 @@
+"""Tensors in a file instead of in memory: what is needed later is written, its pages leave the process, and come back by use.
+
+On a GPU, activations go to pinned host memory instead (torch.autograd.graph.save_on_cpu).
+"""
+
+import mmap
+import tempfile
+import weakref
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+CHOICES = ("none", "activations", "optimizer", "all")
+SMALLEST = 1 << 16  # bytes of a tensor that is worth moving
+
+
+class Scratch:
+    """Tensors in an unnamed file that ends with the process.
+
+    Args:
+        folder: where the disk has room; None: the system's folder for temporary files.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self.size = 0
+        self.mapped: dict[int, mmap.mmap] = {}  # address -> what is mapped there
+        self.free: dict[int, list[mmap.mmap]] = {}  # by bytes
+
+    def empty(self, size: Iterable[int], dtype: torch.dtype) -> Tensor:
+        """A tensor in the file."""
+        size = torch.Size(size)
+        length = -(-size.numel() * dtype.itemsize // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        free = self.free.get(length)
+        if free:
+            part = free.pop()
+        else:
+            self.file.truncate(self.size + length)
+            part = mmap.mmap(self.file.fileno(), length, offset=self.size)
+            self.size += length
+        made = torch.frombuffer(part, dtype=dtype, count=size.numel()).view(size)
+        self.mapped[made.data_ptr()] = part
+        return made
+
+    def holds(self, tensor: Tensor) -> bool:
+        return tensor.data_ptr() in self.mapped
+
+    def release(self, tensor: Tensor) -> None:
+        """Let the pages of a tensor leave memory; it can be used as before."""
+        self.mapped[tensor.data_ptr()].madvise(mmap.MADV_DONTNEED)
+
+    def forget(self, tensor: Tensor) -> None:
+        """Give the place of a tensor to others; it must not be used any more."""
+        part = self.mapped.pop(tensor.data_ptr())
+        part.madvise(mmap.MADV_DONTNEED)
+        self.free.setdefault(len(part), []).append(part)
+
+
+@cache
+def scratch() -> Scratch:
+    """This process's file, in the folder of prepared data."""
+    from leanlm.data.corpus import cache_folder
+
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    return Scratch(folder)
+
+
+class _Kept:
+    """An activation in the file, until it has been read."""
+
+    def __init__(self, file: Scratch, tensor: Tensor) -> None:
+        self.file, self.strides = file, tensor.stride()
+        self.tensor = file.empty(tensor.shape, tensor.dtype)
+        self._as_it_was().copy_(tensor)
+        file.release(self.tensor)
+
+    def _as_it_was(self) -> Tensor:
+        return self.tensor.as_strided(self.tensor.shape, self.strides)  # kernels choose their order of summation by strides
+
+    def read(self) -> Tensor:
+        found = self._as_it_was().clone()
+        self.file.release(self.tensor)
+        return found
+
+    def __del__(self) -> None:
+        self.file.forget(self.tensor)
+
+
+def _place(parameter: Any) -> int:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.untyped_storage().data_ptr()
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether its elements fill a piece of memory, in whatever order of dimensions."""
+    length = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != length:
+            return False
+        length *= size
+    return True
+
+
+def activations(module: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which what autograd keeps for backward is not kept in the device's memory. Bitwise.
+
+    Args:
+        module: its parameters stay where they are.
+        device: of the activations.
+    """
+    if device.type != "cpu":
+        return torch.autograd.graph.save_on_cpu(pin_memory=True)
+    file = scratch()
+    known: dict[tuple, tuple[StorageWeakRef, weakref.ref[_Kept]]] = {}  # what several layers read is kept once
+
+    def pack(tensor: Tensor) -> Tensor | _Kept:
+        place = tensor.untyped_storage().data_ptr()
+        if tensor.numel() * tensor.element_size() < SMALLEST or not _dense(tensor):
+            return tensor
+        if any(place == _place(parameter) for parameter in module.parameters()):
+            return tensor
+        key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
+        storage, before = known.get(key, (None, None))
+        kept = before() if before is not None and storage is not None and not storage.expired() else None
+        if kept is None:
+            kept = _Kept(file, tensor.detach())
+            known[key] = StorageWeakRef(tensor.untyped_storage()), weakref.ref(kept)
+        return kept
+
+    def unpack(kept: Tensor | _Kept) -> Tensor:
+        return kept.read() if isinstance(kept, _Kept) else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
