@@ -36,8 +36,8 @@ def composed(overrides: list[str]) -> Any:
         return compose("train", overrides=overrides)
 
 
-def measure(overrides: list[str], steps: int) -> dict[str, Any]:
-    """On each rank: time the steps, then look at one more from inside."""
+def measure(overrides: list[str], steps: int, vocabulary: int | None = None) -> dict[str, Any]:
+    """On each rank: time the steps, then look at one more from inside. `vocabulary`: another than that of the text."""
     import lightning.pytorch as pl
     import torch
 
@@ -72,7 +72,7 @@ def measure(overrides: list[str], steps: int) -> dict[str, Any]:
     settings = check(composed(overrides))
     with process_group("cpu"):
         data = tokens(settings)
-        cut = build.cut(settings.config, settings.plan, data.tokenizer.vocabulary)
+        cut = build.cut(settings.config, settings.plan, vocabulary or data.tokenizer.vocabulary)
         module, watch = build.module(settings, cut), Watch()
         base = resident()
         trainer = build.trainer(settings, [watch], [], steps + 1)

@@ -10,6 +10,7 @@ from leanlm.models.contract import initialize
 from leanlm.models.transformer import Transformer
 from leanlm.optim import Optim, factor
 from leanlm.optimizers import build
+from leanlm.strategies.plan import Plan
 
 
 def test_warm_up_then_each_shape() -> None:
@@ -40,7 +41,7 @@ def test_only_matrices_decay(name: str) -> None:
     """With no gradient, decoupled decay is all that a step does."""
     net = model()
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    optimizer = build(net.named_parameters(), Optim(name=name, weight_decay=0.5, lr=0.1, muon_lr=0.1))
+    optimizer = build(net.named_parameters(), Optim(name=name, weight_decay=0.5, lr=0.1, muon_lr=0.1), Plan(), None)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -51,7 +52,7 @@ def test_only_matrices_decay(name: str) -> None:
 
 def test_muon_takes_the_matrices_of_blocks_only() -> None:
     net = model()
-    optimizer = build(net.named_parameters(), Optim(name="muon", lr=1e-3, muon_lr=0.3))
+    optimizer = build(net.named_parameters(), Optim(name="muon", lr=1e-3, muon_lr=0.3), Plan(), None)
     names = {parameter: n for n, parameter in net.named_parameters()}
     peaks = {names[p]: group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
     assert peaks.keys() == dict(net.named_parameters()).keys()
@@ -70,7 +71,7 @@ def test_combined_equals_its_parts_after_loading_state() -> None:
 
     one, two = model(), model()
     optim = Optim(name="muon", lr=1e-2, muon_lr=0.05, betas=[0.8, 0.9], weight_decay=0.1)
-    combined = build(one.named_parameters(), optim)
+    combined = build(one.named_parameters(), optim, Plan(), None)
     matrices = [p for n, p in two.named_parameters() if n.startswith("blocks.") and p.dim() == 2]
     rest = [p for p in two.parameters() if not any(p is m for m in matrices)]
     muon = torch.optim.Muon(matrices, lr=0.05, weight_decay=0.1, momentum=0.95)
@@ -85,7 +86,7 @@ def test_combined_equals_its_parts_after_loading_state() -> None:
         muon.step()
         adamw.step()
         state = combined.state_dict()
-        combined = build(one.named_parameters(), optim)
+        combined = build(one.named_parameters(), optim, Plan(), None)
         combined.load_state_dict(state)
     for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)

@@ -20,6 +20,7 @@ from leanlm.data.tokenizer import Tokenizer
 from leanlm.data.tokens import Tokens
 from leanlm.errors import UserError
 from leanlm.launch import local_world_size, rank, world_size
+from leanlm.memory import kernels
 from leanlm.models.contract import Model, initialize, without_storage
 from leanlm.module import LanguageModel, RecurrentLanguageModel
 from leanlm.prepare import ignored
@@ -34,9 +35,12 @@ def model(config: Config, plan: Plan, vocabulary: int) -> Model:
     before = torch.get_default_dtype()
     torch.set_default_dtype(PRECISIONS[plan.precision][0])
     try:
-        return instantiate(config.model, vocabulary=vocabulary, sequence=config.sequence)
+        net = instantiate(config.model, vocabulary=vocabulary, sequence=config.sequence)
     finally:
         torch.set_default_dtype(before)
+    if plan.rnn_kernel == "native":
+        kernels.without_onednn(net)
+    return net
 
 
 def cut(config: Config, plan: Plan, vocabulary: int) -> Cut:

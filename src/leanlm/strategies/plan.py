@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from leanlm.memory import offload, recompute, state
+from leanlm.memory import kernels, offload, recompute, state
 from leanlm.strategies.schedules import SCHEDULES
 
 PRECISIONS = {  # name -> (parameters' type, Lightning's precision plugin)
@@ -44,6 +44,7 @@ class Plan:
         optimizer_state: how AdamW's averages are kept: fp32 (as the weights are), bf16, int8 or int4.
         zero1: under `replicate`, divide AdamW's averages among the copies of the model (ZeRO-1).
         offload: what a GPU keeps in host memory, a CPU in a file: none, activations, optimizer (AdamW's averages), or all.
+        rnn_kernel: of recurrent layers on a CPU: onednn, or native, which keeps fewer bytes for backward.
         precision: fp32, bf16-mixed (weights in fp32, products in bf16), bf16, bf16-stochastic (AdamW rounds the weights up or
             down by chance, so that small updates are not lost), or fp64 for parity runs.
     """
@@ -63,6 +64,7 @@ class Plan:
     optimizer_state: str = "fp32"
     zero1: bool = False
     offload: str = "none"
+    rnn_kernel: str = "onednn"
     precision: str = "fp32"
 
     @property
@@ -109,14 +111,15 @@ class Plan:
         move."""
         if self.precision.startswith("bf16") or self.optimizer_state != "fp32":
             return "changes"
-        return "bitwise" if self.world * self.accumulate_grad_batches == 1 and not self.recompute_window else "rounding"
+        other_order = self.world * self.accumulate_grad_batches > 1 or self.recompute_window or self.rnn_kernel != "onednn"
+        return "rounding" if other_order else "bitwise"
 
     def describe(self) -> str:
         """One line: the axes above 1, the accumulation, the precision, the exactness."""
         parts = [f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1] or ["one device"]
         if self.pipeline > 1:
             parts.append(f"schedule={self.schedule}")
-        levers = ("recompute", "recompute_window", "optimizer_state", "zero1", "offload")
+        levers = ("recompute", "recompute_window", "optimizer_state", "zero1", "offload", "rnn_kernel")
         parts += [f"{key}={getattr(self, key)}" for key in levers if getattr(self, key) != getattr(Plan, key)]
         parts += [f"accumulate_grad_batches={self.accumulate_grad_batches}", self.precision]
         return ", ".join(parts) + f" ({self.exactness})"
@@ -138,15 +141,14 @@ def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, l
         problems.append(f"strategy.accumulate_grad_batches={plan.accumulate_grad_batches}: it counts micro-batches, at least 1")
     if plan.precision not in PRECISIONS:
         problems.append(f"strategy.precision={plan.precision}: choose one of {', '.join(PRECISIONS)}")
-    if plan.optimizer_state not in state.KINDS:
-        problems.append(f"strategy.optimizer_state={plan.optimizer_state}: choose one of {', '.join(state.KINDS)}")
     if plan.recompute_window < -1:
         problems.append(
             f"strategy.recompute_window={plan.recompute_window}: tokens, 0 for none, or -1 for twice the square root"
         )
     problems += recompute.problems(plan.recompute)
-    if plan.offload not in offload.CHOICES:
-        problems.append(f"strategy.offload={plan.offload}: choose one of {', '.join(offload.CHOICES)}")
+    for key, choices in (("offload", offload.CHOICES), ("optimizer_state", state.KINDS), ("rnn_kernel", kernels.CHOICES)):
+        if getattr(plan, key) not in choices:
+            problems.append(f"strategy.{key}={getattr(plan, key)}: choose one of {', '.join(choices)}")
     plan, found = _devices(plan, devices)
     if plan.zero1 and (plan.replicate == 1 or plan.shard > 1 or plan.tensor > 1):
         problems.append(
