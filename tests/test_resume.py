@@ -124,7 +124,7 @@ def newest_step(folder: Path) -> int:
     return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
-@pytest.mark.parametrize(("first", "then"), [("single", "ddp"), ("ddp", "accumulate"), ("ddp, accumulate", "ddp")])
+@pytest.mark.parametrize(("first", "then"), [("single", "ddp"), pytest.param("ddp, accumulate", "ddp", marks=pytest.mark.slow)])
 def test_resumes_under_another_plan(first: str, then: str, whole: tuple[str, Path], text: Path, tmp_path: Path) -> None:
     model, reference = whole
     path = tmp_path / "run"

@@ -54,7 +54,6 @@ CI = [
     *(("lstm", "single", (name,)) for name in ("every second block", "windows", "all in a file")),
     ("gpt2", "shard", ("every block",)),
     ("lstm", "pipeline", ("every block", "windows")),
-    ("gpt2", "zero-bubble", ("every block",)),
     ("gpt2", "ddp", ("state in a file", "ZeRO-1")),
     ("lstm", "shard", ("all in a file",)),
 ]

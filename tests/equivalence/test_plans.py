@@ -18,7 +18,6 @@ from leanlm.prepare import tokens
 
 ONE_PROCESS = {
     "single": {},
-    "accumulate 4": {"accumulate_grad_batches": 4},
     "a row at a time": {"accumulate_grad_batches": ROWS},
 }
 SEVERAL = {

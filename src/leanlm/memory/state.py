@@ -86,9 +86,10 @@ class AdamW(torch.optim.Optimizer):
         for piece in _pieces(owned):
             weight, gradient = weights[piece], gradients[piece]
             wide = weight if weight.dtype != torch.bfloat16 else weight.float()
-            first_average, second_average = (average.read(piece).to(wide.dtype) for average in averages)
+            first_average, second_average = (average.read(piece).to(wide) for average in averages)
             adamw(
-                [wide], [gradient.to(wide.dtype)], [first_average], [second_average], [], [step.clone()], fused=True,
+                [wide], [gradient.to(wide.dtype)], [first_average], [second_average], [], [step.to(wide.device, copy=True)],
+                fused=True,
                 amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], eps=group["eps"],
                 weight_decay=group["weight_decay"], maximize=False,
             )  # fmt: skip
@@ -98,9 +99,8 @@ class AdamW(torch.optim.Optimizer):
                 weight.copy_(_round(wide) if self.stochastic else wide)
         step += 1
         if owned is not parameter and self.copies is not None:
-            group_ = self.copies.get_group()
             for rank, rows in enumerate(parameter.detach().chunk(self.copies.size())):
-                dist.broadcast(rows, group=group_, group_src=rank)
+                dist.broadcast(rows, group=self.copies.get_group(), group_src=rank)
         if self.scratch is not None:
             _put_away(state, self.scratch)
 
@@ -134,7 +134,7 @@ class _Blocks:
         return numbers.mul_(self.scales[piece.start // BLOCK :][: len(numbers), None]).flatten()
 
     def write(self, piece: slice, values: Tensor) -> None:
-        blocks = values.view(-1, BLOCK)
+        blocks = values.to(self.codes.device).view(-1, BLOCK)
         scales = blocks.abs().amax(1).clamp_(min=1e-30)
         half = (blocks / scales[:, None]).bfloat16().view(torch.int16).int().add_(1 << 15)
         codes = self.nearest.index_select(0, half.flatten())
