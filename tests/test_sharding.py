@@ -46,7 +46,11 @@ def test_each_rank_holds_its_share(text: Path, tmp_path: Path) -> None:
             [2 * HEAD + 2 * BLOCK, 2 * BLOCK],
         ),
     }
-    run_all({tmp_path / name: overrides(text, plan) for name, (plan, _) in expected.items()}, 2)
+    zero1 = {tmp_path / "zero1": overrides(text, {"replicate": 2, "zero1": "true"})}
+    run_all({tmp_path / name: overrides(text, plan) for name, (plan, _) in expected.items()} | zero1, 2)
+    for held in json.loads(Run(tmp_path / "zero1").result.read_text())["held_bytes"]:
+        assert held["parameters"] == held["gradients"] == 4 * whole
+        assert held["optimizer_state"] == pytest.approx(8 * whole / 2, abs=4 * 64)
     four = {"shard x tensor": ({"shard": 2, "tensor": 2}, [whole / 4] * 4)}
     run_all({tmp_path / name: overrides(text, plan) for name, (plan, _) in four.items()}, 4)
     for name, (_, numbers) in (expected | four).items():
@@ -116,6 +120,7 @@ REFUSED = [
     ),
     ({"recompute_window": 64}, "cannot read part of a row without the tokens before it"),
     ({"recompute": "1.5"}, "strategy.recompute=1.5: choose none, blocks, operators, 2 or more"),
+    ({"zero1": "true"}, "but replicate=1, shard=1, tensor=1: it needs replicate above 1"),
     ({"optimizer_state": "int2"}, "choose one of fp32, bf16, int8, int4"),
     ({"shard": 3}, "does not divide by shard=3 x accumulate_grad_batches=1 = 3: write global_batch=6 or 9"),
 ]

@@ -10,6 +10,7 @@ from runner import losses, run_all
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanlm.memory import state
+from leanlm.memory.offload import Scratch
 from leanlm.memory.state import AdamW, code_values
 from leanlm.runs import Run
 from leanlm.strategies.checkpoint import checkpoints
@@ -108,6 +109,17 @@ def test_a_step_copies_no_tensor() -> None:
     with Watch():
         optimizer.step()
     assert 0 < largest <= 4 * state.PIECE
+
+
+def test_averages_in_a_file_have_the_same_bits(tmp_path: Path) -> None:
+    file = Scratch(tmp_path)
+    for kind in ("fp32", "int8"):
+        ours, away = trained(AdamW, (128, 256), kind=kind, scratch=file)
+        theirs, here = trained(AdamW, (128, 256), kind=kind)
+        assert torch.equal(ours, theirs)
+        for key, value in here.items():
+            assert torch.equal(away[key], value)
+            assert file.holds(away[key]) == (value.dim() > 0 and value.nbytes >= state.SMALLEST)
 
 
 def test_stochastic_rounding_keeps_small_updates() -> None:

@@ -29,8 +29,8 @@ def build(
         if optim.name == "muon" and parameter.dim() == 2 and name.startswith("blocks."):
             hidden.append(parameter)
         else:
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            by_kind.setdefault((parameter.dim() >= 2, mesh), []).append(parameter)
+            own = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            by_kind.setdefault((parameter.dim() >= 2, own), []).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": parameters, "weight_decay": optim.weight_decay if matrix else 0.0, "peak_lr": optim.lr}
         for (matrix, _), parameters in by_kind.items()

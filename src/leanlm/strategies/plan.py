@@ -152,8 +152,8 @@ def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, l
     plan, found = _devices(plan, devices)
     if plan.zero1 and (plan.replicate == 1 or plan.shard > 1 or plan.tensor > 1):
         problems.append(
-            "strategy.zero1=true divides optimizer state among whole copies of the model: it needs replicate above 1, and "
-            "shard and tensor divide it already"
+            f"strategy.zero1=true divides optimizer state among whole copies of the model, but replicate={plan.replicate}, "
+            f"shard={plan.shard}, tensor={plan.tensor}: it needs replicate above 1 and the others 1, as strategy=ddp has them"
         )
     problems += found
     if plan.pipeline > 1:
