@@ -11,7 +11,8 @@ import statistics
 import time
 from typing import Any
 
-from strategies import COMMON, SIZES, composed
+from measure import composed
+from strategies import COMMON, SIZES
 
 OVERRIDES = [*COMMON, *SIZES["transformer"], "strategy=fsdp", "devices=2"]
 

@@ -7,11 +7,9 @@ Every run has processes of its own. Writes OUT.md (tables), OUT.json and OUT.png
 
 import argparse
 import json
-import statistics
-import time
-from collections import Counter
 from pathlib import Path
-from typing import Any
+
+from measure import composed, measure
 
 SIZES = {
     "transformer": ["model=transformer", "model.width=384", "model.depth=6", "model.heads=6", "optim=adamw"],
@@ -25,140 +23,6 @@ PRESETS = {  # strategy -> number of devices it needs at least
 MORE = {"fsdp, accumulate 4": ("fsdp", ["strategy.accumulate_grad_batches=4"]),
         "fsdp, accumulate 4, reduced once": ("fsdp", ["strategy.accumulate_grad_batches=4",
                                                       "strategy.reduce_every_micro_batch=false"])}  # fmt: skip
-
-
-def composed(overrides: list[str]) -> Any:
-    from hydra import compose, initialize_config_dir
-
-    from leanlm.config import FOLDER
-
-    with initialize_config_dir(FOLDER, version_base="1.3"):
-        return compose("train", overrides=overrides)
-
-
-def measure(overrides: list[str], steps: int, vocabulary: int | None = None) -> dict[str, Any]:
-    """On each rank: time the steps, then look at one more from inside. `vocabulary`: another than that of the text."""
-    import lightning.pytorch as pl
-    import torch
-
-    from leanlm import build
-    from leanlm.callbacks.record import of_ranks, peak_memory
-    from leanlm.config import check
-    from leanlm.launch import process_group
-    from leanlm.prepare import tokens
-
-    class Watch(pl.Callback):
-        def __init__(self) -> None:
-            self.begin, self.times, self.modes = 0.0, [], None
-
-        def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-            if batch.micro == 0:
-                if trainer.global_step == steps:
-                    self.modes = communication(), Saved()
-                    for mode in self.modes:
-                        mode.__enter__()
-                self.begin = time.perf_counter()
-
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-            if batch.micro < module.plan.batches_per_step - 1:
-                return
-            self.times.append(time.perf_counter() - self.begin)
-            if trainer.global_step == steps:
-                self.peak = peak_memory()
-            if self.modes:
-                for mode in reversed(self.modes):
-                    mode.__exit__(None, None, None)
-
-    settings = check(composed(overrides))
-    with process_group("cpu"):
-        data = tokens(settings)
-        cut = build.cut(settings.config, settings.plan, vocabulary or data.tokenizer.vocabulary)
-        module, watch = build.module(settings, cut), Watch()
-        base = resident()
-        trainer = build.trainer(settings, [watch], [], steps + 1)
-        trainer.fit(module, build.training_batches(settings, data, cut.net))
-        traffic, saved = watch.modes
-        return {
-            "milliseconds": 1000 * statistics.median(watch.times[1:steps]),
-            "peak": of_ranks(watch.peak),
-            "base": of_ranks(base),
-            "held": of_ranks(module.held_bytes(trainer.optimizers[0])),
-            "activations": of_ranks(saved.largest),
-            "traffic": of_ranks({kind: [traffic.calls[kind], traffic.bytes[kind]] for kind in traffic.calls}),
-            "describe": settings.plan.describe(),
-            "parameters": cut.parameters,
-            "stages": module.pipeline.describe() if module.pipeline else None,
-            "torch": torch.__version__,
-        }
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-def communication() -> Any:
-    """A mode that counts calls and payload bytes (the larger of what goes in and what comes out) of each kind."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    class Communication(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.calls, self.bytes = Counter(), Counter()
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            space, _, name = func._schema.name.partition("::")
-            kind = next((kind for key, kind in KINDS.items() if key in name), None)
-            if space in ("c10d", "_c10d_functional") and kind:
-                groups = [args[0], args[1] if len(args) > 1 else (), out]
-                self.calls[kind] += 1
-                self.bytes[kind] += max(sum(t.nbytes for t in tree_leaves(g) if isinstance(t, torch.Tensor)) for g in groups)
-            return out
-
-    return Communication()
-
-
-KINDS = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
-         "reduce_scatter": "reduce-scatter", "send": "send", "broadcast": "broadcast"}  # fmt: skip
-
-
-class Saved:
-    """The most bytes that autograd kept at a time for the backward pass; each storage once, parameters not counted."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self.now, self.largest, self.live = 0, 0, Counter()
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: Held(self, tensor), lambda held: held.tensor)
-
-    def __enter__(self) -> None:
-        self.hooks.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self.hooks.__exit__(*error)
-
-
-class Held:
-    """A saved tensor that says when it is let go."""
-
-    def __init__(self, watch: Saved, tensor: Any) -> None:
-        from leanlm.strategies.gradients import local
-
-        self.watch, self.tensor = watch, tensor
-        owner = tensor._base if tensor._is_view() else tensor
-        storage = local(tensor.detach()).untyped_storage()
-        self.key, self.size = None if owner.is_leaf and owner.requires_grad else storage.data_ptr(), storage.nbytes()
-        if self.key is not None:
-            watch.now += self.size if watch.live[self.key] == 0 else 0
-            watch.largest = max(watch.largest, watch.now)
-            watch.live[self.key] += 1
-
-    def __del__(self) -> None:
-        if self.key is not None:
-            self.watch.live[self.key] -= 1
-            self.watch.now -= self.size if self.watch.live[self.key] == 0 else 0
 
 
 def main() -> None:

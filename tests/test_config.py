@@ -11,7 +11,8 @@ from conftest import composed
 from leanlm.cli import command_line
 from leanlm.config import FOLDER, Config, check
 from leanlm.errors import UserError
-from leanlm.strategies.plan import Plan, resolve
+from leanlm.strategies.plan import Plan
+from leanlm.strategies.resolve import resolve
 
 
 def problems(*arguments: str) -> list[str]:

@@ -36,7 +36,7 @@ def model() -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "sgd"])
 def test_only_matrices_decay(name: str) -> None:
     """With no gradient, decoupled decay is all that a step does."""
     net = model()

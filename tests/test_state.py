@@ -9,6 +9,8 @@ from conftest import composed
 from runner import losses, run_all
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from leanlm.config import check
+from leanlm.errors import UserError
 from leanlm.memory import state
 from leanlm.memory.offload import Scratch
 from leanlm.memory.state import AdamW, code_values
@@ -124,7 +126,7 @@ def test_averages_in_a_file_have_the_same_bits(tmp_path: Path) -> None:
 
 def test_stochastic_rounding_keeps_small_updates() -> None:
     numbers = torch.full((200_000,), 1 + 1 / 512)  # a quarter of the way to the next bf16 number, 1 + 1/128
-    rounded = state._round(numbers)
+    rounded = state.rounded(numbers)
     assert set(rounded.float().unique().tolist()) == {1.0, 1 + 1 / 128}
     assert abs(rounded.float().mean() - numbers[0]) < 1e-4
     assert torch.equal(state._round(torch.tensor([-2.0, 0.0, 0.5])).float(), torch.tensor([-2.0, 0.0, 0.5]))
@@ -164,10 +166,9 @@ def test_a_checkpoint_goes_on_under_other_plans_and_kinds(text: Path, tmp_path: 
     assert all(len(checkpoints(Run(tmp_path / name).checkpoints)) for name in one)
 
 
-def test_not_for_sgd(text: Path) -> None:
-    from leanlm.config import check
-    from leanlm.errors import UserError
-
+@pytest.mark.parametrize("key", ["optimizer_state=int8", "offload=optimizer", "precision=bf16-stochastic"])
+@pytest.mark.parametrize("optim", ["sgd", "adafactor"])
+def test_only_for_adamw_and_muon(key: str, optim: str, text: Path) -> None:
     with pytest.raises(UserError) as error:
-        check(composed(*overrides(text, "int8", ["optim=sgd"], 2)))
-    assert "strategy.optimizer_state=int8 is of AdamW" in str(error.value)
+        check(composed(*overrides(text, "fp32", [f"optim={optim}", f"strategy.{key}"], 2)))
+    assert f"strategy.{key} is of AdamW's averages and update, which optim={optim} has not" in str(error.value)

@@ -20,7 +20,8 @@ from leanlm.data.corpus import Corpus
 from leanlm.errors import UserError
 from leanlm.launch import launched, world_size
 from leanlm.optim import Optim
-from leanlm.strategies.plan import Plan, cuts_of_model, resolve
+from leanlm.strategies.plan import Plan
+from leanlm.strategies.resolve import cuts_of_model, of_optimizer, resolve
 
 FOLDER = str(Path(__file__).resolve().parents[2] / "conf")
 
@@ -94,13 +95,7 @@ def check(config: DictConfig) -> Settings:
         problems.append(f"devices={checked.devices}, but {devices} processes were started: leave devices out under torchrun")
     plan, found = resolve(checked.strategy, devices, checked.global_batch)
     problems += found + checked.optim.problems() + _device(checked.device) + _loggers(checked.logger) + _model(checked)
-    averages = {"optimizer_state": "fp32", "zero1": False}
-    if checked.optim.name == "sgd":
-        problems += [
-            f"strategy.{key}={getattr(plan, key)} is of AdamW's averages, and optim.name=sgd has none"
-            for key, plain in averages.items()
-            if getattr(plan, key) != plain
-        ]
+    problems += of_optimizer(plan, checked.optim.name, checked.clip)
     if not problems:
         problems += _cuts(checked, plan)
     occupied = checked.run_dir and Path(checked.run_dir, "config.yaml").is_file()
@@ -231,7 +226,7 @@ def _model(config: Config) -> list[str]:
 
 def _cuts(config: Config, plan: Plan) -> list[str]:
     """Problems of a plan with this model, found on one that has no storage."""
-    if plan.pipeline * plan.tensor == 1 and not plan.recompute_window:
+    if plan.pipeline * plan.tensor == 1 and not plan.recompute_window and not plan.compile:
         return []
     from leanlm.models.contract import Model, without_storage
 

@@ -16,7 +16,8 @@ from leanlm.errors import UserError
 from leanlm.launch import launch, process_group, rank, say
 from leanlm.prepare import tokens
 from leanlm.runs import Run, write
-from leanlm.strategies.plan import Plan, resolve
+from leanlm.strategies.plan import Plan
+from leanlm.strategies.resolve import resolve
 
 if TYPE_CHECKING:
     from leanlm.strategies.cut import Cut

@@ -51,7 +51,7 @@ class LanguageModel(pl.LightningModule):
         step_nats: loss of this rank's rows in the step at hand, divided by the tokens of the global batch; the sum over
             ranks is the loss of the step.
         grad_norm: global norm of the last step's gradient before clipping.
-        gradient_bytes: of this rank, in the last step.
+        gradient_bytes: the most that this rank held at a time in the last step.
     """
 
     def __init__(self, cut: Cut, pipeline: Pipeline | None, optimizer: Optim, max_steps: int, clip: float) -> None:
@@ -59,6 +59,7 @@ class LanguageModel(pl.LightningModule):
         self.net, self.cut, self.pipeline, self.plan = cut.net, cut, pipeline, cut.plan
         self.stages = nn.ModuleList(cut.stages.values())
         self.optimizer, self.max_steps, self.clip = optimizer, max_steps, clip
+        self.in_backward: gradients.StepInBackward | None = None
         self.step_nats = torch.zeros(())
         self.grad_norm = torch.zeros(())
         self.gradient_bytes = 0
@@ -101,7 +102,10 @@ class LanguageModel(pl.LightningModule):
         self.split_loss.reset()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return optimizers.build(self.cut.named_parameters(), self.optimizer, self.plan, self.cut.mesh)
+        optimizer = optimizers.build(self.cut.named_parameters(), self.optimizer, self.plan, self.cut.mesh)
+        if self.plan.step_in_backward:
+            self.in_backward = gradients.StepInBackward(self.cut, optimizer)
+        return optimizer
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         share = optim.factor(self.optimizer, self.trainer.global_step, self.max_steps)
@@ -113,6 +117,9 @@ class LanguageModel(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
+        if self.in_backward is not None:
+            self.grad_norm, self.gradient_bytes = self.in_backward.done()
+            return
         gradients.complete(self.cut)
         self.gradient_bytes = held_bytes(parameter.grad for parameter in self.net.parameters())
         self.grad_norm = gradients.clip(self.cut, self.clip)

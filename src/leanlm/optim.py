@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-NAMES = ("adamw", "muon", "sgd")
+NAMES = ("adamw", "muon", "adafactor", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 
 
@@ -13,11 +13,11 @@ class Optim:
 
     Attributes:
         name: adamw (Loshchilov and Hutter 2019), muon (Jordan 2024, on the matrices inside blocks; AdamW on the rest),
-            or sgd.
-        lr: peak learning rate of adamw or sgd.
+            adafactor (Shazeer and Stern 2018), or sgd.
+        lr: peak learning rate of adamw or sgd; of adafactor, relative to the root mean square of each weight.
         betas: decay of AdamW's two averages.
         eps: added to AdamW's denominator.
-        weight_decay: decoupled for adamw and muon, L2 for sgd.
+        weight_decay: decoupled, but L2 for sgd.
         momentum: of muon and sgd.
         muon_lr: peak learning rate of the matrices under muon.
         schedule: after the warm-up: constant; cosine or linear down to `final`; wsd: constant, then linear.

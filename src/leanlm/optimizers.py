@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.optim._adafactor import adafactor
 from torch.optim._muon import muon
 
-from leanlm.memory.offload import scratch
-from leanlm.memory.state import AdamW
+from leanlm.memory.offload import Scratch, scratch
+from leanlm.memory.state import AdamW, put_away, rounded
 from leanlm.optim import Optim
 from leanlm.strategies.cut import local_part
 from leanlm.strategies.plan import Plan
@@ -37,17 +38,20 @@ def build(
     ]
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
+    if optim.name == "adafactor":
+        return Adafactor(groups, lr=optim.lr, foreach=False)  # foreach: temporary copies of all parameters at once
+    stochastic = plan.precision == "bf16-stochastic"
+    file = scratch() if plan.offload in ("optimizer", "all") else None
 
     def adamw(groups: list[dict]) -> torch.optim.Optimizer:
         settings: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
-        stochastic, away = plan.precision == "bf16-stochastic", plan.offload in ("optimizer", "all")
-        if plan.optimizer_state != "fp32" or stochastic or away or plan.zero1:
+        if plan.optimizer_state != "fp32" or stochastic or file or plan.zero1:
             copies = mesh["replicate"] if mesh is not None and plan.zero1 else None
-            return AdamW(groups, plan.optimizer_state, stochastic, copies, scratch() if away else None, **settings)
+            return AdamW(groups, plan.optimizer_state, stochastic, copies, file, **settings)
         return torch.optim.AdamW(groups, **settings, fused=True)  # fused: no temporary copy of the parameters
 
     def muons(groups: list[dict]) -> torch.optim.Optimizer:
-        return Muon(groups, lr=optim.muon_lr, momentum=optim.momentum)
+        return Muon(groups, stochastic, file, lr=optim.muon_lr, momentum=optim.momentum)
 
     if not hidden:
         return adamw(groups)
@@ -56,28 +60,86 @@ def build(
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, also for matrices that are spread over devices.
+    """torch's Muon, also for matrices that are spread over devices, or in bf16 and rounded by chance.
 
-    The update of such a matrix is made of the whole of it, gathered one at a time and orthogonalised in the same way on
+    The update of a spread matrix is made of the whole of it, gathered one at a time and orthogonalised in the same way on
     each device; its momentum stays spread.
     """
 
+    def __init__(
+        self, groups: list[dict[str, Any]], stochastic: bool = False, scratch: Scratch | None = None, **settings: Any
+    ) -> None:
+        super().__init__(groups, **settings)
+        self.stochastic, self.scratch = stochastic, scratch
+
+    def step(self, closure: Callable[[], float] | None = None):
+        loss = super().step(closure)
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            if self.scratch is not None and parameter in self.state:
+                put_away(self.state[parameter], self.scratch)
+        return loss
+
     def _init_group(self, group: Any, params_with_grad: Any, grads: Any, muon_momentum_bufs: Any) -> bool:
         super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
-        spread = [i for i, parameter in enumerate(params_with_grad) if isinstance(parameter, DTensor)]
-        for i in reversed(spread):  # torch updates what is left in the lists
+        ours = [i for i, one in enumerate(params_with_grad) if self.stochastic or isinstance(one, DTensor)]
+        for i in reversed(ours):  # torch updates what is left in the lists
             self._update(params_with_grad.pop(i), grads.pop(i), muon_momentum_bufs.pop(i), group)
         return False
 
-    def _update(self, parameter: DTensor, grad: Any, momentum: DTensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: Tensor, grad: Any, momentum: Tensor, group: dict[str, Any]) -> None:
         momentum.lerp_(grad, 1 - group["momentum"])
-        whole = grad.lerp(momentum, group["momentum"]).full_tensor()
-        change = torch.zeros_like(whole)
+        whole = _whole(grad.lerp(momentum, group["momentum"]))
+        change = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32))
         own = {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
         muon([change], [whole], [torch.zeros_like(whole)], lr=group["lr"], weight_decay=0, momentum=0, nesterov=False,
              has_complex=False, **own)  # fmt: skip
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.to_local().add_(local_part(change, parameter))
+        weight, change = _local(parameter, parameter), _local(change, parameter)
+        if weight.dtype == change.dtype:
+            weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(change)
+        else:
+            wide = weight.float().mul_(1 - group["lr"] * group["weight_decay"]).add_(change)
+            weight.copy_(rounded(wide) if self.stochastic else wide)
+
+
+class Adafactor(torch.optim.Adafactor):
+    """torch's Adafactor (Shazeer and Stern 2018, arXiv 1804.04235), also for parameters that are spread over devices.
+
+    Of a matrix it keeps the mean squares of rows and columns. They are of the whole matrix and the same on each device; the
+    gradient is gathered for them, one matrix at a time.
+    """
+
+    whole_state = ("row_var", "col_var", "variance")
+
+    def _init_group(self, group: Any, params_with_grad: Any, grads: Any, *state: Any) -> bool:
+        for parameter in group["params"]:
+            if parameter.grad is not None and not self.state[parameter]:
+                shape = parameter.shape
+                sizes = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])} if len(shape) > 1 else {}
+                local = _local(parameter, parameter).detach()
+                self.state[parameter] = {"step": torch.zeros(())} | {
+                    name: local.new_zeros(size) for name, size in (sizes or {"variance": shape}).items()
+                }
+        super()._init_group(group, params_with_grad, grads, *state)
+        for i in reversed([i for i, one in enumerate(params_with_grad) if isinstance(one, DTensor)]):
+            parameter, grad = params_with_grad.pop(i), grads.pop(i)
+            rows, columns, each, steps = ([part.pop(i)] for part in state)
+            whole = parameter.full_tensor()
+            settings = {key: group[key] for key in ("d", "lr", "beta2_decay", "weight_decay", "maximize")}
+            adafactor([whole], [grad.full_tensor()], rows, columns, each, steps,
+                      eps1=group["eps"][0], eps2=group["eps"][1], **settings)  # fmt: skip
+            parameter.to_local().copy_(local_part(whole, parameter))
+        return False
+
+
+def _whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: Any, like: Any) -> Tensor:
+    """This device's part of a tensor, whole or spread, of a parameter."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return local_part(tensor, like) if isinstance(like, DTensor) else tensor
 
 
 class Combined(torch.optim.Optimizer):

@@ -28,6 +28,7 @@ MODELS = {
     "llama": ["model=llama", "model.width=16", "model.depth=2", "model.heads=4", "model.kv_heads=2", "model.mlp_width=24"],
     "muon": ["model=transformer", "model.width=16", "model.depth=2", "model.heads=2", "optim=muon"],
     "lstm_muon": ["model=lstm", "model.width=12", "model.depth=2", "optim=muon"],
+    "adafactor": ["model=gpt2", "model.width=16", "model.depth=2", "model.heads=2", "optim=adafactor"],
 }  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def supported(model: str, plan: dict) -> bool:
 
 
 def overrides(model: str, text: Path, plan: dict | None = None, depth: int | None = None) -> list[str]:
-    optim = [] if "muon" in model else ["optim=adamw"]
+    optim = [] if any(part.startswith("optim=") for part in MODELS[model]) else ["optim=adamw"]
     return [
         *MODELS[model], *optim, "optim.lr=0.01", "optim.warmup=5", "model.tied=true", "model.dropout=0.1",
         "data=text", f"data.path={text}", "data.tokenizer=char", "data.ignore=[' ',e]", f"global_batch={ROWS}", "sequence=12",
@@ -64,7 +65,10 @@ def plain_loop(settings: Settings) -> tuple[list[float], dict[str, torch.Tensor]
         {"params": [p for p in rest if p.dim() > 1]},
         {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0},
     ]
-    optimizers = [torch.optim.AdamW([g for g in decay if g["params"]], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)]
+    if config.optim.name == "adafactor":
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.Adafactor(rest, lr=0.01)]
+    else:
+        optimizers = [torch.optim.AdamW([g for g in decay if g["params"]], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)]
     optimizers += [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1)] if hidden else []
     peaks = [(g, g["lr"]) for o in optimizers for g in o.param_groups]
     curve, norms, states = [], [], None

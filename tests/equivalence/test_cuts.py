@@ -45,7 +45,7 @@ PLANS = {
     "zero-bubble x tensor": {**P2, "tensor": 2, "schedule": "zero-bubble", "accumulate_grad_batches": 4},
     "pipeline x shard x tensor": {**P2, "shard": 2, "tensor": 2, "accumulate_grad_batches": 2},
 }  # fmt: skip
-TRANSFORMERS = ["gpt2", "modern", "muon", "llama"]
+TRANSFORMERS = ["gpt2", "modern", "muon", "llama", "adafactor"]
 RECURRENT = ["lstm", "elman_tanh", "gru", "lstm_muon", "elman_relu", "lstm_token_dropout"]
 
 

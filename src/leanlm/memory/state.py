@@ -96,13 +96,13 @@ class AdamW(torch.optim.Optimizer):
             averages[0].write(piece, first_average)
             averages[1].write(piece, second_average)
             if wide is not weight:
-                weight.copy_(_round(wide) if self.stochastic else wide)
+                weight.copy_(rounded(wide) if self.stochastic else wide)
         step += 1
         if owned is not parameter and self.copies is not None:
             for rank, rows in enumerate(parameter.detach().chunk(self.copies.size())):
                 dist.broadcast(rows, group=self.copies.get_group(), group_src=rank)
         if self.scratch is not None:
-            _put_away(state, self.scratch)
+            put_away(state, self.scratch)
 
 
 class _Plain:
@@ -245,7 +245,8 @@ def _average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) 
     return made[1]
 
 
-def _put_away(state: dict[str, Tensor], scratch: Scratch) -> None:
+def put_away(state: dict[str, Tensor], scratch: Scratch) -> None:
+    """Move the tensors of a parameter's state to a file, and let their pages leave memory."""
     for key, value in state.items():
         mine = value.to_local() if isinstance(value, DTensor) else value
         if mine.numel() * mine.element_size() < SMALLEST:
@@ -272,7 +273,7 @@ def _flat(tensor: Any) -> Tensor:
     return local.detach().reshape(-1)
 
 
-def _round(numbers: Tensor) -> Tensor:
+def rounded(numbers: Tensor) -> Tensor:
     """float32 to bf16, up with the probability of the part that is cut off."""
     bits = numbers.view(torch.int32)
     return ((bits + torch.randint_like(bits, 1 << 16)) & -(1 << 16)).view(torch.float32).bfloat16()

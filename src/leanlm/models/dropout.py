@@ -51,10 +51,15 @@ class RowDropout(nn.Module):
             return hidden
         if _Draw.rows is None:
             raise RuntimeError("dropout in training mode needs leanlm.models.dropout.rows_of_step(seed, step, rows)")
+        return torch.where(self._keep(hidden), hidden / (1 - self.rate), 0)
+
+    @torch.compiler.disable  # a compiler would take the key, which each step changes, for a constant
+    def _keep(self, hidden: Tensor) -> Tensor:
         width = hidden.shape[2]
         positions, first = (1, 0) if self.locked else (hidden.shape[1], _Draw.first)
+        assert _Draw.rows is not None
         keep = keep_mask(_Draw.key ^ self.site, _Draw.rows, positions * width, self.rate, first * width)
-        return torch.where(keep.view(len(hidden), positions, width), hidden / (1 - self.rate), 0)
+        return keep.view(len(hidden), positions, width)
 
     def extra_repr(self) -> str:
         return f"{self.rate}, locked={self.locked}"

@@ -100,7 +100,8 @@ def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) ->
         kind, _, rest = name.partition(".")
         if kind == "optimizer" and optimizer is not None and rest.rpartition(".")[0] in parameters:
             parameter = parameters[rest.rpartition(".")[0]]
-            if len(meta.size) == parameter.dim() > 0:  # as large, or packed along its last dimension
+            whole = rest.rpartition(".")[2] in getattr(optimizer, "whole_state", ())
+            if len(meta.size) == parameter.dim() > 0 and not whole:  # as large, or packed along its last dimension
                 tensors[name] = spread_like(owned(optimizer, parameter), meta.size, meta.properties.dtype)
             else:
                 tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype, device=parameter.device)

@@ -1,6 +1,8 @@
 """What happens to gradients between backward and the optimizer when a model is cut: summed where a weight has copies, and
 clipped by the norm of all of them."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,25 +28,59 @@ def clip(cut: Cut, largest: float) -> Tensor:
 
     Each rank adds the squares of what it holds, divided by the ranks that hold the same; one all-reduce makes the norm.
     """
-    copies = {id(parameter) for _, parameter in cut.copies()}
     parameters = [parameter for parameter in cut.net.parameters() if parameter.grad is not None]
     if not cut.plan.cuts_model:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     else:
-        holders = cut.plan.world // cut.plan.pipeline
-        squares = torch.zeros((), dtype=torch.float64, device=cut.device)
-        by_pieces: dict[int, list[Tensor]] = {}
-        for parameter in parameters:
-            if id(parameter) not in copies:
-                by_pieces.setdefault(_pieces(parameter), []).append(local(parameter.grad))
-        for pieces, gradients in by_pieces.items():
-            squares += torch.nn.utils.get_total_norm(gradients).double() ** 2 * pieces / holders
+        squares = _squares(cut, parameters)
         dist.all_reduce(squares)
         norm = squares.sqrt()
     if largest:
         scale = (largest / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grads_with_norm_
         torch._foreach_mul_([local(p.grad) for p in parameters], scale.to(parameters[0].dtype))
     return norm
+
+
+class StepInBackward:
+    """Updates each parameter as soon as its gradient is whole, and frees the gradient.
+
+    Of all parameters only the one at hand then has a gradient, and an optimizer leaves the others alone.
+    """
+
+    def __init__(self, cut: Cut, optimizer: torch.optim.Optimizer) -> None:
+        self.cut, self.optimizer = cut, optimizer
+        self.squares, self.largest = torch.zeros((), dtype=torch.float64, device=cut.device), 0
+        for parameter in cut.net.parameters():
+            parameter.register_post_accumulate_grad_hook(self._update)
+
+    def _update(self, parameter: Tensor) -> None:
+        self.squares += _squares(self.cut, [parameter])
+        self.largest = max(self.largest, local(parameter.grad).nbytes)
+        self.optimizer.step()
+        parameter.grad = None
+
+    def done(self) -> tuple[Tensor, int]:
+        """The step is over: the global norm of its gradient, and the bytes of the largest part of it on this rank."""
+        squares, largest = self.squares.clone(), self.largest
+        if self.cut.plan.cuts_model:
+            dist.all_reduce(squares)
+        self.squares.zero_()
+        self.largest = 0
+        return squares.sqrt(), largest
+
+
+def _squares(cut: Cut, parameters: Sequence[Tensor]) -> Tensor:
+    """This rank's share of the squared norm of gradients: their sum over all ranks is the whole."""
+    copies = {id(parameter) for _, parameter in cut.copies()}
+    squares = torch.zeros((), dtype=torch.float64, device=cut.device)
+    by_pieces: dict[int, list[Tensor]] = {}
+    for parameter in parameters:
+        if id(parameter) not in copies:
+            by_pieces.setdefault(_pieces(parameter), []).append(local(parameter.grad))
+    for pieces, gradients in by_pieces.items():
+        norm = torch.nn.utils.get_total_norm(gradients).double()
+        squares += norm**2 * pieces / (cut.plan.world // cut.plan.pipeline)
+    return squares
 
 
 def local(tensor: Tensor | None) -> Tensor:

@@ -44,6 +44,8 @@ class Stage(nn.Module):
         self.head = net.head if last else None
         self.carries_state, self.seed = net.carries_state, seed
         self.levels, self.window = levels(plan.recompute, list(self.blocks.values())), plan.recompute_window
+        # for training only: generation, with a new length at each token, would compile again and again
+        self.compiled = {name: torch.compile(block) for name, block in self.blocks.items() if plan.compile}
         self.offloads = plan.offload in ("activations", "all")
         self.step, self.fresh = 0, True
         self.before: dict[int, list[Any]] = {}
@@ -96,7 +98,8 @@ class Stage(nn.Module):
             hidden = _Received.apply(x) if self.embed is None else self.embed(x, first)
         sent = hidden.dtype  # a recurrence may leave bf16 under autocast; the next stage expects what it was promised
         after = []
-        for i, (block, level) in enumerate(zip(self.blocks.values(), self.levels, strict=True)):
+        for i, ((name, block), level) in enumerate(zip(self.blocks.items(), self.levels, strict=True)):
+            block = self.compiled.get(name, block) if self.training else block
             hidden, state = again(_drawing(draws, first, block), hidden, states[i] if states else None, level=level)
             after.append(state)
         if self.head is None:
@@ -134,7 +137,7 @@ class Stage(nn.Module):
             ]
 
 
-def _drawing(draws: Draws, first: int, block: nn.Module) -> Callable[..., Any]:
+def _drawing(draws: Draws, first: int, block: Callable[..., Any]) -> Callable[..., Any]:
     """The block, which draws the same dropout masks whenever it is called."""
 
     def run(hidden: Tensor, state: Any) -> Any:
