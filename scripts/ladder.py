@@ -22,9 +22,10 @@ QUIET = ["device=cpu", "logger=csv", "val_every=100000", "checkpoint_every=10000
 GPT2 = ["model=gpt2", "optim=adamw", "global_batch=4", "sequence=512", *QUIET]
 LONG = ["model=lstm", "model.width=512", "model.depth=1", "optim=adamw", "global_batch=1", "sequence=16384", "val_lanes=1",
         *QUIET]  # fmt: skip
-ROWS = {"accumulate_grad_batches": 4}
+ROWS, BLOCKS, FREED = {"accumulate_grad_batches": 4}, {"recompute": "blocks"}, {"return_freed_memory": "true"}
+FILE, INT8, IN_BACKWARD = {"offload": "optimizer"}, {"optimizer_state": "int8"}, {"step_in_backward": "true", "clip": 0}
+LEAN = ROWS | BLOCKS | FREED
 TWO, SHARD, ROW = {"replicate": 2}, {"shard": 2}, {"accumulate_grad_batches": 2}
-BLOCKS = {"recompute": "blocks"}
 Rungs = dict[str, dict[str, Any]]  # name -> keys of the plan; `clip` is a key of the run
 PROBLEMS: dict[str, tuple[list[str], int | None, Rungs]] = {
     "gpt2": (
@@ -34,17 +35,16 @@ PROBLEMS: dict[str, tuple[list[str], int | None, Rungs]] = {
             "plain": {},
             "recompute operators": {"recompute": "operators"},
             "recompute blocks": BLOCKS,
+            "recompute blocks, return freed memory": BLOCKS | FREED,
             "rows one at a time": ROWS,
-            "  + recompute blocks": ROWS | BLOCKS,
-            "  + optimizer state in a file": ROWS | BLOCKS | {"offload": "optimizer"},
-            "no clipping, step in backward": {"step_in_backward": "true", "clip": 0},
-            "  + blocks, state in a file": {"step_in_backward": "true", "clip": 0, "offload": "optimizer"} | BLOCKS,
-            "rows, bf16 state": ROWS | {"optimizer_state": "bf16"},
-            "rows, int8 state": ROWS | {"optimizer_state": "int8"},
-            "rows, int4 state": ROWS | {"optimizer_state": "int4"},
-            "  + recompute blocks ": ROWS | BLOCKS | {"optimizer_state": "int4"},
-            "bf16-mixed, int8 state, blocks": BLOCKS | {"optimizer_state": "int8", "precision": "bf16-mixed"},
-            "bf16-stochastic, int8 state, blocks": BLOCKS | {"optimizer_state": "int8", "precision": "bf16-stochastic"},
+            "+ recompute blocks, return freed memory": LEAN,
+            "+ optimizer state in a file": LEAN | FILE,
+            "no clipping: step in backward, blocks, freed": IN_BACKWARD | BLOCKS | FREED,
+            "rows, int8 state": ROWS | INT8,
+            "rows, int8 state, blocks, freed": LEAN | INT8,
+            "rows, int4 state, blocks, freed": LEAN | {"optimizer_state": "int4"},
+            "bf16-mixed, int8 state, blocks, freed": BLOCKS | FREED | INT8 | {"precision": "bf16-mixed"},
+            "bf16-stochastic, int8 state, rows, blocks, freed": LEAN | INT8 | {"precision": "bf16-stochastic"},
         },
     ),
     "gpt2 on 2": (
@@ -53,11 +53,10 @@ PROBLEMS: dict[str, tuple[list[str], int | None, Rungs]] = {
         {
             "ddp": TWO,
             "ddp, ZeRO-1": TWO | {"zero1": "true"},
-            "ddp, ZeRO-1, rows, blocks": TWO | ROW | BLOCKS | {"zero1": "true"},
+            "ddp, ZeRO-1, rows, blocks, freed": TWO | ROW | BLOCKS | FREED | {"zero1": "true"},
             "fsdp": SHARD,
-            "fsdp, rows": SHARD | ROW,
-            "  + recompute blocks": SHARD | ROW | BLOCKS,
-            "  + optimizer state in a file": SHARD | ROW | BLOCKS | {"offload": "optimizer"},
+            "fsdp, rows, blocks, freed": SHARD | ROW | BLOCKS | FREED,
+            "+ optimizer state in a file": SHARD | ROW | BLOCKS | FREED | FILE,
         },
     ),
     "long": (LONG, None, {"plain": {}, "native kernel": {"rnn_kernel": "native"}, "windows": {"recompute_window": -1}}),
@@ -117,7 +116,7 @@ def table(found: dict[str, dict[str, dict]]) -> str:
             parts = [f"{max(rank[key] for rank in one['at_peak']) / 2**20:.0f}" for key in PARTS]
             loss = f"{one['val_loss']:.6f}" if "val_loss" in one else ""
             lines.append(
-                f"| {name.strip()} | {peak / 2**20:.0f} | {peak / max(first['peak']):.2f} | {' | '.join(parts)} | "
+                f"| {name} | {peak / 2**20:.0f} | {peak / max(first['peak']):.2f} | {' | '.join(parts)} | "
                 f"{more / 2**20:.0f} | {more / added:.2f} | {one['milliseconds']:.0f} | "
                 f"{one['milliseconds'] / first['milliseconds']:.2f} | {one['exactness']} | {loss} |"
             )
@@ -138,7 +137,7 @@ def picture(found: dict[str, dict[str, dict]], path: Path) -> None:
     colours = dict(zip(PARTS, ("C0", "C1", "C2", "C4", "C3", "0.8"), strict=True))
     marks = {"changes": "  *", "-": "", "bitwise": "", "rounding": ""}
     for (problem, rungs), (left, right) in zip(found.items(), grid, strict=True):
-        names = [name.replace("  +", "    +") + marks[one["exactness"]] for name, one in rungs.items()]
+        names = [name + marks[one["exactness"]] for name, one in rungs.items()]
         ranks = [max(one["at_peak"], key=lambda rank: rank["all"]) for one in rungs.values()]
         begin = [0.0] * len(names)
         for part in PARTS:

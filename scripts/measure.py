@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,14 @@ def measure(overrides: list[str], steps: int, vocabulary: int | None = None) -> 
         trainer.fit(module, build.training_batches(settings, data, cut.net))
         with torch.no_grad():
             module.eval()
-            batch = next(iter(build.whole_split(settings, data.tokenizer, cut.net, data.splits["validation"])))
-            for stage in cut.stages.values():
-                stage.begin(0, True)
-            nats = cut.relay(batch.input, batch.rows, batch.target)
-        counted = int((batch.target != IGNORE).sum())
+            batches = iter(build.whole_split(settings, data.tokenizer, cut.net, data.splits["validation"]))
+            nats, counted = 0.0, 0
+            for batch in islice(batches, settings.plan.accumulate_grad_batches):  # together the rows of a global batch
+                for stage in cut.stages.values():
+                    stage.begin(batch.step, batch.fresh)
+                found = cut.relay(batch.input, batch.rows, batch.target)
+                if found is not None and cut.counts_loss:
+                    nats, counted = nats + float(found), counted + int((batch.target != IGNORE).sum())
         return {
             "milliseconds": 1000 * statistics.median(watch.times[1:steps]),
             "peak": of_ranks(watch.peak),
@@ -82,7 +86,7 @@ def measure(overrides: list[str], steps: int, vocabulary: int | None = None) -> 
             "held": of_ranks(module.held_bytes(trainer.optimizers[0])),
             "activations": of_ranks(watch.held.saved.largest),
             "at_peak": of_ranks(watch.held.at_peak),
-            "val_loss": max(of_ranks(-1.0 if nats is None or not cut.counts_loss else float(nats) / counted)),
+            "val_loss": sum(of_ranks(nats)) / sum(of_ranks(counted)),
             "traffic": of_ranks({kind: [watch.traffic.calls[kind], watch.traffic.bytes[kind]] for kind in watch.traffic.calls}),
             "describe": settings.plan.describe(),
             "exactness": settings.plan.exactness,
@@ -110,7 +114,8 @@ class Held:
 
     def __init__(self, parameters: list[Tensor], optimizer: torch.optim.Optimizer, vocabulary: int) -> None:
         self.parameters, self.optimizer = parameters, optimizer
-        self.logits = Logits(vocabulary, {tuple(_local(parameter).shape) for parameter in parameters})
+        shapes = {tuple(shape) for parameter in parameters for shape in (parameter.shape, _local(parameter).shape)}
+        self.logits = Logits(vocabulary, shapes)
         self.saved = Saved(self.logits)
         self.largest, self.at_peak = 0, {}
         self.done, self.thread = threading.Event(), threading.Thread(target=self._look, daemon=True)
@@ -203,7 +208,8 @@ class Logits(TorchDispatchMode):
 
     def are(self, tensor: Tensor) -> bool:
         ends = tensor.shape[:1] + tensor.shape[-1:]
-        return tensor.dim() > 1 and self.vocabulary in ends and tuple(tensor.shape) not in self.shapes
+        known = {tuple(tensor.shape), tuple(tensor.shape)[::-1]} & self.shapes  # of a parameter, or of it on its side
+        return tensor.dim() > 1 and self.vocabulary in ends and not known
 
     def _gone(self, key: int, size: int) -> None:
         self.known.discard(key)

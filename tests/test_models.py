@@ -106,6 +106,18 @@ def test_rnn_equals_torch_over_carried_steps(cell: str, kind: type, depth: int =
     torch.testing.assert_close(states[-1][0], last[-1])
 
 
+def test_a_narrow_embedding_is_met_by_linear_maps() -> None:
+    own = build(31, 7, "model=lstm", "model.width=10", "model.embedding=4", "model.tied=true")
+    theirs = nn.LSTM(10, 10, batch_first=True)
+    theirs.load_state_dict(own.blocks["0"].cell.state_dict())
+    tokens = torch.randint(31, (4, 7))
+    words = own.embed.tokens.weight
+    hidden, _ = theirs(words[tokens] @ own.embed.resize.weight.t())
+    expected = hidden @ own.head.norm.weight.t() @ words.t() + own.head.projection.bias
+    torch.testing.assert_close(own(tokens)[0], expected, atol=1e-6, rtol=0)
+    assert sum(p.numel() for p in own.parameters()) == 31 * 4 + 31 + 2 * 4 * 10 + 2 * 40 * 10 + 80
+
+
 @pytest.mark.parametrize(
     ("preset", "parameters"),
     [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],

@@ -1,6 +1,8 @@
 """AdamW whose averages take fewer bytes: against torch's, and against its definition written out."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,13 @@ from conftest import composed
 from runner import losses, run_all
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from leanlm import build
 from leanlm.config import check
 from leanlm.errors import UserError
 from leanlm.memory import state
 from leanlm.memory.offload import Scratch
 from leanlm.memory.state import AdamW, code_values
+from leanlm.optimizers import Adafactor, Muon
 from leanlm.runs import Run
 from leanlm.strategies.checkpoint import checkpoints
 
@@ -126,14 +130,97 @@ def test_averages_in_a_file_have_the_same_bits(tmp_path: Path) -> None:
 
 def test_stochastic_rounding_keeps_small_updates() -> None:
     numbers = torch.full((200_000,), 1 + 1 / 512)  # a quarter of the way to the next bf16 number, 1 + 1/128
-    rounded = state.rounded(numbers)
-    assert set(rounded.float().unique().tolist()) == {1.0, 1 + 1 / 128}
-    assert abs(rounded.float().mean() - numbers[0]) < 1e-4
-    assert torch.equal(state._round(torch.tensor([-2.0, 0.0, 0.5])).float(), torch.tensor([-2.0, 0.0, 0.5]))
+    found = state.rounded(numbers).float()
+    assert set(found.unique().tolist()) == {1.0, 1 + 1 / 128}
+    assert abs(found.mean() - numbers[0]) < 1e-4
+    assert torch.equal(state.rounded(torch.tensor([-2.0, 0.0, 0.5])).float(), torch.tensor([-2.0, 0.0, 0.5]))
     exact, _ = trained(torch.optim.AdamW, (64, 64))
     by_chance, _ = trained(AdamW, (64, 64), torch.bfloat16, kind="fp32", stochastic=True)
     assert by_chance.dtype == torch.bfloat16
     assert (by_chance.float() - exact).abs().max() < 0.1
+
+
+def test_muon_keeps_small_updates_by_chance() -> None:
+    """Steps of a hundredth of the distance between two bf16 numbers: rounded to the nearest, they would all be lost."""
+    settings = {"lr": 3e-4, "weight_decay": 0.0, "momentum": 0.0, "nesterov": False}
+    start, gradient = torch.full((64, 64), 1.0), gradients(1, 64, 64)[0]
+    moved = {}
+    for name, made in (("exact", torch.optim.Muon), ("by chance", Muon), ("lost", Muon)):
+        parameter = torch.nn.Parameter(start.to(torch.float32 if name == "exact" else torch.bfloat16))
+        more = {} if name == "exact" else {"stochastic": name == "by chance"}
+        optimizer = made([{"params": [parameter]}], **more, **settings)
+        for _ in range(60):
+            parameter.grad = gradient.to(parameter.dtype)
+            optimizer.step()
+        moved[name] = parameter.detach().float() - start
+    assert moved["lost"].abs().max() == 0
+    slope = (moved["by chance"] * moved["exact"]).sum() / (moved["exact"] ** 2).sum()
+    assert slope == pytest.approx(1, abs=0.1)
+
+
+def test_momentum_of_muon_in_a_file_has_the_same_bits(tmp_path: Path) -> None:
+    file = Scratch(tmp_path)
+    found = []
+    for scratch in (None, file):
+        torch.manual_seed(0)
+        parameter = torch.nn.Parameter(torch.randn(64, 96))
+        optimizer = Muon([{"params": [parameter]}], scratch=scratch, lr=0.02, weight_decay=0.1)
+        for gradient in gradients(4, 64, 96):
+            parameter.grad = gradient
+            optimizer.step()
+        found.append((parameter.detach(), optimizer.state[parameter]["momentum_buffer"]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert file.holds(found[1][1])
+
+
+def test_adafactor_keeps_a_row_and_a_column() -> None:
+    parameter = torch.nn.Parameter(torch.randn(300, 200))
+    optimizer = Adafactor([{"params": [parameter], "weight_decay": 0.0}], lr=1e-2)
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert sum(part.numel() for part in optimizer.state[parameter].values()) == 300 + 200 + 1
+
+
+def test_a_step_in_backward_has_one_gradient_at_a_time(text: Path) -> None:
+    settings = check(composed(*overrides(text, "fp32", ["strategy.step_in_backward=true", "clip=0"], 2)))
+    cut = build.cut(settings.config, settings.plan, 60)
+    module = build.module(settings, cut)
+    optimizer = module.configure_optimizers()
+    counts, step = [], optimizer.step
+    optimizer.step = lambda: (counts.append(sum(p.grad is not None for p in cut.net.parameters())), step())
+    before = [parameter.detach().clone() for parameter in cut.net.parameters()]
+    tokens = torch.randint(60, (8, 12))
+    (stage,) = cut.stages.values()
+    (stage(tokens, torch.arange(8), tokens) / tokens.numel()).backward()
+    assert counts == [1] * len(before)
+    assert not any(torch.equal(now, then) for now, then in zip(cut.net.parameters(), before, strict=True))
+    norm, largest = module.in_backward.done()
+    assert largest == max(parameter.nbytes for parameter in cut.net.parameters())
+    assert norm > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+@pytest.mark.parametrize("returns", [True, False])
+def test_freed_memory_leaves_the_process(returns: bool) -> None:
+    code = """
+import sys, torch
+from leanlm.memory.malloc import return_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+if sys.argv[1] == "True":
+    return_freed_memory()
+torch.ones(24 << 20, dtype=torch.uint8)  # once freed, glibc keeps all that is smaller
+kept = [(torch.ones(8 << 20, dtype=torch.uint8), torch.ones(4096, dtype=torch.uint8)) for _ in range(30)]
+full = resident()
+kept = [small for _, small in kept]
+print(full - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(returns)], capture_output=True, text=True, check=True, timeout=100)
+    freed = int(done.stdout)  # of 240 MiB
+    assert freed > 200 if returns else freed < 100
 
 
 def overrides(text: Path, kind: str, plan: list[str], steps: int) -> list[str]:

@@ -26,7 +26,6 @@ from leanlm.module import LanguageModel, RecurrentLanguageModel
 from leanlm.prepare import ignored
 from leanlm.strategies import balance
 from leanlm.strategies.cut import Cut
-from leanlm.strategies.pipeline import Pipeline
 from leanlm.strategies.plan import PRECISIONS, Plan
 
 
@@ -66,7 +65,11 @@ def module(settings: Settings, cut: Cut, training: bool = True) -> LanguageModel
     config = settings.config
     kind = RecurrentLanguageModel if cut.net.carries_state else LanguageModel
     rows = config.global_batch // cut.plan.readers
-    pipeline = Pipeline(cut, rows, config.sequence) if training and cut.plan.pipeline > 1 else None
+    pipeline = None
+    if training and cut.plan.pipeline > 1:
+        from leanlm.strategies.pipeline import Pipeline
+
+        pipeline = Pipeline(cut, rows, config.sequence)
     return kind(cut, pipeline, config.optim, config.max_steps, config.clip)
 
 

@@ -1,7 +1,7 @@
 """The LightningModules: one global batch a step, normalised by its own count of tokens, under any plan."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -12,9 +12,12 @@ from torchmetrics import Metric
 from leanlm import optim, optimizers
 from leanlm.data.batches import IGNORE, Batch
 from leanlm.optim import Optim
+from leanlm.spread import local
 from leanlm.strategies import gradients
 from leanlm.strategies.cut import Cut
-from leanlm.strategies.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from leanlm.strategies.pipeline import Pipeline
 
 
 class TokenLoss(Metric):
@@ -54,7 +57,7 @@ class LanguageModel(pl.LightningModule):
         gradient_bytes: the most that this rank held at a time in the last step.
     """
 
-    def __init__(self, cut: Cut, pipeline: Pipeline | None, optimizer: Optim, max_steps: int, clip: float) -> None:
+    def __init__(self, cut: Cut, pipeline: "Pipeline | None", optimizer: Optim, max_steps: int, clip: float) -> None:
         super().__init__()
         self.net, self.cut, self.pipeline, self.plan = cut.net, cut, pipeline, cut.plan
         self.stages = nn.ModuleList(cut.stages.values())
@@ -170,4 +173,4 @@ class RecurrentLanguageModel(LanguageModel):
 
 def held_bytes(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of these tensors on this rank."""
-    return sum(part.numel() * part.element_size() for part in (gradients.local(t) for t in tensors if t is not None))
+    return sum(part.numel() * part.element_size() for part in (local(t) for t in tensors if t is not None))

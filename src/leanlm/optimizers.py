@@ -1,24 +1,25 @@
 """Optimizers of whole and of spread parameters. Weight decay acts on matrices only, not on biases and norms."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.optim._adafactor import adafactor
 from torch.optim._muon import muon
 
 from leanlm.memory.offload import Scratch, scratch
 from leanlm.memory.state import AdamW, put_away, rounded
 from leanlm.optim import Optim
-from leanlm.strategies.cut import local_part
+from leanlm.spread import is_spread, local, local_part, whole
 from leanlm.strategies.plan import Plan
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def build(
-    named: Iterable[tuple[str, nn.Parameter]], optim: Optim, plan: Plan, mesh: DeviceMesh | None
+    named: Iterable[tuple[str, nn.Parameter]], optim: Optim, plan: Plan, mesh: "DeviceMesh | None"
 ) -> torch.optim.Optimizer:
     """The optimizer of named parameters, with its state as the plan keeps it; each group has its peak rate as `peak_lr`.
 
@@ -30,7 +31,7 @@ def build(
         if optim.name == "muon" and parameter.dim() == 2 and name.startswith("blocks."):
             hidden.append(parameter)
         else:
-            own = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            own = parameter.device_mesh if is_spread(parameter) else None
             by_kind.setdefault((parameter.dim() >= 2, own), []).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": parameters, "weight_decay": optim.weight_decay if matrix else 0.0, "peak_lr": optim.lr}
@@ -81,19 +82,19 @@ class Muon(torch.optim.Muon):
 
     def _init_group(self, group: Any, params_with_grad: Any, grads: Any, muon_momentum_bufs: Any) -> bool:
         super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
-        ours = [i for i, one in enumerate(params_with_grad) if self.stochastic or isinstance(one, DTensor)]
+        ours = [i for i, one in enumerate(params_with_grad) if self.stochastic or is_spread(one)]
         for i in reversed(ours):  # torch updates what is left in the lists
             self._update(params_with_grad.pop(i), grads.pop(i), muon_momentum_bufs.pop(i), group)
         return False
 
     def _update(self, parameter: Tensor, grad: Any, momentum: Tensor, group: dict[str, Any]) -> None:
         momentum.lerp_(grad, 1 - group["momentum"])
-        whole = _whole(grad.lerp(momentum, group["momentum"]))
-        change = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32))
+        gradient = whole(grad.lerp(momentum, group["momentum"]))
+        change = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         own = {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
-        muon([change], [whole], [torch.zeros_like(whole)], lr=group["lr"], weight_decay=0, momentum=0, nesterov=False,
+        muon([change], [gradient], [torch.zeros_like(gradient)], lr=group["lr"], weight_decay=0, momentum=0, nesterov=False,
              has_complex=False, **own)  # fmt: skip
-        weight, change = _local(parameter, parameter), _local(change, parameter)
+        weight, change = local(parameter), local_part(change, parameter)
         if weight.dtype == change.dtype:
             weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(change)
         else:
@@ -115,31 +116,20 @@ class Adafactor(torch.optim.Adafactor):
             if parameter.grad is not None and not self.state[parameter]:
                 shape = parameter.shape
                 sizes = {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])} if len(shape) > 1 else {}
-                local = _local(parameter, parameter).detach()
+                mine = local(parameter).detach()
                 self.state[parameter] = {"step": torch.zeros(())} | {
-                    name: local.new_zeros(size) for name, size in (sizes or {"variance": shape}).items()
+                    name: mine.new_zeros(size) for name, size in (sizes or {"variance": shape}).items()
                 }
         super()._init_group(group, params_with_grad, grads, *state)
-        for i in reversed([i for i, one in enumerate(params_with_grad) if isinstance(one, DTensor)]):
+        for i in reversed([i for i, one in enumerate(params_with_grad) if is_spread(one)]):
             parameter, grad = params_with_grad.pop(i), grads.pop(i)
             rows, columns, each, steps = ([part.pop(i)] for part in state)
-            whole = parameter.full_tensor()
+            weight = whole(parameter)
             settings = {key: group[key] for key in ("d", "lr", "beta2_decay", "weight_decay", "maximize")}
-            adafactor([whole], [grad.full_tensor()], rows, columns, each, steps,
+            adafactor([weight], [whole(grad)], rows, columns, each, steps,
                       eps1=group["eps"][0], eps2=group["eps"][1], **settings)  # fmt: skip
-            parameter.to_local().copy_(local_part(whole, parameter))
+            local(parameter).copy_(local_part(weight, parameter))
         return False
-
-
-def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _local(tensor: Any, like: Any) -> Tensor:
-    """This device's part of a tensor, whole or spread, of a parameter."""
-    if isinstance(tensor, DTensor):
-        return tensor.to_local()
-    return local_part(tensor, like) if isinstance(like, DTensor) else tensor
 
 
 class Combined(torch.optim.Optimizer):

@@ -21,7 +21,7 @@ MODELS = {
     "elman_tanh": ["model=elman", "model.width=12", "model.depth=2"],
     "elman_relu": ["model=elman", "model.cell=elman_relu", "model.width=12"],
     "lstm": ["model=lstm", "model.width=12", "model.depth=2"],
-    "lstm_token_dropout": ["model=lstm", "model.width=12", "model.depth=2", "model.locked=false"],
+    "lstm_token_dropout": ["model=lstm", "model.width=12", "model.depth=2", "model.locked=false", "model.embedding=8"],
     "gru": ["model=gru", "model.width=12", "model.depth=2"],
     "gpt2": ["model=gpt2", "model.width=16", "model.depth=2", "model.heads=2"],
     "modern": ["model=transformer", "model.width=16", "model.depth=2", "model.heads=4", "model.kv_heads=2"],

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from leanlm.data.batches import IGNORE
 from leanlm.models.contract import Head
+from leanlm.spread import is_spread
 
 CHUNK = 1 << 22  # logits held at a time: 16 MiB in float32
 SHORTEST = 128  # tokens in a chunk, below which matrix products get slow
@@ -36,7 +36,7 @@ def token_loss(head: Head, hidden: Tensor, target: Tensor) -> Tensor:
     hidden = head.norm(hidden).flatten(0, 1)  # [b*s, h]
     target = target.flatten()
     projection: Any = head.projection
-    split = isinstance(projection.weight, DTensor)
+    split = is_spread(projection.weight)
     if not split and target.numel() * projection.out_features <= CHUNK:
         logits = projection(hidden)
         wide = torch.promote_types(logits.dtype, torch.float32)  # a sum of 1,000 tokens has few digits left in bf16

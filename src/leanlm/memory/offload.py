@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from leanlm.spread import local
 
 CHOICES = ("none", "activations", "optimizer", "all")
 SMALLEST = 1 << 16  # bytes of a tensor that is worth moving
@@ -94,11 +95,6 @@ class _Kept:
         self.file.forget(self.tensor)
 
 
-def _place(parameter: Any) -> int:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return local.untyped_storage().data_ptr()
-
-
 def _dense(tensor: Tensor) -> bool:
     """Whether its elements fill a piece of memory, in whatever order of dimensions."""
     length = 1
@@ -125,7 +121,7 @@ def activations(module: nn.Module, device: torch.device) -> AbstractContextManag
         place = tensor.untyped_storage().data_ptr()
         if tensor.numel() * tensor.element_size() < SMALLEST or not _dense(tensor):
             return tensor
-        if any(place == _place(parameter) for parameter in module.parameters()):
+        if any(place == local(parameter).untyped_storage().data_ptr() for parameter in module.parameters()):
             return tensor
         key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
         storage, before = known.get(key, (None, None))

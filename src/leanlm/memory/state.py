@@ -8,17 +8,19 @@ goes on under another plan.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 from torch.optim.adamw import adamw
 
 from leanlm.errors import UserError
 from leanlm.memory.offload import Scratch
+from leanlm.spread import is_spread, local, spread_like
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 KINDS = ("fp32", "bf16", "int8", "int4")
 PIECE = 1 << 18  # numbers that are unpacked at a time; a whole number of blocks
@@ -44,7 +46,7 @@ class AdamW(torch.optim.Optimizer):
         groups: list[dict[str, Any]],
         kind: str = "fp32",
         stochastic: bool = False,
-        copies: DeviceMesh | None = None,
+        copies: "DeviceMesh | None" = None,
         scratch: Scratch | None = None,
         **defaults: Any,
     ) -> None:
@@ -66,11 +68,13 @@ class AdamW(torch.optim.Optimizer):
     def owned(self, parameter: Tensor) -> Tensor:
         """The rows of a parameter that this device updates, sharing its storage."""
         mesh = self.copies
-        if mesh is None or isinstance(parameter, DTensor) or parameter.numel() < SMALLEST:
+        if mesh is None or is_spread(parameter) or parameter.numel() < SMALLEST:
             return parameter
         parts = parameter.detach().chunk(mesh.size())
         if len(parts) < mesh.size():
             return parameter
+        from torch.distributed.tensor import DTensor, Shard
+
         mine = parts[mesh.get_local_rank()]
         shape, stride = parameter.shape, parameter.stride()
         return DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
@@ -190,23 +194,22 @@ def owned(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
     return optimizer.owned(parameter) if hasattr(optimizer, "owned") else parameter
 
 
-def spread_like(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
+def empty_like(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
     """An empty tensor that differs from a parameter in the last dimension at most, spread over devices as it is.
 
     Raises:
         UserError: the last dimension cannot be spread in the same way.
     """
-    if not isinstance(parameter, DTensor):
+    if not is_spread(parameter):
         return torch.empty(size, dtype=dtype, device=parameter.device)
-    local = parameter.to_local()
-    last, rest = divmod(local.shape[-1] * size[-1], parameter.shape[-1])
+    mine = local(parameter)
+    last, rest = divmod(mine.shape[-1] * size[-1], parameter.shape[-1])
     if rest:
         raise UserError(
-            f"optimizer state in blocks of {BLOCK} numbers does not fit a part of {local.shape[-1]} of {parameter.shape[-1]} "
+            f"optimizer state in blocks of {BLOCK} numbers does not fit a part of {mine.shape[-1]} of {parameter.shape[-1]} "
             "columns: write strategy.optimizer_state=bf16, or a smaller tensor axis"
         )
-    mine = torch.empty(*local.shape[:-1], last, dtype=dtype, device=local.device)
-    return _spread(mine, parameter, size)
+    return spread_like(torch.empty(*mine.shape[:-1], last, dtype=dtype, device=mine.device), parameter, size)
 
 
 def _average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) -> "_Plain | _Blocks":
@@ -233,8 +236,8 @@ def _average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) 
         state.pop(key, None)
     if bits:
         shape = parameter.shape[:-1]
-        state[codes] = spread_like(parameter, torch.Size([*shape, columns * bits // 8]), torch.uint8).zero_()
-        state[scales] = spread_like(parameter, torch.Size([*shape, columns // BLOCK]), torch.float32).zero_()
+        state[codes] = empty_like(parameter, torch.Size([*shape, columns * bits // 8]), torch.uint8).zero_()
+        state[scales] = empty_like(parameter, torch.Size([*shape, columns // BLOCK]), torch.float32).zero_()
     else:
         state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16 if kind == "bf16" else wide).detach()
     made = known()
@@ -248,19 +251,14 @@ def _average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) 
 def put_away(state: dict[str, Tensor], scratch: Scratch) -> None:
     """Move the tensors of a parameter's state to a file, and let their pages leave memory."""
     for key, value in state.items():
-        mine = value.to_local() if isinstance(value, DTensor) else value
+        mine = local(value)
         if mine.numel() * mine.element_size() < SMALLEST:
             continue
         if not scratch.holds(mine):
             moved = scratch.empty(mine.shape, mine.dtype).copy_(mine)
-            state[key] = _spread(moved, value, value.shape) if isinstance(value, DTensor) else moved
+            state[key] = spread_like(moved, value, value.shape) if is_spread(value) else moved
             mine = moved
         scratch.release(mine)
-
-
-def _spread(mine: Tensor, like: DTensor, size: torch.Size) -> Tensor:
-    stride = torch.empty(size, device="meta").stride()
-    return DTensor.from_local(mine, like.device_mesh, like.placements, run_check=False, shape=size, stride=stride)
 
 
 def _pieces(parameter: Tensor) -> list[slice]:
@@ -269,8 +267,7 @@ def _pieces(parameter: Tensor) -> list[slice]:
 
 
 def _flat(tensor: Any) -> Tensor:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach().reshape(-1)
+    return local(tensor).detach().reshape(-1)
 
 
 def rounded(numbers: Tensor) -> Tensor:

@@ -53,6 +53,11 @@ class Model(nn.Module):
         self.vocabulary = vocabulary
         self.sequence = sequence
 
+    @property
+    def width(self) -> int:
+        """h: size of the hidden state between blocks."""
+        return self.head.projection.in_features
+
     @classmethod
     def problems(cls, **arguments: Any) -> list[str]:
         """What cannot work about constructor arguments that are of the right types, one line each."""

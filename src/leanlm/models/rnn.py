@@ -18,7 +18,9 @@ class RNN(Model):
         vocabulary: number of token types.
         sequence: tokens per row and step, the length of truncated back-propagation through time.
         cell: the recurrence.
-        width: size of the embedding and of every layer.
+        width: size of every layer.
+        embedding: size of the embedding, and of what the head's projection reads; None: as the layers. Another size is met by a
+            linear map after the one and before the other, which for a large vocabulary saves most of the model.
         depth: number of layers.
         tied: share the embedding's weights with the head's.
         head_bias: whether the head adds a bias.
@@ -37,6 +39,7 @@ class RNN(Model):
         *,
         cell: Literal["elman_tanh", "elman_relu", "lstm", "gru"] = "lstm",
         width: int = 256,
+        embedding: int | None = None,
         depth: int = 1,
         tied: bool = False,
         head_bias: bool = True,
@@ -45,10 +48,10 @@ class RNN(Model):
         init: float = 0.1,
     ) -> None:
         super().__init__(vocabulary, sequence)
-        self.cell, self.init = cell, init
-        self.embed = Embedding(vocabulary, width, RowDropout(dropout, locked))
+        self.cell, self.init, self._width, size = cell, init, width, embedding or width
+        self.embed = Embedding(vocabulary, size, width, RowDropout(dropout, locked))
         self.blocks = nn.ModuleDict({str(i): Layer(cell, width, RowDropout(dropout, locked)) for i in range(depth)})
-        self.head = Head(width, vocabulary, nn.Identity(), head_bias)
+        self.head = Head(size, vocabulary, _linear(width, size), head_bias)
         if tied:
             self.head.projection.weight = self.embed.tokens.weight
         self.name_sites()
@@ -56,9 +59,12 @@ class RNN(Model):
     @classmethod
     def problems(cls, **arguments: Any) -> list[str]:
         found = super().problems(**arguments)
-        return found + [
-            f"{key}={arguments[key]}: it must be at least 1" for key in ("width", "depth") if arguments.get(key, 1) < 1
-        ]
+        sizes = {key: arguments[key] for key in ("width", "depth", "embedding") if arguments.get(key) is not None}
+        return found + [f"{key}={size}: it must be at least 1" for key, size in sizes.items() if size < 1]
+
+    @property
+    def width(self) -> int:
+        return self._width
 
     def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         if name.startswith("blocks."):
@@ -66,18 +72,21 @@ class RNN(Model):
             parameter.uniform_(-(bound**-0.5), bound**-0.5, generator=generator)
         elif name.endswith("bias"):
             parameter.zero_()
+        elif name in ("embed.resize.weight", "head.norm.weight"):
+            parameter.uniform_(-(parameter.shape[1] ** -0.5), parameter.shape[1] ** -0.5, generator=generator)
         else:
             parameter.uniform_(-self.init, self.init, generator=generator)
 
 
 class Embedding(nn.Module):
-    def __init__(self, vocabulary: int, width: int, dropout: RowDropout) -> None:
+    def __init__(self, vocabulary: int, size: int, width: int, dropout: RowDropout) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(vocabulary, width)
+        self.tokens = nn.Embedding(vocabulary, size)
+        self.resize = _linear(size, width)
         self.dropout = dropout
 
     def forward(self, tokens: Tensor, position: int = 0) -> Tensor:
-        return self.dropout(self.tokens(tokens))
+        return self.dropout(self.resize(self.tokens(tokens)))
 
 
 class Layer(nn.Module):
@@ -97,3 +106,7 @@ class Layer(nn.Module):
             hidden, last = self.cell(hidden, before and before[0])
             after = (last,)
         return self.dropout(hidden), tuple(part.squeeze(0) for part in after)
+
+
+def _linear(before: int, after: int) -> nn.Module:
+    return nn.Identity() if before == after else nn.Linear(before, after, bias=False)

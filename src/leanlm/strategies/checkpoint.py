@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from leanlm.errors import UserError
-from leanlm.memory.state import convert, owned, spread_like
+from leanlm.memory.state import convert, empty_like, owned
 
 FORMAT = 1
 
@@ -58,6 +56,8 @@ def save(
     tensors |= {f"optimizer.{name}": value for name, value in _optimizer_state(named, optimizer).items()}
     tensors |= {f"carried.{name}": value for name, value in carried.items()}
     tensors |= {f"rng.{_rank()}": torch.get_rng_state()}
+    import torch.distributed.checkpoint as dcp
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dcp warns that it runs without a process group, which is what we ask for
         dcp.save(tensors, checkpoint_id=part, no_dist=not _distributed())
@@ -84,6 +84,9 @@ def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) ->
     Returns:
         The carried state and the JSON that `save` was given.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     reader = dcp.FileSystemReader(folder)
     stored = {
         name: meta
@@ -102,7 +105,7 @@ def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) ->
             parameter = parameters[rest.rpartition(".")[0]]
             whole = rest.rpartition(".")[2] in getattr(optimizer, "whole_state", ())
             if len(meta.size) == parameter.dim() > 0 and not whole:  # as large, or packed along its last dimension
-                tensors[name] = spread_like(owned(optimizer, parameter), meta.size, meta.properties.dtype)
+                tensors[name] = empty_like(owned(optimizer, parameter), meta.size, meta.properties.dtype)
             else:
                 tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype, device=parameter.device)
         elif kind == "carried" or name == f"rng.{_rank()}":

@@ -5,24 +5,26 @@ model is built without storage; each part is filled, one parameter at a time, ju
 ever holds more than its share and one part.
 """
 
-import ctypes
 import warnings
-from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from leanlm.errors import UserError
+from leanlm.memory import malloc
 from leanlm.models.contract import Model, initial, ties
+from leanlm.spread import is_spread, local_part, spread_like
 from leanlm.strategies import balance
 from leanlm.strategies.plan import AXES, Plan
 from leanlm.strategies.schedules import SCHEDULES, stages_of
 from leanlm.strategies.stage import Stage
-from leanlm.strategies.tensor import split_matrices
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Cut:
@@ -43,15 +45,19 @@ class Cut:
     def __init__(self, net: Model, plan: Plan, seed: int, device: torch.device, cost: dict[str, float] | None = None) -> None:
         """`net` has no storage yet if the plan cuts it; `cost` is that of its parts, for a pipeline."""
         self.net, self.plan, self.device = net, plan, device
+        if plan.return_freed_memory:
+            malloc.return_freed_memory()
         cost = cost or dict.fromkeys(["embed", *net.blocks, "head"], 0.0)
         self.split = split = balance.split(cost, plan)
         self.costs = balance.stage_costs(cost, split)
         self.parameters = sum(parameter.numel() for parameter in net.parameters())
-        self.ties, self.width = ties(net), net.head.projection.in_features
+        self.ties, self.width = ties(net), net.width
         self.vocabulary, self.dtype = net.vocabulary, next(net.parameters()).dtype
         self.mesh: DeviceMesh | None = None
         self.readers: DeviceMesh | None = None  # ranks that hold the same part of the model and read other rows
         if plan.world > 1:
+            from torch.distributed.device_mesh import init_device_mesh
+
             self.mesh = init_device_mesh(device.type, plan.sizes, mesh_dim_names=AXES)
             self.readers = self.mesh["replicate", "shard"]._flatten("readers") if plan.readers > 1 else None
         self.shared = self._shared_by_stages()
@@ -59,8 +65,11 @@ class Cut:
         self._drop([name for number in numbers for name in split[number]], 0 in numbers, len(split) - 1 in numbers)
         self.stages = {n: Stage(net, split[n], n == 0, n == len(split) - 1, seed, plan) for n in numbers}
         if self.mesh is not None and plan.tensor > 1:
+            from leanlm.strategies.tensor import split_matrices
+
             split_matrices(net, self.mesh["tensor"])
         self._fill_and_shard(seed)
+        self._add_rows()
 
     def coordinate(self, axis: str) -> int:
         """This rank's place along an axis of the mesh."""
@@ -86,6 +95,8 @@ class Cut:
         """`[rows of this rank, ...]` -> `[global batch, ...]`."""
         if self.readers is None:
             return part
+        from torch.distributed.tensor import DTensor, Shard
+
         return DTensor.from_local(part, self.readers, [Shard(0)], run_check=False).full_tensor()
 
     def relay(self, tokens: Tensor, rows: Tensor, targets: Tensor | None) -> Tensor | None:
@@ -126,11 +137,11 @@ class Cut:
     def reduce_after(self, micro: int) -> None:
         """Before the forward pass of a micro-batch: say whether FSDP2 reduces gradients after it."""
         last = micro == self.plan.batches_per_step - 1
-        for stage in self.stages.values():
-            if isinstance(stage, FSDPModule):
-                stage.set_is_last_backward(last)
-                stage.set_requires_gradient_sync(last or self.plan.reduce_every_micro_batch)
-                stage.set_requires_all_reduce(last)
+        sharded: list[Any] = list(self.stages.values()) if self.plan.shard > 1 else []
+        for stage in sharded:
+            stage.set_is_last_backward(last)
+            stage.set_requires_gradient_sync(last or self.plan.reduce_every_micro_batch)
+            stage.set_requires_all_reduce(last)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by their global names. A name is there twice if this rank holds both copies of it."""
@@ -178,6 +189,14 @@ class Cut:
         if not last:
             self.net.head = None  # type: ignore[assignment]
 
+    def _add_rows(self) -> None:
+        """Of an embedding that is tied to the head, only the rows that were read are added to the gradient of the head, which
+        has its shape: a second one beside it is often the peak of a step."""
+        tied = set(self.ties.values()) - set(self.shared) if self.plan.tensor == 1 else set()
+        for name, module in self.net.named_modules():
+            if isinstance(module, nn.Embedding) and f"{name}.weight" in tied:
+                module.forward = partial(_look_up, module)  # type: ignore  # not module.sparse: DDP would expect a sparse sum
+
     def _fill_and_shard(self, seed: int) -> None:
         sharded = self.plan.shard > 1
         for stage in self.stages.values():
@@ -185,12 +204,14 @@ class Cut:
                 self._fill(block, seed)
                 if sharded:
                     self._shard(block)
-                    _return_freed_memory()
+                    malloc.trim()  # or memory would come to that of the whole model, although no rank ever holds it
             self._fill(stage, seed)
             if sharded:
                 self._shard(stage)
 
     def _shard(self, module: nn.Module) -> None:
+        from torch.distributed.fsdp import fully_shard
+
         assert self.mesh is not None
         mesh = self.mesh["replicate", "shard"] if self.plan.replicate > 1 else self.mesh["shard"]
         # torch's schedules keep the parameters of a stage whole during a step; one that was resharded loses its gradients
@@ -213,26 +234,11 @@ class Cut:
                     setattr(module, key, filled[name])
                 elif parameter.is_meta:
                     value = initial(self.net, seed, name, parameter).to(self.device)
-                    if isinstance(parameter, DTensor):
-                        mesh, placements = parameter.device_mesh, parameter.placements
-                        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+                    if is_spread(parameter):
+                        value = spread_like(local_part(value, parameter).clone(), parameter, value.shape)
                     filled[name] = nn.Parameter(value)
                     setattr(module, key, filled[name])
 
 
-def _return_freed_memory() -> None:
-    """glibc keeps the space of the whole blocks that were just sharded: a rank's resident memory would come to that of the
-    whole model, although it never holds it."""
-    with suppress(AttributeError, OSError):  # other C libraries
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def local_part(whole: Tensor, like: DTensor) -> Tensor:
-    """The part of `whole` that this rank holds of the tensor `like`: the innermost axis of the mesh splits first."""
-    for dim in reversed(range(like.device_mesh.ndim)):
-        placement = like.placements[dim]
-        if not placement.is_replicate():
-            chunks = whole.chunk(like.device_mesh.size(dim), placement.dim)  # type: ignore[attr-defined]
-            own = like.device_mesh.get_local_rank(dim)
-            whole = chunks[own] if own < len(chunks) else whole.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
-    return whole
+def _look_up(module: nn.Embedding, tokens: Tensor) -> Tensor:
+    return F.embedding(tokens, module.weight, module.padding_idx, sparse=True)

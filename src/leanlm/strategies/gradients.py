@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from leanlm.spread import is_spread, local
 from leanlm.strategies.cut import Cut
 
 
@@ -83,15 +83,9 @@ def _squares(cut: Cut, parameters: Sequence[Tensor]) -> Tensor:
     return squares
 
 
-def local(tensor: Tensor | None) -> Tensor:
-    """What this rank holds of a tensor, sharing its storage."""
-    assert tensor is not None
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _pieces(parameter: Tensor) -> int:
     """Into how many different pieces a parameter is cut over the ranks of its stage."""
-    if not isinstance(parameter, DTensor):
+    if not is_spread(parameter):
         return 1
     mesh, pieces = parameter.device_mesh, 1
     for dim, placement in enumerate(parameter.placements):

@@ -17,7 +17,10 @@ PRECISIONS = {  # name -> (parameters' type, Lightning's precision plugin)
 AXES = ("pipeline", "replicate", "shard", "tensor")  # of the device mesh; the last varies fastest over the ranks
 
 
-LEVERS = ("recompute", "recompute_window", "optimizer_state", "zero1", "step_in_backward", "offload", "rnn_kernel", "compile")
+LEVERS = (
+    "recompute", "recompute_window", "optimizer_state", "zero1", "step_in_backward", "offload", "return_freed_memory",
+    "rnn_kernel", "compile",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Plan:
         zero1: under `replicate`, divide AdamW's averages among the copies of the model (ZeRO-1).
         offload: what a GPU keeps in host memory, a CPU in a file: none, activations, optimizer (the averages of AdamW and
             Muon), or all.
+        return_freed_memory: on a CPU, let large tensors leave the process as soon as they are freed.
         rnn_kernel: of recurrent layers on a CPU: onednn, or native, which keeps fewer bytes for backward.
         compile: let torch.compile fuse the operations of each block.
         precision: fp32, bf16-mixed (weights in fp32, products in bf16), bf16, bf16-stochastic (weights are rounded up or
@@ -69,6 +73,7 @@ class Plan:
     zero1: bool = False
     step_in_backward: bool = False
     offload: str = "none"
+    return_freed_memory: bool = False
     rnn_kernel: str = "onednn"
     compile: bool = False
     precision: str = "fp32"

@@ -99,8 +99,8 @@ class Stage(nn.Module):
         sent = hidden.dtype  # a recurrence may leave bf16 under autocast; the next stage expects what it was promised
         after = []
         for i, ((name, block), level) in enumerate(zip(self.blocks.items(), self.levels, strict=True)):
-            block = self.compiled.get(name, block) if self.training else block
-            hidden, state = again(_drawing(draws, first, block), hidden, states[i] if states else None, level=level)
+            run = self.compiled.get(name, block) if self.training else block
+            hidden, state = again(_drawing(draws, first, run), hidden, states[i] if states else None, level=level)
             after.append(state)
         if self.head is None:
             return hidden.to(sent).contiguous(), after

@@ -1,0 +1,40 @@
+"""Stands in for `torch._dynamo`, torch's compiler, until something needs more of it than Lightning and torch.optim do.
+
+They import it, 110 MiB and two seconds, for the type of compiled modules and to mark functions that a compiler should leave
+alone. Any other use of it imports the real one.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+NAME = "torch._dynamo"
+
+
+class _Dynamo(ModuleType):
+    class OptimizedModule:
+        """No module is one before the compiler is there."""
+
+    @staticmethod
+    def disable(function: Callable | None = None, *args: Any, **kwargs: Any) -> Any:
+        return function if function is not None else lambda function: function
+
+    @staticmethod
+    def graph_break(*args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        # `from torch._dynamo import x` asks for __path__ too; it matters only to the import of a submodule
+        importing = name == "__path__" and sys._getframe(1).f_code.co_name == "_find_and_load_unlocked"
+        if name.startswith("__") and not importing:
+            raise AttributeError(name)
+        if sys.modules.get(NAME) is self:
+            del sys.modules[NAME]
+        return getattr(importlib.import_module(NAME), name)
+
+
+def put_off_import() -> None:
+    if NAME not in sys.modules:
+        sys.modules[NAME] = _Dynamo(NAME)
