@@ -146,7 +146,7 @@ def test_muon_keeps_small_updates_by_chance() -> None:
     start, gradient = torch.full((64, 64), 1.0), gradients(1, 64, 64)[0]
     moved = {}
     for name, made in (("exact", torch.optim.Muon), ("by chance", Muon), ("lost", Muon)):
-        parameter = torch.nn.Parameter(start.to(torch.float32 if name == "exact" else torch.bfloat16))
+        parameter = torch.nn.Parameter(start.to(torch.float32 if name == "exact" else torch.bfloat16, copy=True))
         more = {} if name == "exact" else {"stochastic": name == "by chance"}
         optimizer = made([{"params": [parameter]}], **more, **settings)
         for _ in range(60):
