@@ -1,6 +1,10 @@
-"""Time from the shell to the end of the shortest commands: python scripts/startup.py [--rounds 5]"""
+"""Time from the shell to the end of the shortest commands, and what torch.compile adds to the start of the default run.
+
+python scripts/startup.py [--rounds 5]
+"""
 
 import argparse
+import csv
 import statistics
 import subprocess
 import sys
@@ -33,7 +37,25 @@ def main() -> None:
             median = statistics.median(seconds)
             each = "  ".join(f"{value:.1f}" for value in seconds)
             table.add_row(command, each, f"{median:.1f}", f"{limit:g}", "met" if median <= limit else "NOT met")
-    Console(width=110).print(table)
+    console = Console(width=110)
+    console.print(table)
+    table = Table("strategy.compile", "first step, s", "steps after it, ms (median)")
+    for value in ("false", "true"):
+        first, later = steps(value)
+        table.add_row(value, f"{first:.1f}", f"{later:.1f}")
+    console.print(table)
+
+
+def steps(compiled: str) -> tuple[float, float]:
+    """Seconds of the first step of the default run, milliseconds of those after it."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["leanlm.train", "max_steps=100", "log_every=1", "logger=csv", "device=cpu", f"strategy.compile={compiled}"]
+        command += ["val_every=100000", "checkpoint_every=100000", f"run_dir={folder}/run"]
+        subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True)
+        with open(f"{folder}/run/metrics.csv") as file:
+            rates = [float(row["tokens_per_second"]) for row in csv.DictReader(file) if row["tokens_per_second"]]
+    seconds = [16 * 128 / rate for rate in rates]
+    return seconds[0], 1000 * statistics.median(seconds[2:])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What is kept for backward, counted: recomputation, windows of time, offload, kernels of recurrent layers."""
 
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,45 @@ def test_the_first_pass_over_a_window_makes_no_gradients_of_the_head(text: Path,
     windows = step(text, "model=lstm", "model.depth=1", "strategy.recompute_window=64")
     same(windows, plain, 1e-9)
     assert wanted == [False, False, True, True], "two windows, each read twice"
+
+
+class Tables(TorchDispatchMode):
+    """The most tensors as large as a parameter, beside itself, that are alive at a time."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.table, self.most = table, 0
+        self.made: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for part in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(part, torch.Tensor):
+                storage = part.untyped_storage()
+                if storage.nbytes() == self.table.nbytes and storage.data_ptr() != self.table.data_ptr():
+                    self.made[storage._cdata] = StorageWeakRef(storage)
+        self.most = max(self.most, sum(not ref.expired() for ref in self.made.values()))
+        return out
+
+
+def test_a_tied_embedding_has_one_gradient(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 1)
+    settings = check(composed("data=text", f"data.path={text}", *GPT2, "model.width=32", "model.depth=1", "sequence=12"))
+    found = {}
+    for rows_only in (True, False):
+        cut = build.cut(settings.config, settings.plan, 4001)
+        table: torch.Tensor = cut.net.embed.tokens.weight
+        if not rows_only:
+            cut.net.embed.tokens.forward = partial(nn.Embedding.forward, cut.net.embed.tokens)
+
+        tokens = torch.arange(48).view(4, 12) * 83
+        (stage,) = cut.stages.values()
+        with Tables(table) as tables:
+            stage(tokens, torch.arange(4), tokens + 1).backward()
+        found[rows_only] = tables.most, table.grad
+    assert found[True][0] == 1
+    assert found[False][0] > 1
+    torch.testing.assert_close(found[True][1], found[False][1])
 
 
 def test_offloaded_activations_are_not_in_memory(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,16 +6,15 @@ ever holds more than its share and one part.
 """
 
 import warnings
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlm.errors import UserError
 from leanlm.memory import malloc
+from leanlm.memory.tied import add_rows
 from leanlm.models.contract import Model, initial, ties
 from leanlm.spread import is_spread, local_part, spread_like
 from leanlm.strategies import balance
@@ -69,7 +68,10 @@ class Cut:
 
             split_matrices(net, self.mesh["tensor"])
         self._fill_and_shard(seed)
-        self._add_rows()
+        tied = set(self.ties.values()) - set(self.shared) if plan.tensor == 1 else set()
+        for name, module in net.named_modules():
+            if isinstance(module, nn.Embedding) and f"{name}.weight" in tied:
+                add_rows(module)
 
     def coordinate(self, axis: str) -> int:
         """This rank's place along an axis of the mesh."""
@@ -189,14 +191,6 @@ class Cut:
         if not last:
             self.net.head = None  # type: ignore[assignment]
 
-    def _add_rows(self) -> None:
-        """Of an embedding that is tied to the head, only the rows that were read are added to the gradient of the head, which
-        has its shape: a second one beside it is often the peak of a step."""
-        tied = set(self.ties.values()) - set(self.shared) if self.plan.tensor == 1 else set()
-        for name, module in self.net.named_modules():
-            if isinstance(module, nn.Embedding) and f"{name}.weight" in tied:
-                module.forward = partial(_look_up, module)  # type: ignore  # not module.sparse: DDP would expect a sparse sum
-
     def _fill_and_shard(self, seed: int) -> None:
         sharded = self.plan.shard > 1
         for stage in self.stages.values():
@@ -238,7 +232,3 @@ class Cut:
                         value = spread_like(local_part(value, parameter).clone(), parameter, value.shape)
                     filled[name] = nn.Parameter(value)
                     setattr(module, key, filled[name])
-
-
-def _look_up(module: nn.Embedding, tokens: Tensor) -> Tensor:
-    return F.embedding(tokens, module.weight, module.padding_idx, sparse=True)
