@@ -61,6 +61,7 @@ PROBLEMS: dict[str, tuple[list[str], int | None, Rungs]] = {
     ),
     "long": (LONG, None, {"plain": {}, "native kernel": {"rnn_kernel": "native"}, "windows": {"recompute_window": -1}}),
 }
+TITLES = {"gpt2": "GPT-2 124M, one process", "gpt2 on 2": "GPT-2 124M, two processes", "long": "LSTM, 16,384 tokens"}
 PARTS = ("weights", "gradients", "state", "activations", "logits", "rest")
 
 
@@ -110,7 +111,7 @@ def table(found: dict[str, dict[str, dict]]) -> str:
         added = max(first["peak"]) - max(first["base"])
         columns = ["rung", "peak resident, MiB", "of the first", *PARTS, "added by the steps, MiB", "of the first", "ms a step",
                    "of the first", "exactness", "validation loss"]  # fmt: skip
-        lines += ["", problem, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += ["", TITLES[problem], "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for name, one in rungs.items():
             peak, more = max(one["peak"]), max(one["peak"]) - max(one["base"])
             parts = [f"{max(rank[key] for rank in one['at_peak']) / 2**20:.0f}" for key in PARTS]
@@ -146,7 +147,7 @@ def picture(found: dict[str, dict[str, dict]], path: Path) -> None:
             begin = [a + b for a, b in zip(begin, values, strict=True)]
         left.bar_label(bars, [f"{rank['all'] / 2**20:,.0f}" for rank in ranks], padding=3, fontsize=8)
         left.set_yticks(range(len(names)), names, fontsize=9)
-        left.set_title(f"{problem}: MiB of the largest process at its peak", fontsize=10, loc="left")
+        left.set_title(f"{TITLES[problem]}: MiB of the largest process at its peak", fontsize=10, loc="left")
         times = [one["milliseconds"] for one in rungs.values()]
         right.bar_label(right.barh(range(len(names)), times, color="0.6", height=0.7), fmt="{:,.0f}", padding=3, fontsize=8)
         right.set_title("ms a step", fontsize=10, loc="left")
