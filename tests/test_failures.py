@@ -63,7 +63,11 @@ def command(text: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("fault", "plan"),
-    [("killed", "pipeline"), ("out of memory", "fsdp"), pytest.param("raising", "tensor", marks=pytest.mark.slow)],
+    [
+        ("killed", "pipeline"),
+        pytest.param("out of memory", "fsdp", marks=pytest.mark.slow),
+        pytest.param("raising", "tensor", marks=pytest.mark.slow),
+    ],
 )
 def test_all_end_and_the_message_names_rank_and_cause(fault: str, plan: str, text: Path, tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(FAULTY)
