@@ -145,6 +145,22 @@ def test_a_tied_embedding_has_one_gradient(text: Path, monkeypatch: pytest.Monke
     torch.testing.assert_close(found[True][1], found[False][1])
 
 
+def test_compiled_blocks_train_and_others_evaluate(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda block: lambda *inputs: calls.append(block) or block(*inputs))
+    settings = check(
+        composed("data=text", f"data.path={text}", *GPT2, "model.width=32", "sequence=12", "strategy.compile=true")
+    )
+    cut = build.cut(settings.config, settings.plan, 20)
+    (stage,) = cut.stages.values()
+    tokens = torch.arange(48).view(4, 12) % 20
+    stage(tokens, torch.arange(4), tokens)
+    assert calls == list(stage.blocks.values())
+    stage.eval()
+    stage(tokens, torch.arange(4), tokens)
+    assert len(calls) == len(stage.blocks)
+
+
 def test_offloaded_activations_are_not_in_memory(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "SMALLEST", 1 << 10)
     others = len(offload.scratch().mapped)

@@ -1,6 +1,6 @@
 """Stands in for `torch._dynamo`, torch's compiler, until something needs more of it than Lightning and torch.optim do.
 
-They import it, 110 MiB and two seconds, for the type of compiled modules and to mark functions that a compiler should leave
+They import it, about 70 MiB, for the type of compiled modules and to mark functions that a compiler should leave
 alone. Any other use of it imports the real one.
 """
 

@@ -1,6 +1,6 @@
 """Tensors that are spread over devices (DTensor), and those that are not, in the same words.
 
-`torch.distributed.tensor` takes 45 MiB and a second to import, which a run on one device need not pay.
+`torch.distributed.tensor` takes 45 MiB, which a run on one device need not pay.
 """
 
 from typing import TYPE_CHECKING, Any, TypeGuard

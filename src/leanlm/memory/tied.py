@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def add_rows(embedding: nn.Embedding) -> None:
-    """Let a tied embedding do so. In each step its weights must have another, dense, gradient too."""
-    embedding.forward = partial(_look_up, embedding)  # type: ignore[method-assign]
+def add_rows(net: nn.Module, head: Tensor) -> None:
+    """Let the embeddings of a model whose weights are those of the head do so: only there another, dense gradient comes."""
+    for part in net.modules():
+        if isinstance(part, nn.Embedding) and part.weight is head and part.padding_idx is None and part.max_norm is None:
+            part.forward = partial(_look_up, part)  # type: ignore[method-assign]
 
 
 def _look_up(embedding: nn.Embedding, tokens: Tensor) -> Tensor:

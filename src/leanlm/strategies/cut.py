@@ -68,10 +68,8 @@ class Cut:
 
             split_matrices(net, self.mesh["tensor"])
         self._fill_and_shard(seed)
-        tied = set(self.ties.values()) - set(self.shared) if plan.tensor == 1 else set()
-        for name, module in net.named_modules():
-            if isinstance(module, nn.Embedding) and f"{name}.weight" in tied:
-                add_rows(module)
+        if net.head is not None and plan.tensor == 1:
+            add_rows(net, net.head.projection.weight)
 
     def coordinate(self, axis: str) -> int:
         """This rank's place along an axis of the mesh."""
