@@ -98,7 +98,7 @@ def measure(overrides: list[str], steps: int, vocabulary: int | None = None) -> 
 
 @contextmanager
 def watched(parameters: list[Tensor], optimizer: torch.optim.Optimizer, vocabulary: int) -> Iterator["Held"]:
-    """Within it, what the process holds is counted by kind whenever it is larger than before: `at_peak`."""
+    """Within it, what the process holds at its largest is counted by kind: `at_peak`, when it is left."""
     held = Held(parameters, optimizer, vocabulary)
     with held.saved, held.logits:
         held.thread.start()
@@ -110,7 +110,8 @@ def watched(parameters: list[Tensor], optimizer: torch.optim.Optimizer, vocabula
 
 
 class Held:
-    """Bytes of weights, gradients, optimizer state, activations and logits at the moment when the process was largest."""
+    """Bytes of weights, gradients, optimizer state, activations and logits when most was held while the process was within 2%
+    of its largest; `rest` is what it had beside them: Python and the libraries, buffers, freed memory that it kept."""
 
     def __init__(self, parameters: list[Tensor], optimizer: torch.optim.Optimizer, vocabulary: int) -> None:
         self.parameters, self.optimizer = parameters, optimizer
@@ -121,10 +122,12 @@ class Held:
         self.done, self.thread = threading.Event(), threading.Thread(target=self._look, daemon=True)
 
     def _look(self) -> None:
+        fullest = 0, 0  # what was counted, and the size of the process then
         while not self.done.wait(0.002):
             now = resident()
-            if now > self.largest:
-                self.largest = now
+            self.largest = max(self.largest, now)
+            near = 0.98 * self.largest  # an allocator that keeps what was freed stays at its largest when it holds little
+            if now >= near:
                 kinds = {
                     "weights": sum(_bytes(part) for part in self.parameters),
                     "gradients": sum(_bytes(part.grad) for part in self.parameters) + self.saved.now["gradients"],
@@ -132,7 +135,10 @@ class Held:
                     "activations": self.saved.now["activations"],
                     "logits": self.logits.now,
                 }
-                self.at_peak = {**kinds, "rest": now - sum(kinds.values()), "all": now}
+                counted = sum(kinds.values())
+                if counted > fullest[0] or fullest[1] < near:
+                    fullest, self.at_peak = (counted, now), kinds
+        self.at_peak |= {"rest": self.largest - fullest[0], "all": self.largest}
 
     def _state(self) -> int:
         """Of the optimizer, in memory: what is mapped from a file counts only while it is there, and then as `rest`."""

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from leanlm.models.contract import Head, Model
+from leanlm.models.contract import Model
 from leanlm.models.dropout import RowDropout
+from leanlm.models.head import Head
 
 
 class GatedConvolution(Model):

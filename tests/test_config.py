@@ -79,6 +79,9 @@ def test_values_that_do_not_work_are_collected(text: Path) -> None:
         (["device=cuda"], "write device=cpu"),
         (["+model.new=1"], "no such argument"),
         (["model.dropout=1.5"], "dropout=1.5"),
+        (["model.cutoffs=[20,10]"], "whole numbers that grow"),
+        (["model=lstm", "model.cutoffs=[20]", "model.tied=true"], "nothing can be shared"),
+        (["model=lstm", "model.width=12", "model.cutoffs=[20,30]"], "12 / 4**2 numbers, fewer than 1"),
         (["logger.tensorboard.needs=nosuchpackage"], "pip install nosuchpackage"),
     ],
 )

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from leanlm.data.batches import IGNORE
 from leanlm.launch import launch, process_group
 from leanlm.memory import loss
-from leanlm.models.contract import Head
+from leanlm.models.head import AdaptiveHead, Head
 
 
 def setup(vocabulary: int, bias: bool, dtype: torch.dtype) -> tuple[Head, torch.Tensor, torch.Tensor]:
@@ -37,6 +37,25 @@ def test_equals_the_whole_in_float64(bias: bool, chunk: int, monkeypatch: pytest
     torch.testing.assert_close(got, expected, atol=1e-9, rtol=0)
     for ours, theirs in zip(torch.autograd.grad(0.37 * got, leaves), torch.autograd.grad(0.37 * expected, leaves), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 30])
+@pytest.mark.parametrize("missing", [False, True])
+def test_an_adaptive_softmax_equals_torchs(chunk: int, missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    _, hidden, target = setup(1000, True, torch.float64)
+    if missing:
+        target[target >= 400] = 7  # no token of the last band
+    head = AdaptiveHead(24, 1000, nn.LayerNorm(24), True, [100, 400]).double()
+    leaves, counted = [hidden, *head.parameters()], target != IGNORE
+    expected = -head.projection(head.norm(hidden)[counted], target[counted]).output.sum()
+    got = loss.token_loss(head, hidden, target)
+    torch.testing.assert_close(got, expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(whole(head, hidden, target), expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(head(hidden).exp().sum(-1), torch.ones(5, 60).double(), atol=1e-9, rtol=0)
+    gradients = torch.autograd.grad(expected, leaves, allow_unused=True)
+    for ours, theirs in zip(torch.autograd.grad(got, leaves), gradients, strict=True):  # ours: zeros, never None
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, atol=1e-9, rtol=0)
 
 
 def test_tied_weights_get_both_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,20 +28,21 @@ MODELS = {
     "llama": ["model=llama", "model.width=16", "model.depth=2", "model.heads=4", "model.kv_heads=2", "model.mlp_width=24"],
     "muon": ["model=transformer", "model.width=16", "model.depth=2", "model.heads=2", "optim=muon"],
     "lstm_muon": ["model=lstm", "model.width=12", "model.depth=2", "optim=muon"],
+    "adaptive": ["model=lstm", "model.width=16", "model.depth=2", "model.cutoffs=[6,14]", "model.tied=false"],
     "adafactor": ["model=gpt2", "model.width=16", "model.depth=2", "model.heads=2", "optim=adafactor"],
 }  # fmt: skip
 
 
 def supported(model: str, plan: dict) -> bool:
     """torch before 2.13 cannot split the backward pass of recurrent layers and of split matrices; leanlm refuses that there."""
-    hard = model.startswith(("elman", "lstm", "gru")) or plan.get("tensor", 1) > 1
+    hard = model.startswith(("elman", "lstm", "gru", "adaptive")) or plan.get("tensor", 1) > 1
     return torch.__version__ >= "2.13" or not (hard and SCHEDULES[plan.get("schedule", "1f1b")].splits_backward)
 
 
 def overrides(model: str, text: Path, plan: dict | None = None, depth: int | None = None) -> list[str]:
     optim = [] if any(part.startswith("optim=") for part in MODELS[model]) else ["optim=adamw"]
     return [
-        *MODELS[model], *optim, "optim.lr=0.01", "optim.warmup=5", "model.tied=true", "model.dropout=0.1",
+        "model.tied=true", *MODELS[model], *optim, "optim.lr=0.01", "optim.warmup=5", "model.dropout=0.1",
         "data=text", f"data.path={text}", "data.tokenizer=char", "data.ignore=[' ',e]", f"global_batch={ROWS}", "sequence=12",
         f"max_steps={STEPS}", "log_every=1", "clip=0.1", "strategy.precision=fp64", "device=cpu", "logger=csv", "val_lanes=4",
         "sample_tokens=8",

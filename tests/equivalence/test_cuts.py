@@ -46,7 +46,7 @@ PLANS = {
     "pipeline x shard x tensor": {**P2, "shard": 2, "tensor": 2, "accumulate_grad_batches": 2},
 }  # fmt: skip
 TRANSFORMERS = ["gpt2", "modern", "muon", "llama", "adafactor"]
-RECURRENT = ["lstm", "elman_tanh", "gru", "lstm_muon", "elman_relu", "lstm_token_dropout"]
+RECURRENT = ["lstm", "elman_tanh", "gru", "lstm_muon", "elman_relu", "lstm_token_dropout", "adaptive"]
 
 
 def pairs_for_ci() -> list[tuple[str, str]]:

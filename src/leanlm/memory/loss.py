@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanlm.data.batches import IGNORE
-from leanlm.models.contract import Head
+from leanlm.models.head import Head
 from leanlm.spread import is_spread
 
 CHUNK = 1 << 22  # logits held at a time: 16 MiB in float32
@@ -33,9 +33,11 @@ def token_loss(head: Head, hidden: Tensor, target: Tensor) -> Tensor:
 
     Exact up to the order of summation. The result can be differentiated once.
     """
-    hidden = head.norm(hidden).flatten(0, 1)  # [b*s, h]
-    target = target.flatten()
-    projection: Any = head.projection
+    choices = head.choices(head.norm(hidden).flatten(0, 1), target.flatten())
+    return torch.stack([_choice_loss(*choice) for choice in choices]).sum() if len(choices) > 1 else _choice_loss(*choices[0])
+
+
+def _choice_loss(hidden: Tensor, projection: Any, target: Tensor) -> Tensor:
     split = is_spread(projection.weight)
     if not split and target.numel() * projection.out_features <= CHUNK:
         logits = projection(hidden)
@@ -100,8 +102,9 @@ class _ChunkedLoss(torch.autograd.Function):
         matrix = weight.to(hidden.dtype)  # bf16 under autocast, otherwise the weight itself
         wide = torch.promote_types(hidden.dtype, torch.float32)
         size = _even(len(hidden), max(SHORTEST, CHUNK // (rows.longest if rows else len(weight))))
+        empty = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk fills them, if there is one
         d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.empty_like(weight) if need_weight else None
+        d_weight = empty(weight) if need_weight else None
         d_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         narrow = hidden.new_empty(0)  # the products' results; one buffer for all chunks of a size

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def add_rows(net: nn.Module, head: Tensor) -> None:
+def add_rows(net: nn.Module, head: nn.Module) -> None:
     """Let the embeddings of a model whose weights are those of the head do so: only there another, dense gradient comes."""
+    dense = {id(parameter) for parameter in head.parameters()}
     for part in net.modules():
-        if isinstance(part, nn.Embedding) and part.weight is head and part.padding_idx is None and part.max_norm is None:
+        if isinstance(part, nn.Embedding) and id(part.weight) in dense and part.padding_idx is None and part.max_norm is None:
             part.forward = partial(_look_up, part)  # type: ignore[method-assign]
 
 

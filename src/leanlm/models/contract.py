@@ -14,21 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlm.models.dropout import RowDropout
-
-
-class Head(nn.Module):
-    """Final norm and projection to the vocabulary: `hidden [b, s, h] -> logits [b, s, v]`.
-
-    `norm` and `projection` are apart so that a loss can take the projection in chunks of tokens.
-    """
-
-    def __init__(self, width: int, vocabulary: int, norm: nn.Module, bias: bool) -> None:
-        super().__init__()
-        self.norm = norm
-        self.projection = nn.Linear(width, vocabulary, bias=bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.projection(self.norm(hidden))
+from leanlm.models.head import Head
 
 
 class Model(nn.Module):

@@ -1,12 +1,14 @@
 """Recurrent language models: Elman (tanh or relu), LSTM and GRU, one block per layer, state carried between steps."""
 
+import inspect
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from leanlm.models.contract import Head, Model
+from leanlm.models.contract import Model
 from leanlm.models.dropout import RowDropout
+from leanlm.models.head import head_problems, make_head
 
 CELLS = {"elman_tanh": nn.RNN, "elman_relu": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
@@ -24,6 +26,7 @@ class RNN(Model):
         depth: number of layers.
         tied: share the embedding's weights with the head's.
         head_bias: whether the head adds a bias.
+        cutoffs: numbers of the types at which the bands of an adaptive softmax begin; None: a plain one.
         dropout: rate on the embedding and after each layer.
         locked: one dropout mask per row for all positions (variational) instead of one per position.
         init: embedding and head are drawn uniformly from [-init, init].
@@ -43,6 +46,7 @@ class RNN(Model):
         depth: int = 1,
         tied: bool = False,
         head_bias: bool = True,
+        cutoffs: list[int] | None = None,
         dropout: float = 0.0,
         locked: bool = True,
         init: float = 0.1,
@@ -51,7 +55,7 @@ class RNN(Model):
         self.cell, self.init, self._width, size = cell, init, width, embedding or width
         self.embed = Embedding(vocabulary, size, width, RowDropout(dropout, locked))
         self.blocks = nn.ModuleDict({str(i): Layer(cell, width, RowDropout(dropout, locked)) for i in range(depth)})
-        self.head = Head(size, vocabulary, _linear(width, size), head_bias)
+        self.head = make_head(size, vocabulary, _linear(width, size), head_bias, cutoffs)
         if tied:
             self.head.projection.weight = self.embed.tokens.weight
         self.name_sites()
@@ -60,7 +64,9 @@ class RNN(Model):
     def problems(cls, **arguments: Any) -> list[str]:
         found = super().problems(**arguments)
         sizes = {key: arguments[key] for key in ("width", "depth", "embedding") if arguments.get(key) is not None}
-        return found + [f"{key}={size}: it must be at least 1" for key, size in sizes.items() if size < 1]
+        found += [f"{key}={size}: it must be at least 1" for key, size in sizes.items() if size < 1]
+        given = {name: p.default for name, p in inspect.signature(cls).parameters.items()} | arguments
+        return found + head_problems(given["cutoffs"], given["tied"], given["embedding"] or given["width"])
 
     @property
     def width(self) -> int:
@@ -72,7 +78,7 @@ class RNN(Model):
             parameter.uniform_(-(bound**-0.5), bound**-0.5, generator=generator)
         elif name.endswith("bias"):
             parameter.zero_()
-        elif name in ("embed.resize.weight", "head.norm.weight"):
+        elif name in ("embed.resize.weight", "head.norm.weight") or ".tail." in name:
             parameter.uniform_(-(parameter.shape[1] ** -0.5), parameter.shape[1] ** -0.5, generator=generator)
         else:
             parameter.uniform_(-self.init, self.init, generator=generator)

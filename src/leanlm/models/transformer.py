@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlm.models.contract import Head, Model
+from leanlm.models.contract import Model
 from leanlm.models.dropout import RowDropout
+from leanlm.models.head import head_problems, make_head
 
 Norm = Literal["layernorm", "rmsnorm"]
 Activation = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
@@ -37,6 +38,7 @@ class Transformer(Model):
         activation: gelu, gelu_tanh (GPT-2's approximation), relu2 (So et al. 2021), swiglu (Shazeer 2020).
         bias: biases in linear layers and LayerNorms.
         tied: share the embedding's weights with the head's.
+        cutoffs: numbers of the types at which the bands of an adaptive softmax begin; None: a plain one.
         zero_init: start the projections back to the residual stream at zero.
         init: standard deviation of the other matrices.
         dropout: rate on the embedding and on what each sublayer adds (none inside attention: it would leave the fused
@@ -76,6 +78,7 @@ class Transformer(Model):
         activation: Activation = "gelu_tanh",
         bias: bool = True,
         tied: bool = True,
+        cutoffs: list[int] | None = None,
         zero_init: bool = False,
         init: float = 0.02,
         dropout: float = 0.0,
@@ -98,7 +101,7 @@ class Transformer(Model):
 
         self.embed = Embedding(vocabulary, width, sequence if positions == "learned" else None, dropout)
         self.blocks = nn.ModuleDict({str(i): make_block() for i in range(depth)})
-        self.head = Head(width, vocabulary, make_norm(), bias=False)
+        self.head = make_head(width, vocabulary, make_norm(), False, cutoffs)
         if tied:
             self.head.projection.weight = self.embed.tokens.weight
         self.name_sites()
@@ -118,7 +121,7 @@ class Transformer(Model):
             found.append(f"rope turns pairs, but width={width} / heads={heads} = {width // heads} is odd")
         if not found and heads % groups:
             found.append(f"heads={heads} does not divide by kv_heads={groups}")
-        return super().problems(**arguments) + found
+        return super().problems(**arguments) + found + head_problems(given["cutoffs"], given["tied"], width)
 
     def tensor_units(self) -> dict[str, int]:
         return self.units

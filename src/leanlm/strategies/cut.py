@@ -69,7 +69,7 @@ class Cut:
             split_matrices(net, self.mesh["tensor"])
         self._fill_and_shard(seed)
         if net.head is not None and plan.tensor == 1:
-            add_rows(net, net.head.projection.weight)
+            add_rows(net, net.head)
 
     def coordinate(self, axis: str) -> int:
         """This rank's place along an axis of the mesh."""

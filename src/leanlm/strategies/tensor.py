@@ -20,8 +20,9 @@ def split_matrices(net: Model, mesh: DeviceMesh) -> None:
                 continue
             if kind == "input":
                 module.register_forward_pre_hook(_sum_gradient_once(mesh))
-            else:
-                parallelize_module(module, mesh, _style(kind, module))
+                continue
+            for part in _softmaxes(module) if isinstance(module, nn.AdaptiveLogSoftmaxWithLoss) else [module]:
+                parallelize_module(part, mesh, _style(kind, part))
 
 
 def _find(net: nn.Module, path: str) -> nn.Module | None:
@@ -32,6 +33,10 @@ def _find(net: nn.Module, path: str) -> nn.Module | None:
         if module is None:
             return None
     return module
+
+
+def _softmaxes(adaptive: nn.AdaptiveLogSoftmaxWithLoss) -> list[nn.Module]:
+    return [adaptive.head, *(band[1] for band in adaptive.tail)]  # type: ignore[index]
 
 
 def _style(kind: str, module: nn.Module) -> ParallelStyle:
