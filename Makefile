@@ -1,6 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+# two files of tests at a time, one thread in each process: the models are tiny
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: train test test-slow lint clean
 
@@ -8,10 +10,10 @@ train: .venv/runtime     ## install, then train the default model: make train AR
 	$(BIN)/python -m leanlm.train $(ARGS)
 
 test: .venv/dev          ## install, then run the test suite: make test ARGS="tests/test_data.py"
-	$(BIN)/python -m pytest $(ARGS)
+	$(TEST) $(ARGS)
 
 test-slow: .venv/dev     ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow --timeout=1800 $(ARGS)
+	$(TEST) -m slow --timeout=3600 $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .
