@@ -13,7 +13,16 @@ import torch
 from torch._dynamo import OptimizedModule as early
 optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))])
 optimizer.step()
+from leanlm.memory.recompute import again
+from leanlm.models.contract import without_storage
+with without_storage():
+    assert torch.nn.Embedding(3, 2).weight.is_meta
+    assert torch.nn.LSTM(2, 2).weight_hh_l0.is_meta
+block = torch.nn.Linear(2, 2)
+again(block, torch.ones(1, 2)).sum().backward()
+assert block.weight.grad.equal(torch.ones(2, 2))
 assert "torch._dynamo.eval_frame" not in sys.modules
+assert "sympy" not in sys.modules
 import torch._dynamo.utils
 assert torch._dynamo.utils is sys.modules["torch._dynamo.utils"]
 from torch._dynamo import OptimizedModule
@@ -28,7 +37,10 @@ assert type(torch.compile(torch.nn.Linear(2, 2))) is real
 def test_an_attribute_brings_the_compiler() -> None:
     code = """
 import leanlm, torch, sys
-assert torch._dynamo.config.suppress_errors is False
+early = torch._dynamo.config
+early.suppress_errors = True
+assert torch._dynamo.config.suppress_errors is early.suppress_errors is True
+assert torch._dynamo.config.error_on_nested_fx_trace is early.error_on_nested_fx_trace
 assert type(sys.modules["torch._dynamo"]).__name__ == "module"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)

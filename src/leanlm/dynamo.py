@@ -1,7 +1,7 @@
 """Stands in for `torch._dynamo`, torch's compiler, until something needs more of it than Lightning and torch.optim do.
 
 They import it, about 70 MiB, for the type of compiled modules and to mark functions that a compiler should leave
-alone. Any other use of it imports the real one.
+alone; torch.utils.checkpoint reads one setting. Any other use of it imports the real one.
 """
 
 import importlib
@@ -13,7 +13,21 @@ from typing import Any
 NAME = "torch._dynamo"
 
 
+class _Config:
+    error_on_nested_fx_trace = True
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(_real().config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(_real().config, name, value)
+
+
 class _Dynamo(ModuleType):
+    config = _Config()
+
     class OptimizedModule:
         """No module is one before the compiler is there."""
 
@@ -30,9 +44,13 @@ class _Dynamo(ModuleType):
         importing = name == "__path__" and sys._getframe(1).f_code.co_name == "_find_and_load_unlocked"
         if name.startswith("__") and not importing:
             raise AttributeError(name)
-        if sys.modules.get(NAME) is self:
-            del sys.modules[NAME]
-        return getattr(importlib.import_module(NAME), name)
+        return getattr(_real(), name)
+
+
+def _real() -> Any:
+    if isinstance(sys.modules.get(NAME), _Dynamo):
+        del sys.modules[NAME]
+    return importlib.import_module(NAME)
 
 
 def put_off_import() -> None:

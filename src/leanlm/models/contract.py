@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from leanlm.models.dropout import RowDropout
 from leanlm.models.head import Head
@@ -132,6 +133,18 @@ def without_storage() -> Iterator[None]:
 
     nn.Module.register_parameter = on_meta  # type: ignore
     try:
-        yield
+        with _WithoutFilling():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _WithoutFilling(TorchFunctionMode):
+    """Modules fill their parameters when they are made; on the meta device that does nothing, but brings sympy (40 MiB)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "") in ("normal_", "uniform_") and isinstance(target, Tensor) and target.is_meta:
+            return target
+        return func(*args, **kwargs)

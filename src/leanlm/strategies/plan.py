@@ -44,7 +44,7 @@ class Plan:
         recompute: what backward computes again instead of keeping it: none, blocks (all), 2 or more (every k-th block),
             operators (what is cheap in each block), or 0 to 1: the share of the blocks' activations that may stay.
         recompute_window: of a model that carries state, tokens of the sequence that are read at a time and read again in
-            backward, so that memory grows with its square root. 0: none. -1: twice the square root.
+            backward, so that memory grows with its square root. 0: none. -1: four times the square root.
         optimizer_state: how AdamW's averages are kept: fp32 (as the weights are), bf16, int8 or int4.
         step_in_backward: update each weight as soon as its gradient is whole, and free the gradient.
         zero1: under `replicate`, divide AdamW's averages among the copies of the model (ZeRO-1).

@@ -28,7 +28,7 @@ def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, l
         problems.append(f"strategy.precision={plan.precision}: choose one of {', '.join(PRECISIONS)}")
     if plan.recompute_window < -1:
         problems.append(
-            f"strategy.recompute_window={plan.recompute_window}: tokens, 0 for none, or -1 for twice the square root"
+            f"strategy.recompute_window={plan.recompute_window}: tokens, 0 for none, or -1 for four times the square root"
         )
     problems += recompute.problems(plan.recompute)
     for key, choices in (("offload", offload.CHOICES), ("optimizer_state", state.KINDS), ("rnn_kernel", kernels.CHOICES)):

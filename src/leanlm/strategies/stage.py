@@ -81,7 +81,7 @@ class Stage(nn.Module):
 
     def _read_in_windows(self, x: Tensor, targets: Tensor | None, states: Any, draws: Draws) -> tuple[Tensor, list[Any]]:
         """As `_read`, a piece of the sequence at a time, each computed again in backward from the states before it."""
-        window = self.window if self.window > 0 else 2 * isqrt(x.shape[1])
+        window = self.window if self.window > 0 else 4 * isqrt(x.shape[1])
         outs = []
         for first in range(0, x.shape[1], window):
             piece = slice(first, first + window)
