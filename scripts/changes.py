@@ -27,7 +27,6 @@ ROWS = {  # name -> overrides, the row that it is compared with
     "optimizer_state=int4": ([*ADAMW, "strategy.optimizer_state=int4"], "fp32"),
     "adafactor": (["optim=adafactor"], "fp32"),
     "muon (the default)": ([], "fp32"),
-    "muon, bf16-mixed": (["strategy.precision=bf16-mixed"], "muon (the default)"),
 }
 
 
