@@ -65,7 +65,7 @@ def command(text: Path, *more: str) -> list[str]:
     ("fault", "plan"),
     [
         ("killed", "pipeline"),
-        pytest.param("out of memory", "fsdp", marks=pytest.mark.slow),
+        ("out of memory", "fsdp"),
         pytest.param("raising", "tensor", marks=pytest.mark.slow),
     ],
 )

@@ -14,6 +14,8 @@ NAME = "torch._dynamo"
 
 
 class _Config:
+    """The settings; the one that is here has the compiler's own default."""
+
     error_on_nested_fx_trace = True
 
     def __getattr__(self, name: str) -> Any:
