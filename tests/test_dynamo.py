@@ -45,3 +45,31 @@ assert type(sys.modules["torch._dynamo"]).__name__ == "module"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_function_that_was_marked_early_is_not_compiled_later() -> None:
+    code = """
+import leanlm, torch
+number = 0
+
+@torch.compiler.disable
+def marked(x):
+    return inner(x)
+
+def inner(x):
+    return x * number
+
+def block(x):
+    return (marked(x + 1) + 1).relu()
+
+assert "torch._dynamo.eval_frame" not in sys.modules
+assert marked(torch.ones(1)).item() == 0
+compiled = torch.compile(block, backend="eager")
+for number in range(12):
+    assert compiled(torch.ones(1)).item() == 2 * number + 1
+counted = torch._dynamo.utils.counters
+assert counted["stats"]["unique_graphs"] == 2, counted["stats"]  # before the call and after it
+assert not counted["recompiles"], counted
+"""
+    done = subprocess.run([sys.executable, "-c", "import sys" + code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ They import it, about 70 MiB, for the type of compiled modules and to mark funct
 alone; torch.utils.checkpoint reads one setting. Any other use of it imports the real one.
 """
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -35,7 +36,18 @@ class _Dynamo(ModuleType):
 
     @staticmethod
     def disable(function: Callable | None = None, *args: Any, **kwargs: Any) -> Any:
-        return function if function is not None else lambda function: function
+        if function is None:
+            return lambda function: _Dynamo.disable(function, *args, **kwargs)
+        marked: list[Callable] = []  # by the compiler, once it is there
+
+        @functools.wraps(function)
+        def run(*inputs: Any, **named: Any) -> Any:
+            if not marked and not isinstance(sys.modules[NAME], _Dynamo):
+                marked.append(_real().disable(function, *args, **kwargs))
+            return (marked[0] if marked else function)(*inputs, **named)
+
+        run._torchdynamo_disable = True  # type: ignore[attr-defined]
+        return run
 
     @staticmethod
     def graph_break(*args: Any, **kwargs: Any) -> None:

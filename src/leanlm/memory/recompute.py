@@ -28,11 +28,12 @@ def problems(recompute: str) -> list[str]:
     return []
 
 
-def levels(recompute: str, blocks: Sequence[nn.Module]) -> list[str]:
+def levels(recompute: str, blocks: Sequence[nn.Module], compiled: bool = False) -> list[str]:
     """For each of a device's blocks: `keep`, `operators` or `blocks`.
 
     Of a share, the last blocks stay: their activations are gone by the time that the first blocks are computed again. Of
-    recurrent layers nothing is cheap, and torch's change the results of their own matrix products.
+    recurrent layers nothing is cheap, and torch's change the results of their own matrix products. A compiled block by
+    itself keeps matrix products and attention, not what is cheap; it writes over results that `operators` would keep.
 
     Raises:
         ValueError: `recompute` is none of CHOICES.
@@ -40,7 +41,8 @@ def levels(recompute: str, blocks: Sequence[nn.Module]) -> list[str]:
     if recompute in ("none", "blocks"):
         return ["keep" if recompute == "none" else recompute] * len(blocks)
     if recompute == "operators":
-        return ["keep" if any(isinstance(part, nn.RNNBase) for part in block.modules()) else recompute for block in blocks]
+        recurrent = [any(isinstance(part, nn.RNNBase) for part in block.modules()) for block in blocks]
+        return ["keep" if compiled or its else recompute for its in recurrent]
     if recompute.isdecimal() and int(recompute) > 1:
         return ["keep" if i % int(recompute) else "blocks" for i in range(len(blocks))]
     share = float(recompute)

@@ -43,7 +43,8 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleDict({name: net.blocks[name] for name in blocks})
         self.head = net.head if last else None
         self.carries_state, self.seed = net.carries_state, seed
-        self.levels, self.window = levels(plan.recompute, list(self.blocks.values())), plan.recompute_window
+        self.levels = levels(plan.recompute, list(self.blocks.values()), plan.compile)
+        self.window = plan.recompute_window
         # for training only: generation, with a new length at each token, would compile again and again
         self.compiled = {name: torch.compile(block) for name, block in self.blocks.items() if plan.compile}
         self.offloads = plan.offload in ("activations", "all")
