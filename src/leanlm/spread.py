@@ -17,8 +17,9 @@ def is_spread(tensor: Any) -> "TypeGuard[DTensor]":
 
 
 def local(tensor: Any) -> Tensor:
-    """What this device holds of a tensor, sharing its storage."""
-    return tensor.to_local() if is_spread(tensor) else tensor
+    """What this device holds of a tensor, sharing its storage. What is still on its way from other devices is waited for."""
+    mine = tensor.to_local() if is_spread(tensor) else tensor
+    return mine.trigger_wait() if hasattr(mine, "trigger_wait") else mine
 
 
 def whole(tensor: Any) -> Tensor:
@@ -39,9 +40,22 @@ def local_part(tensor: Tensor, like: Any) -> Tensor:
     return tensor
 
 
-def spread_like(mine: Tensor, like: "DTensor", size: torch.Size) -> "DTensor":
-    """A tensor of `size` of which this device holds `mine`, spread as `like` is."""
+def layout(tensor: Any) -> tuple[Any, ...] | None:
+    """How a tensor is spread, without the tensor; None: it is not."""
+    return (tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()) if is_spread(tensor) else None
+
+
+def with_layout(mine: Tensor, layout: tuple[Any, ...] | None) -> Tensor:
+    """A tensor spread so, of which this device holds `mine`."""
+    if layout is None:
+        return mine
     from torch.distributed.tensor import DTensor
 
+    mesh, placements, shape, stride = layout
+    return DTensor.from_local(mine, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def spread_like(mine: Tensor, like: "DTensor", size: torch.Size) -> "DTensor":
+    """A tensor of `size` of which this device holds `mine`, spread as `like` is."""
     stride = torch.empty(size, device="meta").stride()
-    return DTensor.from_local(mine, like.device_mesh, like.placements, run_check=False, shape=size, stride=stride)
+    return with_layout(mine, (like.device_mesh, like.placements, size, stride))  # type: ignore[return-value]

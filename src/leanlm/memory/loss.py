@@ -26,6 +26,8 @@ from leanlm.spread import is_spread
 
 CHUNK = 1 << 22  # logits held at a time: 16 MiB in float32
 SHORTEST = 128  # tokens in a chunk, below which matrix products get slow
+EVEN = 32  # a CPU takes two to four times as long for the softmax of a number of tokens that this does not divide
+ROWS = 4096  # of a weight's gradient that bf16 products are added to at a time: adding makes a float32 copy of them
 
 
 def token_loss(head: Head, hidden: Tensor, target: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ class _Rows(NamedTuple):
 
 def _even(tokens: int, size: int) -> int:
     """A chunk size near `size` that leaves no short rest."""
-    return max(32, round(tokens / max(1, round(tokens / size)) / 32) * 32)
+    return max(EVEN, round(tokens / max(1, round(tokens / size)) / EVEN) * EVEN)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -110,6 +112,9 @@ class _ChunkedLoss(torch.autograd.Function):
         narrow = hidden.new_empty(0)  # the products' results; one buffer for all chunks of a size
         for first in range(0, len(hidden), size):
             x, y = hidden[first : first + size], target[first : first + size]
+            tokens = len(x)
+            if tokens % EVEN:
+                x, y = F.pad(x, (0, 0, 0, -tokens % EVEN)), F.pad(y, (0, -tokens % EVEN), value=IGNORE)
             if narrow.shape[1:] != (len(x),):
                 narrow = hidden.new_empty(len(weight), len(x))
                 logits = narrow if narrow.dtype == wide else narrow.to(wide)
@@ -145,11 +150,12 @@ class _ChunkedLoss(torch.autograd.Function):
             if gradient is not narrow:
                 narrow.copy_(gradient)
             if d_hidden is not None:
-                d_hidden[first : first + size] = (matrix.t() @ narrow).t()
+                d_hidden[first : first + size] = (matrix.t() @ narrow).t()[:tokens]
             if d_weight is not None and d_weight.dtype == narrow.dtype:
                 torch.addmm(d_weight, narrow, x, beta=int(first > 0), out=d_weight)
             elif d_weight is not None:
-                d_weight.copy_(narrow @ x) if first == 0 else d_weight.add_(narrow @ x)
+                for part, some in zip(d_weight.split(ROWS), narrow.split(ROWS), strict=True):
+                    part.copy_(some @ x) if first == 0 else part.add_(some @ x)
         if d_hidden is not None and rows is not None:
             dist.all_reduce(d_hidden, group=rows.group)
         if not training:  # nothing will read them; recomputation compares their shapes

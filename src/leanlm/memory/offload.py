@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from leanlm.spread import local
+from leanlm.spread import layout, local, with_layout
 
 CHOICES = ("none", "activations", "optimizer", "all")
 SMALLEST = 1 << 16  # bytes of a tensor that is worth moving
@@ -117,21 +117,22 @@ def activations(module: nn.Module, device: torch.device) -> AbstractContextManag
     file = scratch()
     known: dict[tuple, tuple[StorageWeakRef, weakref.ref[_Kept]]] = {}  # what several layers read is kept once
 
-    def pack(tensor: Tensor) -> Tensor | _Kept:
-        place = tensor.untyped_storage().data_ptr()
-        if tensor.numel() * tensor.element_size() < SMALLEST or not _dense(tensor):
+    def pack(tensor: Tensor) -> Any:
+        mine = local(tensor)
+        place = mine.untyped_storage().data_ptr()
+        if mine.nbytes < SMALLEST or not _dense(mine):
             return tensor
         if any(place == local(parameter).untyped_storage().data_ptr() for parameter in module.parameters()):
             return tensor
-        key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
+        key = mine.data_ptr(), mine.shape, mine.stride(), mine.dtype, mine._version
         storage, before = known.get(key, (None, None))
         kept = before() if before is not None and storage is not None and not storage.expired() else None
         if kept is None:
-            kept = _Kept(file, tensor.detach())
-            known[key] = StorageWeakRef(tensor.untyped_storage()), weakref.ref(kept)
-        return kept
+            kept = _Kept(file, mine.detach())
+            known[key] = StorageWeakRef(mine.untyped_storage()), weakref.ref(kept)
+        return kept, layout(tensor)
 
-    def unpack(kept: Tensor | _Kept) -> Tensor:
-        return kept.read() if isinstance(kept, _Kept) else kept
+    def unpack(packed: Any) -> Tensor:
+        return packed if isinstance(packed, Tensor) else with_layout(packed[0].read(), packed[1])
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
