@@ -86,6 +86,22 @@ def test_autocast_stays_near_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tokens_whose_probability_no_number_can_hold(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 1)
+    head, hidden, target = setup(1000, True, torch.float32)
+    with torch.no_grad():
+        head.projection.weight.mul_(2000)
+    leaves = [hidden, *head.parameters()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = head(hidden).float().flatten(0, 1)
+        got = loss.token_loss(head, hidden, target)
+    each = F.cross_entropy(logits, target.flatten(), reduction="none", ignore_index=IGNORE)
+    assert (each > 110).sum() > 50, "or exp would not have come to zero"
+    assert got.item() == pytest.approx(each.sum().item(), rel=1e-3 if autocast else 1e-6)
+    assert all(torch.isfinite(part).all() for part in torch.autograd.grad(got, leaves))
+
+
 def test_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation takes one matrix product a chunk; training takes three."""
     products = 0

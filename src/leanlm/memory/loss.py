@@ -26,6 +26,7 @@ from leanlm.spread import is_spread
 
 CHUNK = 1 << 22  # logits held at a time: 16 MiB in float32
 SHORTEST = 128  # tokens in a chunk, below which matrix products get slow
+LOST = 80  # nats of a token whose probability is near the smallest number of float32: it is taken from the logits
 EVEN = 32  # a CPU takes two to four times as long for the softmax of a number of tokens that this does not divide
 ROWS = 4096  # of a weight's gradient that bf16 products are added to at a time: adding makes a float32 copy of them
 
@@ -117,7 +118,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 x, y = F.pad(x, (0, 0, 0, -tokens % EVEN)), F.pad(y, (0, -tokens % EVEN), value=IGNORE)
             if narrow.shape[1:] != (len(x),):
                 narrow = hidden.new_empty(len(weight), len(x))
-                logits = narrow if narrow.dtype == wide else narrow.to(wide)
+                logits = narrow if narrow.dtype == wide else torch.empty_like(narrow, dtype=wide)
             if bias is None:
                 torch.mm(matrix, x.t(), out=narrow)
             else:
@@ -125,21 +126,26 @@ class _ChunkedLoss(torch.autograd.Function):
             if logits is not narrow:
                 logits.copy_(narrow)
             counted = y != IGNORE
-            position = y - rows.first if rows else y
-            here = counted & (position >= 0) & (position < len(weight)) if rows else counted
-            row = position.where(here, 0)[None]
-            largest, aim = logits.amax(0), logits.gather(0, row)[0]
             if rows is None:
+                here, row = counted, y.where(counted, 0)[None]
                 probability = torch.softmax(logits, 0, out=logits)
-                log_total = largest - probability.amax(0).log()  # the largest is at least 1 / vocabulary
+                each = -probability.gather(0, row)[0].log()
+                lost = counted & (each > LOST)
+                if lost.any():
+                    again = F.linear(x[lost], matrix, bias if bias is None else bias.to(x.dtype)).to(wide)
+                    each[lost] = F.cross_entropy(again, y[lost], reduction="none")
             else:
+                position = y - rows.first
+                here = counted & (position >= 0) & (position < len(weight))
+                row = position.where(here, 0)[None]
+                largest, aim = logits.amax(0), logits.gather(0, row)[0]
                 dist.all_reduce(largest, dist.ReduceOp.MAX, rows.group)
                 probability = logits.sub_(largest).exp_()
                 total, aim = sums = torch.stack((probability.sum(0), aim.where(here, 0)))
                 dist.all_reduce(sums, group=rows.group)
                 probability.div_(total)
-                log_total = largest + total.log()
-            loss += (log_total - aim).where(counted, 0).sum()
+                each = largest + total.log() - aim
+            loss += each.where(counted, 0).sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
             gradient = probability.scatter_add_(0, row, -here.to(wide)[None])
