@@ -182,6 +182,7 @@ def test_levels() -> None:
     assert levels("0", blocks) == ["blocks"] * 5
     assert levels("1", blocks) == levels("none", blocks) == ["keep"] * 5
     assert levels("operators", [*blocks, nn.LSTM(1, 1)]) == ["operators"] * 5 + ["keep"]
+    assert levels("operators", blocks, compiled=True) == ["keep"] * 5
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")

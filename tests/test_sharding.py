@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import composed
-from runner import run_all
+from runner import losses, run_all
 from torch.distributed.tensor import DTensor
 
 from leanlm import build
@@ -59,6 +59,27 @@ def test_each_rank_holds_its_share(text: Path, tmp_path: Path) -> None:
         for held, number in zip(result["held_bytes"], numbers, strict=True):
             assert held["parameters"] == held["gradients"] == 4 * number, name
             assert held["optimizer_state"] == pytest.approx(8 * number, abs=4 * 64), name  # and a step count for each parameter
+
+
+def test_muon_divides_its_momentum(text: Path, tmp_path: Path) -> None:
+    """ZeRO-1: the same bits as without, also where a run with it goes on from one without and back."""
+    common = [*overrides(text, {"replicate": 2}), "optim=muon", "strategy.precision=fp64", "log_every=1", "max_steps=6"]
+    common += ["optim.schedule=constant"]  # of how many steps a run has, nothing then depends
+    divided = "strategy.zero1=true"
+    first = {tmp_path / "plain": common, tmp_path / "divided": [*common, divided]}
+    run_all(first | {tmp_path / "two": [*common, "max_steps=2"], tmp_path / "three": [*common, divided, "max_steps=3"]}, 2)
+    run_all({tmp_path / "on": [divided, "max_steps=6", f"resume={tmp_path / 'two'}"]}, 2)
+    run_all({tmp_path / "back": ["strategy.zero1=false", "max_steps=6", f"resume={tmp_path / 'three'}"]}, 2)
+    curve = losses(tmp_path / "plain")
+    for name in ("divided", "on", "back"):
+        assert losses(tmp_path / name) == curve, name
+    held = {}
+    for name in ("plain", "divided"):
+        held[name] = json.loads(Run(tmp_path / name).result.read_text())["held_bytes"]
+    whole = 8 * (DEPTH * BLOCK + 2 * 2 * HEAD)
+    for rank in range(2):
+        assert held["plain"][rank]["optimizer_state"] == pytest.approx(whole, abs=8 * 64)
+        assert held["divided"][rank]["optimizer_state"] == pytest.approx(whole / 2, abs=8 * 64)
 
 
 def grow(text: Path) -> list[int]:

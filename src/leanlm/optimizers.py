@@ -9,7 +9,7 @@ from torch.optim._adafactor import adafactor
 from torch.optim._muon import muon
 
 from leanlm.memory.offload import Scratch, scratch
-from leanlm.memory.state import AdamW, put_away, rounded
+from leanlm.memory.state import AdamW, put_away, rounded, rows_of_copies
 from leanlm.optim import Optim
 from leanlm.spread import is_spread, local, local_part, whole
 from leanlm.strategies.plan import Plan
@@ -44,15 +44,16 @@ def build(
     stochastic = plan.precision == "bf16-stochastic"
     file = scratch() if plan.offload in ("optimizer", "all") else None
 
+    copies = mesh["replicate"] if mesh is not None and plan.zero1 else None
+
     def adamw(groups: list[dict]) -> torch.optim.Optimizer:
         settings: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
         if plan.optimizer_state != "fp32" or stochastic or file or plan.zero1:
-            copies = mesh["replicate"] if mesh is not None and plan.zero1 else None
             return AdamW(groups, plan.optimizer_state, stochastic, copies, file, **settings)
         return torch.optim.AdamW(groups, **settings, fused=True)  # fused: no temporary copy of the parameters
 
     def muons(groups: list[dict]) -> torch.optim.Optimizer:
-        return Muon(groups, stochastic, file, lr=optim.muon_lr, momentum=optim.momentum)
+        return Muon(groups, stochastic, copies, file, lr=optim.muon_lr, momentum=optim.momentum)
 
     if not hidden:
         return adamw(groups)
@@ -64,14 +65,22 @@ class Muon(torch.optim.Muon):
     """torch's Muon, also for matrices that are spread over devices, or in bf16 and rounded by chance.
 
     The update of a spread matrix is made of the whole of it, gathered one at a time and orthogonalised in the same way on
-    each device; its momentum stays spread.
+    each device; its momentum stays spread. `copies`: devices that hold the same matrices and divide the momentum by rows.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], stochastic: bool = False, scratch: Scratch | None = None, **settings: Any
+        self,
+        groups: list[dict[str, Any]],
+        stochastic: bool = False,
+        copies: "DeviceMesh | None" = None,
+        scratch: Scratch | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(groups, **settings)
-        self.stochastic, self.scratch = stochastic, scratch
+        self.stochastic, self.copies, self.scratch = stochastic, copies, scratch
+
+    def owned(self, parameter: Tensor) -> Tensor:
+        return rows_of_copies(parameter, self.copies)
 
     def step(self, closure: Callable[[], float] | None = None):
         loss = super().step(closure)
@@ -81,13 +90,17 @@ class Muon(torch.optim.Muon):
         return loss
 
     def _init_group(self, group: Any, params_with_grad: Any, grads: Any, muon_momentum_bufs: Any) -> bool:
+        for parameter in group["params"] if self.copies is not None else ():
+            if parameter.grad is not None and not self.state[parameter]:
+                self.state[parameter] = {"momentum_buffer": torch.zeros_like(self.owned(parameter.grad))}
         super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
-        ours = [i for i, one in enumerate(params_with_grad) if self.stochastic or is_spread(one)]
+        ours = [i for i, momentum in enumerate(muon_momentum_bufs) if self.stochastic or is_spread(momentum)]
         for i in reversed(ours):  # torch updates what is left in the lists
             self._update(params_with_grad.pop(i), grads.pop(i), muon_momentum_bufs.pop(i), group)
         return False
 
     def _update(self, parameter: Tensor, grad: Any, momentum: Tensor, group: dict[str, Any]) -> None:
+        grad = self.owned(grad)
         momentum.lerp_(grad, 1 - group["momentum"])
         gradient = whole(grad.lerp(momentum, group["momentum"]))
         change = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
@@ -141,9 +154,11 @@ class Combined(torch.optim.Optimizer):
     def __init__(self, parts: list[tuple[Callable[[list[dict]], torch.optim.Optimizer], list[dict]]]) -> None:
         self.parts = [make(groups) for make, groups in parts]
         super().__init__([group for part in self.parts for group in part.param_groups], {})
-        ours = [part for part in self.parts if isinstance(part, AdamW)]
-        if ours:
-            self.kind, self.owned = ours[0].kind, ours[0].owned
+        for part in self.parts:
+            if isinstance(part, AdamW):
+                self.kind = part.kind
+            if isinstance(part, AdamW | Muon):
+                self.owned = part.owned
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):

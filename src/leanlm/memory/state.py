@@ -18,7 +18,7 @@ from torch.optim.adamw import adamw
 
 from leanlm.errors import UserError
 from leanlm.memory.offload import Scratch
-from leanlm.spread import is_spread, local, spread_like
+from leanlm.spread import is_spread, local, spread_like, with_layout
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -67,27 +67,14 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def owned(self, parameter: Tensor) -> Tensor:
-        """The rows of a parameter that this device updates, sharing its storage."""
-        mesh = self.copies
-        if mesh is None or is_spread(parameter) or parameter.numel() < SMALLEST:
-            return parameter
-        parts = parameter.detach().chunk(mesh.size())
-        if len(parts) < mesh.size():
-            return parameter
-        from torch.distributed.tensor import DTensor, Shard
-
-        mine = parts[mesh.get_local_rank()]
-        shape, stride = parameter.shape, parameter.stride()
-        return DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        return rows_of_copies(parameter, self.copies)
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, owned = self.state[parameter], self.owned(parameter)
         averages = [_average(state, owned, name, self.kind) for name in ("exp_avg", "exp_avg_sq")]
         step = state.setdefault("step", torch.zeros(()))
-        gradient = parameter.grad
-        if owned is not parameter:
-            gradient = gradient.chunk(self.copies.size())[self.copies.get_local_rank()]  # type: ignore[union-attr]
-        weights, gradients = _flat(owned), _flat(gradient)
+        assert parameter.grad is not None
+        weights, gradients = _flat(owned), _flat(self.owned(parameter.grad))
         for piece in _pieces(owned):
             weight, gradient = weights[piece], gradients[piece]
             wide = weight if weight.dtype != torch.bfloat16 else weight.float()
@@ -108,6 +95,18 @@ class AdamW(torch.optim.Optimizer):
                 dist.broadcast(rows, group=self.copies.get_group(), group_src=rank)
         if self.scratch is not None:
             put_away(state, self.scratch)
+
+
+def rows_of_copies(tensor: Tensor, copies: "DeviceMesh | None") -> Tensor:
+    """Of a tensor that all devices of `copies` hold, the rows whose optimizer state this one keeps, sharing its storage."""
+    if copies is None or is_spread(tensor) or tensor.numel() < SMALLEST:
+        return tensor
+    parts = tensor.detach().chunk(copies.size())
+    if len(parts) < copies.size():
+        return tensor
+    from torch.distributed.tensor import Shard
+
+    return with_layout(parts[copies.get_local_rank()], (copies, [Shard(0)], tensor.shape, tensor.stride()))
 
 
 class _Plain:

@@ -47,7 +47,7 @@ class Plan:
             backward, so that memory grows with its square root. 0: none. -1: four times the square root.
         optimizer_state: how AdamW's averages are kept: fp32 (as the weights are), bf16, int8 or int4.
         step_in_backward: update each weight as soon as its gradient is whole, and free the gradient.
-        zero1: under `replicate`, divide AdamW's averages among the copies of the model (ZeRO-1).
+        zero1: under `replicate`, divide the averages of AdamW and Muon among the copies of the model (ZeRO-1).
         offload: what a GPU keeps in host memory, a CPU in a file: none, activations, optimizer (the averages of AdamW and
             Muon), or all.
         return_freed_memory: on a CPU, let large tensors leave the process as soon as they are freed.
