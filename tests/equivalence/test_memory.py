@@ -70,6 +70,8 @@ CI = [
     ("gpt2", "single", ("step in backward",)),
     ("gpt2", "shard at once", ("every block", "step in backward")),
     ("lstm", "single", ("native",)),
+    ("gpt2", "single", ("operators", "compile")),
+    ("gpt2", "tensor", ("activations in a file",)),
 ]
 REST = [case for case in CASES if case not in CI]
 Case = tuple[str, str, tuple[str, ...]]
