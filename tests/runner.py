@@ -16,7 +16,6 @@ from leanlm.prepare import tokens
 from leanlm.runs import Run
 from leanlm.strategies.checkpoint import checkpoints, load
 
-
 MANY = 20  # jobs in one group of processes: each leaves threads of gloo behind, which end with the process
 
 
