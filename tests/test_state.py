@@ -213,7 +213,7 @@ def resident():
 if sys.argv[1] == "True":
     return_freed_memory()
 torch.ones(24 << 20, dtype=torch.uint8)  # once freed, glibc keeps all that is smaller
-kept = [(torch.ones(8 << 20, dtype=torch.uint8), torch.ones(4096, dtype=torch.uint8)) for _ in range(30)]
+kept = [(torch.ones(8 << 20, dtype=torch.uint8), torch.ones(1 << 20, dtype=torch.uint8)) for _ in range(30)]
 full = resident()
 kept = [small for _, small in kept]
 print(full - resident())
