@@ -36,6 +36,11 @@ def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, l
             problems.append(f"strategy.{key}={getattr(plan, key)}: choose one of {', '.join(choices)}")
     if plan.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         problems.append("strategy.compile=true: torch.compile needs a C++ compiler (g++ or clang++), and there is none here")
+    if plan.compile and plan.precision == "fp64" and torch.__version__ < "2.13":
+        problems.append(
+            f"strategy.compile=true with precision=fp64: torch {torch.__version__} cannot compile attention in float64 "
+            "(2.13 can); write strategy.precision=fp32, or strategy.compile=false"
+        )
     plan, found = _devices(plan, devices)
     if plan.zero1 and (plan.replicate == 1 or plan.shard > 1 or plan.tensor > 1):
         problems.append(
