@@ -1,5 +1,6 @@
 """torch's compiler is not imported before it is needed, and whole when it is."""
 
+import os
 import subprocess
 import sys
 
@@ -72,4 +73,26 @@ assert counted["stats"]["unique_graphs"] == 2, counted["stats"]  # before the ca
 assert not counted["recompiles"], counted
 """
     done = subprocess.run([sys.executable, "-c", "import sys" + code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torchmetrics_brings_what_it_draws_with_when_it_draws() -> None:
+    code = """
+import sys
+import leanlm, torch, torchmetrics
+assert not {"matplotlib", "matplotlib.axes", "matplotlib.pyplot", "transformers"} & set(sys.modules)
+metric = torchmetrics.MeanMetric()
+metric.update(torch.tensor(1.0))
+metric.update(torch.tensor(3.0))
+figure, axes = metric.plot()
+import matplotlib.axes, matplotlib.figure, matplotlib.pyplot as plt
+assert type(figure) is plt.Figure is matplotlib.figure.Figure and isinstance(axes, matplotlib.axes.Axes)
+assert axes.lines[0].get_ydata().tolist() == [2.0]
+from torchmetrics.utilities.plot import _AX_TYPE
+assert isinstance(axes, _AX_TYPE) and not isinstance(figure, _AX_TYPE)
+class Own(_AX_TYPE): pass
+assert issubclass(Own, matplotlib.axes.Axes)
+"""
+    env = {**os.environ, "MPLBACKEND": "Agg"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=env)
     assert done.returncode == 0, done.stderr
