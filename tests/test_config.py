@@ -134,7 +134,7 @@ def test_every_shipped_yaml_is_good(group: str, text: Path, monkeypatch: pytest.
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # wandb and mlflow need not be installed here
     for file in Path(FOLDER, group).glob("*.yaml"):
         more = [f"data.path={text}"] if (group, file.stem) == ("data", "text") else []
-        if (group, file.stem) == ("device", "cuda"):
+        if group == "device" and "accelerator: cuda" in file.read_text():
             continue
         check(composed(f"{group}={file.stem}", "sequence=16", "global_batch=8", *more))
 

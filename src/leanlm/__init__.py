@@ -1,7 +1,12 @@
 """leanlm: train language models on the devices you have. Same loss curve, any memory budget."""
 
+import os
+
 from leanlm.lazy import put_off_imports
 
 __version__ = "0.1.0"
 
 put_off_imports()
+
+# on a CPU torch then asks Linux for pages of 2 MiB for large tensors, which come faster; it reads this once
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -49,12 +49,14 @@ class Config:
     sample_tokens: int = 200
     model: Any = None
     data: Any = None
+    allow: list[str] = field(default_factory=list)
     strategy: Plan = field(default_factory=Plan)
     optim: Optim = field(default_factory=Optim)
     logger: Any = None
     device: Any = None
 
 
+ALLOWED = ("optimizer_state", "precision")
 DATA_KEYS = {"_target_", "tokenizer", "vocabulary", "ignore"}  # the rest of the group goes to the corpus function
 
 
@@ -65,6 +67,10 @@ class Settings:
     config: Config
     plan: Plan
     corpus: Corpus
+    devices: int | None = None  # as asked for, or as many as processes were started
+    predicted: dict[str, Any] | None = (
+        None  # what the planner said of the plan: `peak_memory_bytes` by rank, `seconds_per_step`
+    )
 
 
 def check(config: DictConfig) -> Settings:
@@ -93,11 +99,14 @@ def check(config: DictConfig) -> Settings:
     devices = world_size() if launched() else checked.devices
     if launched() and checked.devices not in (None, devices):
         problems.append(f"devices={checked.devices}, but {devices} processes were started: leave devices out under torchrun")
-    plan, found = resolve(checked.strategy, devices, checked.global_batch)
+    problems += [f"allow: {lever} is not a lever that changes the curve; choose of {', '.join(ALLOWED)}"
+                 for lever in checked.allow if lever not in ALLOWED]  # fmt: skip
+    auto = checked.strategy.auto  # axes and micro-batches are chosen later, so that they work
+    plan, found = resolve(checked.strategy, None if auto else devices, checked.global_batch)
     problems += found + checked.optim.problems() + _device(checked.device) + _loggers(checked.logger) + _model(checked)
     problems += of_optimizer(plan, checked.optim.name, checked.clip)
     if not problems:
-        problems += _cuts(checked, plan)
+        problems += cuts(checked, plan)
     occupied = checked.run_dir and Path(checked.run_dir, "config.yaml").is_file()
     if occupied and not (checked.resume and Path(checked.run_dir).resolve() == Path(checked.resume).resolve()):
         problems.append(
@@ -109,7 +118,7 @@ def check(config: DictConfig) -> Settings:
         problems += fits(checked, {split: corpus.size(split) for split in corpus.splits}, at_most=True)
     if problems or corpus is None:
         raise UserError(*problems)
-    return Settings(checked, plan, corpus)
+    return Settings(checked, plan, corpus, devices)
 
 
 def fits(config: Config, sizes: dict[str, int], at_most: bool = False) -> list[str]:
@@ -224,7 +233,7 @@ def _model(config: Config) -> list[str]:
     return [f"model: {problem}" for problem in _target(config.model["_target_"]).problems(**arguments)]
 
 
-def _cuts(config: Config, plan: Plan) -> list[str]:
+def cuts(config: Config, plan: Plan) -> list[str]:
     """Problems of a plan with this model, found on one that has no storage."""
     if plan.pipeline * plan.tensor == 1 and not plan.recompute_window and not plan.compile:
         return []
@@ -269,5 +278,5 @@ def _device(device: dict) -> list[str]:
         import torch
 
         if not torch.cuda.is_available():
-            return ["device=cuda: this machine has no CUDA device that torch can use; write device=cpu"]
+            return ["device.accelerator=cuda: this machine has no CUDA device that torch can use; write device=cpu"]
     return []

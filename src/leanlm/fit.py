@@ -16,7 +16,7 @@ from leanlm import __version__, build
 from leanlm.callbacks.checkpoints import Checkpoints
 from leanlm.callbacks.plots import loss_curve
 from leanlm.callbacks.progress import Progress
-from leanlm.callbacks.record import Record, of_ranks, peak_memory
+from leanlm.callbacks.record import Record, memory_now, of_ranks, peak_memory
 from leanlm.config import Settings
 from leanlm.data.tokenizer import Tokenizer, stream
 from leanlm.data.tokens import Tokens
@@ -41,6 +41,7 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
             shutil.copy(start.parent.parent / run.metrics.name, run.metrics)
         run.create(OmegaConf.create({**config, "resume": None, "run_dir": None}))
         write(run.path / "tokenizer.json", json.dumps(tokens.tokenizer.state()))
+    before = of_ranks(memory_now())
     cut = build.cut(asked, settings.plan, tokens.tokenizer.vocabulary)
     net, module = cut.net, build.module(settings, cut)
     parameters = cut.parameters
@@ -81,6 +82,7 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
         "tokens": record.tokens,
         "tokens_per_second": record.tokens / record.seconds,
         "peak_memory_bytes": of_ranks(peak_memory()),
+        "memory_before_bytes": before,
         "held_bytes": of_ranks(module.held_bytes(trainer.optimizers[0])),
         "seconds": record.seconds,
         "plan": settings.plan.asdict(),
@@ -88,6 +90,9 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
         "parameters": parameters,
         "versions": {"leanlm": __version__, "torch": torch.__version__, "lightning": lightning.__version__},
     }
+    if settings.predicted is not None:
+        result["predicted_peak_memory_bytes"] = settings.predicted["peak_memory_bytes"]
+        result["predicted_seconds_per_step"] = settings.predicted["seconds_per_step"]
     if rank() == 0 or settings.plan.cuts_model:
         sample = _sample(cut, tokens.tokenizer, asked.sample, asked.sample_tokens)
     if rank() == 0:
@@ -161,6 +166,8 @@ def _report(result: dict[str, Any], sample: str, run: Run) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     peak = ", ".join(f"{peak / 2**20:,.0f} MiB" for peak in result["peak_memory_bytes"])
+    if "predicted_peak_memory_bytes" in result:
+        peak += ", predicted " + ", ".join(f"{size / 2**20:,.0f} MiB" for size in result["predicted_peak_memory_bytes"])
     for name, value in (
         ("validation loss", f"{result['loss']:.4f} nats per token"),
         ("perplexity", f"{result['perplexity']:.2f}"),

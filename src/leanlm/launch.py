@@ -33,6 +33,14 @@ class Stopped(Exception):
 class WorkerFailed(Exception):
     """A worker process failed; the message names the rank and holds its traceback."""
 
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether the device had not enough memory; the system's killer leaves no other trace than its signal."""
+        return any(
+            word in str(self)
+            for word in ("SIGKILL", "can't allocate memory", "not enough memory", "out of memory", "MemoryError")
+        )
+
 
 def launched() -> bool:
     """Whether torchrun, or `launch`, started this process as one of several."""

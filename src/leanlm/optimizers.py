@@ -38,7 +38,8 @@ def build(
         for (matrix, _), parameters in by_kind.items()
     ]
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=True)
+        whole_ones = all(mesh is None for _, mesh in by_kind)  # torch's fused kernel knows no spread tensors
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=whole_ones, foreach=False)
     if optim.name == "adafactor":
         return Adafactor(groups, lr=optim.lr, foreach=False)  # foreach: temporary copies of all parameters at once
     stochastic = plan.precision == "bf16-stochastic"

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from leanlm import cli
 from leanlm.cli import effective, swept_keys
 from leanlm.config import Config, Settings, check
-from leanlm.launch import launch, launched, process_group, restarted, say
+from leanlm.launch import WorkerFailed, launch, launched, process_group, rank, restarted, say
+from leanlm.plan import choose
 from leanlm.prepare import tokens
 from leanlm.runs import Run
+
+SCALES = (
+    1.0,
+    0.85,
+    0.7,
+    0.55,
+)  # of the memory that a plan is chosen for: the first, then after each time that it was not enough
 
 
 def train(config: DictConfig, path: Path | None = None, isolate: bool = False) -> dict[str, Any]:
@@ -36,8 +45,27 @@ def train(config: DictConfig, path: Path | None = None, isolate: bool = False) -
     if not launched():
         tokens(settings)  # prepared once, before there are several processes
     path = Path(config.run_dir or config.resume or path or Run.new_path("run"))
-    plain = OmegaConf.to_container(config, resolve=True)
-    return launch(work, (settings, plain, path), settings.plan.world, isolate, config.restarts)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    if not settings.plan.auto or launched():
+        return launch(work, (settings, plain, path), settings.plan.world, isolate, config.restarts)
+    return _train_within_memory(settings, plain, path)
+
+
+def _train_within_memory(settings: Settings, plain: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Let the planner choose; should memory end all the same, go on from the last checkpoint with a plan for less."""
+    for scale in SCALES:
+        chosen, lines = choose(settings, scale)
+        say("\n".join(lines))
+        config = plain | {"strategy": chosen.plan.asdict()}
+        try:  # in a process of its own, so that this one can begin again
+            return launch(work, (chosen, config, path), chosen.plan.world, True, settings.config.restarts)
+        except WorkerFailed as failure:
+            if scale == SCALES[-1] or not failure.out_of_memory:
+                raise
+            say(f"memory ended: {str(failure).splitlines()[-1]}\nplanning for less; the curve goes on from the last checkpoint")
+        if (path / "config.yaml").is_file():
+            settings = replace(settings, config=replace(settings.config, resume=str(path)))
+    raise AssertionError
 
 
 def work(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -48,7 +76,20 @@ def work(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, An
         say(f"begun again after a failure, {restarted()} of at most {settings.config.restarts} times")
         settings = replace(settings, config=replace(settings.config, resume=str(path)))
     with process_group(settings.config.device["accelerator"]):
+        if settings.plan.auto:  # under torchrun: one rank chooses for all
+            settings = agreed(lambda: choose(settings)[0])
+            config = {**config, "strategy": settings.plan.asdict()}
         return fit(settings, config, path)
+
+
+def agreed(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, on all ranks."""
+    import torch.distributed as dist
+
+    made = [make() if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(made)
+    return made[0]
 
 
 def job(config: DictConfig) -> None:

@@ -1,7 +1,9 @@
 """Loss, gradient norm, learning rate and speed of a run, to `metrics.csv` and to the configured loggers."""
 
 import math
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -106,6 +108,14 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_now() -> int:
+    """Memory of this process in bytes: allocated on its GPU, or resident (on Linux; elsewhere the largest so far)."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.memory_allocated()
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.is_file() else peak_memory()
 
 
 def of_ranks(value: Any) -> list[Any]:

@@ -28,6 +28,7 @@ class Plan:
     """How a global batch and a model are cut.
 
     Attributes:
+        auto: all but the number types and the optimizer's state is for the planner to choose.
         accumulate_grad_batches: micro-batches that one device reads for a step; under a pipeline they flow through it.
         pipeline: devices that hold the blocks one group after the other (pipeline parallel). -1: the devices left.
         replicate: copies of the model, each reading its rows (DDP). -1: the devices left.
@@ -57,6 +58,7 @@ class Plan:
             down by chance, so that small updates are not lost), or fp64 for parity runs.
     """
 
+    auto: bool = False
     accumulate_grad_batches: int = 1
     pipeline: int = 1
     replicate: int = 1
@@ -73,7 +75,7 @@ class Plan:
     zero1: bool = False
     step_in_backward: bool = False
     offload: str = "none"
-    return_freed_memory: bool = False
+    return_freed_memory: bool = True
     rnn_kernel: str = "onednn"
     compile: bool = False
     precision: str = "fp32"

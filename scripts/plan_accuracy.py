@@ -1,0 +1,144 @@
+"""How well the planner predicts: random configurations, each predicted before it is run in real processes.
+
+python scripts/plan_accuracy.py --draws 48 --seed 1 --into runs/accuracy.jsonl     adds to the file, and prints the errors
+python scripts/plan_accuracy.py --draws 0 --into runs/accuracy.jsonl               prints them again
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+STEPS = 3
+MODELS = {  # name -> overrides that may be drawn
+    "transformer": {"model.width": [128, 256, 384, 512], "model.depth": [4, 6, 8], "model.tied": ["true", "false"]},
+    "gpt2": {"model.width": [192, 384, 768], "model.depth": [4, 6], "model.dropout": [0.0, 0.1]},
+    "llama": {"model.width": [256, 512], "model.depth": [4, 8]},
+    "lstm": {"model.width": [256, 512, 1024], "model.depth": [2, 4], "model.dropout": [0.0, 0.2]},
+    "gru": {"model.width": [256, 512], "model.depth": [2, 4]},
+    "elman": {"model.width": [256, 512], "model.depth": [2, 4]},
+}
+PLANS = [
+    "strategy=single", "strategy=accumulate", "strategy=ddp devices=2", "strategy=ddp devices=2 strategy.zero1=true",
+    "strategy=fsdp devices=2", "strategy=fsdp devices=2 strategy.reshard_after_forward=false",
+    "strategy=fsdp devices=2 strategy.accumulate_grad_batches=2 strategy.reduce_every_micro_batch=false",
+    "strategy=tensor devices=2", "strategy=pipeline devices=2", "strategy=gpipe devices=2", "strategy=interleaved devices=2",
+    "strategy=zero_bubble devices=2", "strategy=hsdp devices=4", "strategy=pipeline_ddp devices=4",
+    "strategy=pipeline_fsdp devices=4", "strategy=fsdp_tensor devices=4", "strategy=pipeline_tensor devices=4",
+]  # fmt: skip
+LEVERS = {
+    "strategy.recompute": ["none", "none", "blocks", "operators", "2", "0.5"],
+    "strategy.optimizer_state": ["fp32", "fp32", "fp32", "bf16", "int8", "int4"],
+    "strategy.precision": ["fp32", "fp32", "fp32", "bf16-mixed", "bf16"],
+    "strategy.offload": ["none", "none", "none", "none", "activations", "optimizer"],
+}
+
+
+def draw(rng: random.Random) -> list[str]:
+    """Overrides of a configuration; it may be one that cannot work."""
+    model = rng.choice(list(MODELS))
+    found = [f"model={model}", *(f"{key}={rng.choice(values)}" for key, values in MODELS[model].items())]
+    found += rng.choice(PLANS).split() + [f"{key}={rng.choice(values)}" for key, values in LEVERS.items()]
+    found += [f"global_batch={rng.choice([8, 16, 32])}", f"sequence={rng.choice([64, 128, 256, 512])}"]
+    found += [f"optim={rng.choice(['adamw', 'adamw', 'muon', 'adafactor', 'sgd'])}"]
+    return found + rng.choice([["data.tokenizer=byte"], ["data.tokenizer=word", "data.vocabulary=8000"]])
+
+
+def text(folder: Path) -> Path:
+    """A text that every machine has."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    file = folder / "text.txt"
+    file.write_bytes(b"".join(path.read_bytes() for path in sorted(library.glob("*.py")))[:500_000])
+    return file
+
+
+def predict(overrides: list[str]) -> dict:
+    """In a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "--predict", *overrides], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def predict_here(overrides: list[str]) -> dict:
+    from hydra import compose, initialize_config_dir
+
+    from leanlm.config import FOLDER, check
+    from leanlm.planning.device import this_machine
+    from leanlm.planning.predict import predict
+    from leanlm.prepare import tokens
+
+    with initialize_config_dir(FOLDER, version_base="1.3"):
+        settings = check(compose("train", overrides=overrides))
+    found = predict(settings, tokens(settings).tokenizer.vocabulary, this_machine())
+    return {"seconds": found.seconds, "ranks": [{"rank": n.rank, "peak": n.peak, "parts": n.parts} for n in found.needs]}
+
+
+def measure(overrides: list[str], path: Path) -> dict:
+    command = [sys.executable, "-m", "leanlm.train", *overrides, f"run_dir={path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    if done.returncode == 2:
+        return {"refused": done.stderr.strip()}
+    if done.returncode:
+        return {"failed": done.stderr[-2000:]}
+    return json.loads((path / "result.json").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--into", type=Path, default=Path("runs/accuracy.jsonl"))
+    asked = parser.parse_args()
+    asked.into.parent.mkdir(parents=True, exist_ok=True)
+    rng, done = random.Random(asked.seed), 0
+    with tempfile.TemporaryDirectory() as folder:
+        common = ["data=text", f"data.path={text(Path(folder))}", f"max_steps={STEPS}", f"val_every={STEPS}",
+                  "checkpoint_every=1", "logger=csv", "sample_tokens=0", "val_lanes=8"]  # fmt: skip
+        while done < asked.draws:
+            overrides = draw(rng)
+            try:
+                predicted = predict(overrides + common)
+            except RuntimeError as error:
+                if "UserError" in str(error):
+                    continue  # cannot work
+                predicted = {"error": str(error)}
+            if predicted.get("seconds", 0) > 20:
+                continue
+            measured = measure(overrides + common, Path(folder, f"run{done}"))
+            done += 1
+            with open(asked.into, "a") as file:
+                file.write(json.dumps({"overrides": overrides, "predicted": predicted, "measured": measured}) + "\n")
+            print(f"{done}/{asked.draws} {' '.join(overrides)}", flush=True)
+    report([json.loads(line) for line in asked.into.read_text().splitlines()])
+
+
+def report(records: list[dict]) -> None:
+    errors = []
+    for record in records:
+        predicted, measured = record["predicted"], record["measured"]
+        if "error" in predicted or "peak_memory_bytes" not in measured:
+            print("not measured:", " ".join(record["overrides"]), predicted.get("error", "")[-300:], measured.get("failed", ""))
+            continue
+        before = measured["memory_before_bytes"]
+        growth = [peak - start for peak, start in zip(measured["peak_memory_bytes"], before, strict=True)]
+        pairs = [(rank["peak"] - rank["parts"]["process"], growth[rank["rank"]]) for rank in predicted["ranks"]]
+        worst = max(pairs, key=lambda pair: abs(pair[0] / pair[1] - 1))
+        errors.append(worst[0] / worst[1] - 1)
+        sizes = f"predicted {worst[0] / 2**20:.0f}, measured {worst[1] / 2**20:.0f} MiB"
+        print(f"{errors[-1]:+.1%} {sizes}: {' '.join(record['overrides'])}")
+    if errors:
+        sizes = sorted(map(abs, errors))
+        print(f"{len(sizes)} configurations: median error {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--predict"]:
+        print(json.dumps(predict_here(sys.argv[2:])))
+    else:
+        main()

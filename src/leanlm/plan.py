@@ -1,0 +1,140 @@
+"""Which plans fit, what each needs and how fast it is: `python -m leanlm.plan model=gpt2-xl device=rtx4090 devices=4`."""
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from leanlm import cli
+from leanlm.config import Config, Settings, check
+from leanlm.errors import UserError
+from leanlm.planning import device as devices_
+from leanlm.planning import report
+from leanlm.prepare import tokens
+
+
+@dataclass
+class Ask(Config):
+    """What `conf/plan.yaml` sets beside the keys of a training run."""
+
+    vocabulary: int | None = None
+    show: int = 6
+    json: bool = False
+    picture: str | None = "plan.png"
+
+
+OWN = {each.name for each in fields(Ask)} - {each.name for each in fields(Config)}
+
+
+def plan(asked: Ask, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Search the plans of a training configuration.
+
+    Args:
+        asked: as `conf/plan.yaml` composes it.
+        overrides: of the command line, to be repeated in the commands that are printed.
+
+    Returns:
+        `device`, `budget_bytes`, `fits` and `does_not_fit` (lists of plans, see `report.as_dict`), `least_bytes`.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    from leanlm.planning.search import MARGIN, search
+
+    device = devices_.of_config(asked.device)
+    node = {key: value for key, value in vars(asked).items() if key not in OWN}
+    node["device"] = {"accelerator": "cpu"}
+    settings = check(OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config(**node)))))  # type: ignore[arg-type]
+    vocabulary = asked.vocabulary or tokens(settings).tokenizer.vocabulary
+    count = asked.devices or 1
+    overrides = overrides or []
+    answer = search(settings, vocabulary, device, count, asked.allow, asked.show)
+    budget, size = device.share(count).memory, asked.global_batch * asked.sequence
+    fits, does_not = (
+        [report.as_dict(found, size, budget, overrides) for found in some] for some in (answer.fitting, answer.others)
+    )
+    result = {
+        "device": device.name,
+        "devices": count,
+        "vocabulary": vocabulary,
+        "budget_bytes": budget,
+        "candidates": answer.candidates,
+        "fits": fits,
+        "does_not_fit": [
+            {**one, "reason": report.reason(found, budget)} for one, found in zip(does_not, answer.others, strict=True)
+        ],
+        "least_bytes": round(answer.least.fullest.peak / (1 - MARGIN)),
+    }
+    if asked.json:
+        print(json.dumps(result, indent=2))
+        return result
+    print(
+        f"vocabulary of {vocabulary:,} types" + ("" if asked.vocabulary else " (of the data; vocabulary=... plans for another)")
+    )
+    report.show(answer, device, count, size, overrides)
+    if asked.picture:
+        report.draw(answer, device, count, Path(asked.picture))
+        print(f"picture: {asked.picture}")
+    return result
+
+
+def choose(settings: Settings, scale: float = 1.0) -> tuple[Settings, list[str]]:
+    """Settings with the fastest exact plan that fits the configured device, and three lines that say why.
+
+    Args:
+        settings: whose plan says `auto`.
+        scale: of the budget; below 1 after a run has met the end of memory.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    from leanlm.planning.search import search
+
+    config = settings.config
+    device = devices_.of_config(config.device)
+    device = replace(device, memory=round(device.memory * scale))
+    count = settings.devices or config.devices or 1
+    base = replace(settings.plan, auto=False)
+    vocabulary = tokens(settings).tokenizer.vocabulary
+    answer = search(replace(settings, plan=base), vocabulary, device, count, config.allow, wanted=3)
+    budget = device.share(count).memory
+    if not answer.fitting:
+        raise UserError(
+            f"strategy=auto: no plan fits {report.mib(budget)} on each of {count}: the smallest that was looked at needs "
+            f"{report.mib(answer.least.fullest.peak)} ({report.arguments(answer.least.plan)}); write device.memory=..., more "
+            "devices, allow=[optimizer_state,precision], or a smaller model or sequence"
+        )
+    best = answer.fitting[0]
+    peaks = {need.rank: need.peak for need in best.needs}
+    width = best.plan.world // best.plan.pipeline
+    predicted = [peaks[rank // width * width] for rank in range(best.plan.world)]
+    rest = answer.fitting[1:] or answer.others
+    after = "".join(
+        f"; next {one.seconds:.3g} s, {report.mib(one.fullest.peak)}: {report.arguments(one.plan)}" for one in rest[:1]
+    )
+    peak = report.mib(best.fullest.peak)
+    lines = [
+        f"strategy=auto: {best.plan.describe()}",
+        f"  predicted peak {peak} of {report.mib(budget)} for each of {count} processes, {best.seconds:.3g} s a step",
+        f"  the fastest of {answer.candidates} plans that fits{after}",
+    ]
+    prediction = {"peak_memory_bytes": predicted, "seconds_per_step": best.seconds}
+    return replace(settings, plan=best.plan, predicted=prediction), lines
+
+
+def main() -> None:
+    cli.run("plan", Ask, _main)
+
+
+def _main(asked: Ask) -> None:
+    ours = OWN | {"device", "strategy"}
+    task = HydraConfig.get().overrides.task
+    keys = [override.partition("=")[0].partition(".")[0] for override in task]
+    plan(asked, [override for override, key in zip(task, keys, strict=True) if key not in ours])
+
+
+if __name__ == "__main__":
+    main()

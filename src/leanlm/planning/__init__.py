@@ -1,0 +1,1 @@
+"""What a plan will need, and which plan to take."""

@@ -1,0 +1,212 @@
+"""Devices: how much memory one has and how fast it is, measured here or from a data sheet (`conf/device`)."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from leanlm.data.corpus import cache_folder
+from leanlm.errors import UserError
+from leanlm.launch import launch, process_group
+from leanlm.runs import write
+
+UNITS = {"": 1, "B": 1}
+for power, letter in enumerate("KMGT", 1):
+    UNITS |= {f"{letter}iB": 1024**power, f"{letter}B": 1000**power}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device, or a machine whose processes share memory and cores.
+
+    Attributes:
+        name: of the device.
+        accelerator: auto, cpu or cuda.
+        memory: bytes that a process may use on it; of a machine that is shared, all its processes.
+        flops: name of a number type -> floating-point operations per second in matrix products.
+        bandwidth: bytes per second to and from its memory.
+        link: bytes per second from one device to another, in one direction.
+        latency: seconds of a collective operation without payload.
+        overhead: seconds of an operation without work.
+        context: bytes that the driver, cuBLAS and NCCL take before the first tensor.
+        process: bytes of a process that trains alone before it has built anything, of one of several, and of what starts them.
+        shared: whether `memory`, `flops` and `bandwidth` are of a machine and divided among its processes.
+    """
+
+    name: str
+    accelerator: str
+    memory: int
+    flops: dict[str, float] = field(hash=False)
+    bandwidth: float
+    link: float
+    latency: float
+    overhead: float
+    context: int = 0
+    process: tuple[int, int, int] = (0, 0, 0)
+    shared: bool = False
+
+    def share(self, processes: int) -> "Device":
+        """What each of several processes gets of a machine."""
+        if not self.shared:
+            return self
+        cores = os.cpu_count() or 1
+        return replace(
+            self,
+            memory=(self.memory - self.process[2]) // processes,
+            flops={kind: rate / processes for kind, rate in self.flops.items()},
+            bandwidth=self.bandwidth / processes,
+            link=self.link / processes,
+            overhead=self.overhead * max(1, processes / cores),
+            latency=self.latency * max(1, processes / cores),
+        )
+
+
+def size(text: Any) -> int:
+    """Bytes of `6GiB`, `500 MB` or a number.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)\s*", str(text))
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"device.memory={text}: write a size such as 6GiB, 500MB, or a number of bytes")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def of_config(node: dict[str, Any]) -> Device:
+    """The device of a config group; what it leaves open is measured on this machine.
+
+    Raises:
+        UserError: `memory` cannot be read.
+    """
+    if "flops" in node:
+        return Device(**{**node, "memory": size(node["memory"])})
+    here = this_machine()
+    return replace(here, memory=size(node["memory"])) if node.get("memory") else here
+
+
+def this_machine(again: bool = False) -> Device:
+    """This machine's processor and the memory that a process here may use. Rates are measured once and stored.
+
+    Args:
+        again: measure, whatever is stored.
+    """
+    import torch
+
+    file = cache_folder() / "device.json"
+    key = f"{platform.node()} {platform.machine()} {len(_cores())} cores, torch {torch.__version__}"
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    if again or key not in stored:
+        stored[key] = probe()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, json.dumps(stored, indent=1))
+    rates = stored[key]
+    return Device(
+        name=f"this machine ({len(_cores())} cores)",
+        accelerator="cpu",
+        memory=memory_limit(),
+        flops=rates["flops"],
+        bandwidth=rates["bandwidth"],
+        link=rates["bandwidth"] / 8,  # gloo copies through sockets
+        latency=3e-4,
+        overhead=rates["overhead"],
+        process=tuple(rates["process"]),
+        shared=True,
+    )
+
+
+def _cores() -> Any:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def memory_limit() -> int:
+    """Bytes that processes may still take here: what the machine has free, or what the control group allows if that is less."""
+    free = _meminfo("MemAvailable")
+    for folder in _cgroups():
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            try:
+                free = min(free, int((folder / limit).read_text()) - int((folder / used).read_text()))
+            except (OSError, ValueError):  # no such file, or `max`
+                continue
+    return free
+
+
+def _meminfo(key: str) -> int:
+    try:
+        found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cgroups() -> list[Path]:
+    """The folders of the control groups that this process is in, the innermost first (version 2, then version 1)."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        root = Path("/sys/fs/cgroup") if not kinds else Path("/sys/fs/cgroup/memory")
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        inner = root / path.lstrip("/")
+        found += [folder for folder in (inner, *inner.parents) if folder == root or root in folder.parents]
+    return found
+
+
+def probe() -> dict[str, Any]:
+    """Rates of this machine, and what its processes weigh; measured in about fifteen seconds."""
+    import torch
+
+    def rate(run: Callable[[], Any], seconds: float = 0.3) -> float:
+        """Times per second, the best of several."""
+        run()
+        best, until = 0.0, time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            begin = time.perf_counter()
+            run()
+            best = max(best, 1 / (time.perf_counter() - begin))
+        return best
+
+    n = 1024
+    flops = {}
+    for kind in ("float32", "bfloat16", "float64"):
+        a, b = (torch.randn(n, n).to(getattr(torch, kind)) for _ in range(2))
+        out = torch.empty_like(a)
+        flops[kind] = 2 * n**3 * rate(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
+    large = torch.zeros(1 << 25)
+    other = torch.empty_like(large)
+    small = torch.zeros(8)
+    return {
+        "flops": flops,
+        "bandwidth": 2 * large.nbytes * rate(lambda: other.copy_(large)),
+        "overhead": 1 / rate(lambda: small + small) * 4,  # with Python, autograd and modules around it
+        "process": [launch(_resident, (), processes, isolate=True) for processes in (1, 2)] + [_launcher()],
+    }
+
+
+def _resident() -> int:
+    """Bytes of this process, one that will train, before it has built anything."""
+    import leanlm.fit  # noqa: F401
+    from leanlm.callbacks.record import memory_now
+
+    with process_group("cpu"):
+        return memory_now()
+
+
+def _launcher() -> int:
+    """Bytes of a process that starts others and waits for them."""
+    code = (
+        "import leanlm.train, torch.distributed.launcher.api, torch.distributed.elastic.multiprocessing\n"
+        "from leanlm.callbacks.record import memory_now\nprint(memory_now())"
+    )
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])

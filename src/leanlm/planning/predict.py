@@ -1,0 +1,186 @@
+"""What one plan needs: bytes on each rank by part, and seconds of a step."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from leanlm.config import Settings
+from leanlm.memory.malloc import LARGE
+from leanlm.planning.device import Device
+from leanlm.planning.simulate import Stages, Step, simulate, stages
+from leanlm.planning.trace import PARTS, Trace, Work, peaks
+from leanlm.strategies.plan import Plan
+from leanlm.strategies.schedules import SCHEDULES, stages_of
+
+FEW, MORE = 4, 5  # blocks of a stage that are simulated; what the others add is the difference
+MICROS = 2  # micro-batches that are simulated; the others are as the second
+ONE_PROCESS, SEVERAL = 60 << 20, 70 << 20  # bytes: pages of libraries that steps and checkpoints touch
+OVERLAP = 0.7  # share of the computation beside which gradients and weights can be sent
+HEAP = 0.45  # of small tensors' bytes: what glibc's heap holds beyond them (memalign cannot reuse a hole of its own size)
+
+
+@dataclass
+class Need:
+    """What a plan needs on one rank.
+
+    Attributes:
+        rank: which.
+        parts: bytes at its largest moment: those of PARTS, `overhead` (allocator, pages of libraries that a step touches,
+            driver), and on a CPU `process` (Python and what it has imported).
+        seconds: of one optimizer step, if no rank waits for another.
+    """
+
+    rank: int
+    parts: dict[str, int]
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+@dataclass
+class Prediction:
+    """What a plan needs.
+
+    Attributes:
+        plan: the plan.
+        needs: of one rank of each kind; along a pipeline they differ.
+        seconds: of one optimizer step.
+    """
+
+    plan: Plan
+    needs: list[Need]
+    seconds: float
+
+    @property
+    def fullest(self) -> Need:
+        """The rank with the largest peak."""
+        return max(self.needs, key=lambda need: need.peak)
+
+
+def kinds_of_ranks(plan: Plan) -> list[int]:
+    """One rank of each kind: along a pipeline they differ; along other axes the first holds the most."""
+    return [place * (plan.world // plan.pipeline) for place in range(plan.pipeline)]
+
+
+def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
+    """Simulate every kind of rank of a plan, with few blocks and micro-batches where more only repeat them."""
+    plan = settings.plan
+    small, micros = _fewer_micro_batches(settings)
+    whole = stages(settings.config, plan, vocabulary)
+    needs, waits = [], 0.0
+    share = device.share(plan.world)
+    for rank in kinds_of_ranks(plan):
+        view, waits = _view_of(small, vocabulary, rank, whole)
+        needs.append(_need(rank, view, micros, plan, share))
+    seconds = sum(need.seconds for need in needs) / len(needs) / (1 - waits)
+    return Prediction(plan, needs, seconds)
+
+
+def _fewer_micro_batches(settings: Settings) -> tuple[Settings, int]:
+    """Settings with at most MICROS micro-batches of the same rows, and how many there are."""
+    plan, micros = settings.plan, settings.plan.accumulate_grad_batches
+    if plan.pipeline > 1 or micros <= MICROS:
+        return settings, micros
+    rows = plan.micro_batch(settings.config.global_batch)
+    config = replace(settings.config, global_batch=rows * plan.readers * MICROS)
+    return replace(settings, config=config, plan=replace(plan, accumulate_grad_batches=MICROS)), micros
+
+
+@dataclass
+class _View:
+    """A simulated rank as numbers that grow evenly with its blocks."""
+
+    blocks: int
+    peaks: dict[str, dict[str, int]]
+    heap: int
+    work: dict[str, Counter[Work]]
+
+
+def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages) -> tuple["_View", float]:
+    """A rank with all its blocks, and the share of the time that a pipeline waits."""
+    plan = settings.plan
+    even = whole.alike and plan.recompute in ("none", "blocks", "operators")
+    if not even or max(map(len, whole.split)) <= MORE:
+        step = simulate(settings, vocabulary, rank)
+        return _view(step), step.waits
+    few, more = (simulate(settings, vocabulary, rank, blocks) for blocks in (FEW, MORE))
+    place = rank * plan.pipeline // plan.world
+    numbers = stages_of(place, plan.pipeline, len(whole.split), SCHEDULES[plan.schedule].v_shape)
+    held = sum(len(whole.split[number]) for number in numbers)
+    if few.blocks == more.blocks:  # this rank's stages are shorter than others'
+        return _view(more), more.waits
+    return _between(_view(few), _view(more), held), more.waits
+
+
+def _view(step: Step) -> _View:
+    return _View(step.blocks, peaks(step.trace), _heap(step.trace), dict(step.trace.work))
+
+
+def _between(few: _View, more: _View, blocks: int) -> _View:
+    """The view of a rank with so many blocks: what each block more adds is the same."""
+    times = (blocks - few.blocks) / (more.blocks - few.blocks)
+
+    def line(low: float, high: float) -> int:
+        return round(low + times * (high - low))
+
+    found = {
+        phase: {part: line(parts[part], more.peaks[phase][part]) for part in PARTS}
+        for phase, parts in few.peaks.items()
+        if phase in more.peaks
+    }
+    work: dict[str, Counter[Work]] = {}
+    for phase in few.work.keys() | more.work.keys():
+        low, high = few.work.get(phase, Counter()), more.work.get(phase, Counter())
+        work[phase] = Counter({kind: line(low[kind], high[kind]) for kind in low.keys() | high.keys()})
+    return _View(blocks, found, line(few.heap, more.heap), work)
+
+
+def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device) -> Need:
+    parts = max(view.peaks.values(), key=lambda its: sum(its.values())).copy()
+    if device.accelerator == "cpu":
+        parts["overhead"] = round(HEAP * view.heap) + (SEVERAL if plan.world > 1 else ONE_PROCESS)
+        parts["process"] = device.process[int(plan.world > 1)]
+    else:
+        parts["overhead"] = device.context
+    return Need(rank, parts, _seconds(view.work, micros, plan, device))
+
+
+def _heap(trace: Trace) -> int:
+    """Most bytes at a time of tensors that live in the C library's heap."""
+    now = most = 0
+    for _, size in trace.events:
+        if abs(size) < LARGE:
+            now += size
+            most = max(most, now)
+    return most
+
+
+def _seconds(work: dict[str, Counter[Work]], micros: int, plan: Plan, device: Device) -> float:
+    """Of one step: each operation takes what its arithmetic or its memory takes, whichever is longer (the roofline of Williams
+    et al. 2009), and what starting it takes. DDP and FSDP2 send while a device of its own computes; processes that share cores
+    do one or the other."""
+    computing = blocking = beside = 0.0
+    for phase, counter in work.items():
+        if not phase.startswith("step 1"):
+            continue
+        again = max(1, micros - 1) if "micro-batch 1" in phase and plan.pipeline == 1 else 1
+        for kind, count in counter.items():
+            seconds = again * count * _cost(kind, device)
+            if not kind.collective:
+                computing += seconds
+            elif plan.readers > 1 and kind.ranks > 1 and plan.tensor == 1 and not device.shared:
+                beside += seconds
+            else:
+                blocking += seconds
+    return computing + blocking + max(0.0, beside - OVERLAP * computing)
+
+
+def _cost(kind: Work, device: Device) -> float:
+    if kind.collective:
+        share = (kind.ranks - 1) / kind.ranks
+        times = {"all-reduce": 2 * share, "all-gather": share, "reduce-scatter": share}.get(kind.collective, 1)  # as rings send
+        return device.latency + kind.size * times / device.link
+    rate = device.flops.get(kind.dtype, device.flops["float32"])
+    return device.overhead + max(kind.flops / rate, kind.moved / device.bandwidth)

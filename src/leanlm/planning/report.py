@@ -1,0 +1,120 @@
+"""What a search found, for people and for programs."""
+
+from pathlib import Path
+from typing import Any
+
+from leanlm.planning.device import Device
+from leanlm.planning.search import MARGIN, Answer
+from leanlm.strategies.plan import LEVERS, Plan
+
+FREES = {  # part -> what makes it smaller
+    "weights": "strategy.shard or strategy.tensor over more devices",
+    "gradients": "strategy.shard, or strategy.step_in_backward with clip=0",
+    "state": "strategy.shard, strategy.zero1, strategy.offload=optimizer, or allow=[optimizer_state]",
+    "activations": "strategy.recompute=blocks, or more strategy.accumulate_grad_batches",
+    "logits": "more strategy.accumulate_grad_batches, or model.cutoffs",
+    "buffers": "fewer devices along strategy.tensor",
+    "temporaries": "more strategy.accumulate_grad_batches",
+    "overhead": "a larger device",
+    "process": "fewer processes on this machine",
+}
+
+
+def arguments(plan: Plan) -> str:
+    """The overrides that write a plan."""
+    keys = ("accumulate_grad_batches", "pipeline", "replicate", "shard", "tensor", "schedule", *LEVERS, "precision")
+    return " ".join(
+        f"strategy.{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key in keys
+        if (value := getattr(plan, key)) != getattr(Plan, key)
+    )
+
+
+def command(plan: Plan, overrides: list[str]) -> str:
+    """The command line that trains with a plan."""
+    return " ".join(["python -m leanlm.train", *overrides, arguments(plan)]).strip()
+
+
+def reason(found: Any, budget: int) -> str:
+    """Why a plan does not fit: by how much, its largest part, and what would make that smaller."""
+    need = found.fullest
+    largest = max(need.parts, key=need.parts.__getitem__)
+    over = need.peak - round(budget * (1 - MARGIN))
+    return f"{mib(over)} too much; {largest} take {mib(need.parts[largest])}: {FREES[largest]}"
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB" if size < 10 * 2**30 else f"{size / 2**30:,.1f} GiB"
+
+
+def as_dict(found: Any, tokens: int, budget: int, overrides: list[str]) -> dict[str, Any]:
+    """A prediction with plain types: bytes, seconds, tokens/s."""
+    return {
+        "plan": found.plan.asdict(),
+        "exactness": found.plan.exactness,
+        "peak_memory_bytes": {need.rank: need.peak for need in found.needs},
+        "parts_bytes": found.fullest.parts,
+        "headroom_bytes": budget - found.fullest.peak,
+        "seconds": found.seconds,
+        "tokens_per_second": tokens / found.seconds,
+        "command": command(found.plan, overrides),
+    }
+
+
+def show(answer: Answer, device: Device, devices: int, tokens: int, overrides: list[str]) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, budget = Console(highlight=False, soft_wrap=True), device.share(devices).memory
+    table = Table(title=f"plans that fit, fastest first: {devices} x {mib(budget)} on {device.name}", title_justify="left")
+    parts = list(answer.least.fullest.parts)
+    for name in ("", "peak", "headroom", *parts, "step s", "tokens/s", "exactness"):
+        table.add_column(name, justify="right")
+    for number, found in enumerate(answer.fitting, 1):
+        need = found.fullest
+        sizes = [f"{need.parts[part] / 2**20:,.0f}" for part in parts]
+        table.add_row(str(number), mib(need.peak), mib(budget - need.peak), *sizes, f"{found.seconds:.3g}",
+                      f"{tokens / found.seconds:,.0f}", found.plan.exactness)  # fmt: skip
+    wide = Console(width=max(console.width, 165), highlight=False)
+    if answer.fitting:
+        wide.print(table)
+        wide.print("parts in MiB, of the fullest rank")
+        for number, found in enumerate(answer.fitting, 1):
+            console.print(f"{number}: {command(found.plan, overrides)}", markup=False)
+    else:
+        console.print(f"no plan fits {devices} x {mib(budget)} ({MARGIN:.0%} of it is kept free)")
+    if answer.others:
+        console.print("\nplans that do not fit:")
+    for found in answer.others:
+        console.print(f"{arguments(found.plan)}: needs {mib(found.fullest.peak)}, {reason(found, budget)}", markup=False)
+    least = answer.least
+    console.print(
+        f"\nthe smallest budget that would do, of the plans looked at: {mib(least.fullest.peak / (1 - MARGIN))} per device, "
+        "with "
+        f"{arguments(least.plan) or 'one device'}",
+        markup=False,
+    )
+
+
+def draw(answer: Answer, device: Device, devices: int, path: Path) -> None:
+    """Bars of the parts of each plan, and a line at the budget."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    plans = [*answer.fitting, *answer.others]
+    figure = Figure(figsize=(10, 1.2 + 0.45 * len(plans)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, ends = figure.add_subplot(), [0.0] * len(plans)
+    for part in plans[0].fullest.parts:
+        sizes = [found.fullest.parts[part] / 2**30 for found in plans]
+        axes.barh(range(len(plans)), sizes, left=ends, label=part)
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    axes.axvline(device.share(devices).memory / 2**30, color="black", linestyle="--", label="budget")
+    names = [arguments(found.plan).replace("strategy.", "").replace("grad_batches", "") or "one device" for found in plans]
+    labels = [f"{name}  ({found.seconds:.3g} s)" for name, found in zip(names, plans, strict=True)]
+    axes.set_yticks(range(len(plans)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB on the fullest rank")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=5, frameon=False)
+    figure.savefig(path, dpi=120)

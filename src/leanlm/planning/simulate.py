@@ -1,0 +1,305 @@
+"""A training step without storage and without other processes: what one rank of a plan would hold and compute.
+
+Model, optimizer and trainer are built by the functions that training uses, and Lightning's loop runs them, under torch's
+FakeTensorMode and a process group that only pretends (torch.testing's FakeProcessGroup). Only three things are replaced: the
+batches, which have a shape and no tokens; device meshes are made with real numbers; and DDP's reducer, which is C++ and looks
+into memory, by one that holds its buckets and sends nothing.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import torch.distributed.device_mesh as device_mesh
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from leanlm import build
+from leanlm.config import Settings
+from leanlm.data.batches import Batch
+from leanlm.models.contract import without_storage
+from leanlm.planning.trace import Trace, Work
+from leanlm.strategies import balance
+from leanlm.strategies.plan import Plan
+
+STEPS = 2  # the optimizer makes its state in the first
+
+
+@dataclass
+class Step:
+    """A simulated rank.
+
+    Attributes:
+        trace: of all steps.
+        parameters: that the model has, as far as it was built.
+        blocks: that this rank holds, as far as they were built.
+        waits: share of the time that the devices of a pipeline wait, with the work of the whole model.
+    """
+
+    trace: Trace
+    parameters: int
+    blocks: int
+    waits: float
+
+
+def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | None = None) -> Step:
+    """Two training steps of one rank.
+
+    Args:
+        settings: `plan` is resolved; the corpus is not read.
+        vocabulary: token types.
+        rank: from 0 to below `settings.plan.world`.
+        blocks: build at most so many of each stage; None: all.
+    """
+    plan = replace(settings.plan, compile=False)  # what a compiler fuses is not known before; it holds no more
+    config = replace(settings.config, device={"accelerator": "cpu"})
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a question whether there is one
+    trace, whole = Trace(vocabulary), stages(config, plan, vocabulary)
+    built = [names[:blocks] for names in whole.split]
+    if plan.pipeline > 1:
+        plan = replace(plan, stage_blocks=[len(names) for names in built])
+    settings = replace(settings, plan=plan, config=config)
+    with (
+        _ranks(rank, plan.world),
+        _meshes_with_numbers(),
+        _resizing(trace, plan),
+        _only({name for names in built for name in names}),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        trace,
+    ):
+        cut = build.cut(config, plan, vocabulary)
+        module = build.module(settings, cut)
+        trace.mark("weights", cut.net.parameters())
+        trace.mark("buffers", cut.net.buffers())
+        trainer = build.trainer(settings, [_Phases(trace)], [], STEPS)
+        if plan.world > 1 and not plan.cuts_model:
+            trainer.strategy._setup_model = partial(_with_buckets, trace)  # type: ignore[method-assign]
+        trainer.strategy.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]
+        module.to = module.cpu = lambda *args, **kwargs: module  # type: ignore[method-assign]  # they are there already
+        with contextlib.redirect_stdout(None):
+            trainer.fit(module, _Batches(settings))
+    waits = 0.0
+    if module.pipeline is not None:
+        order = balance.order_of(module.pipeline.schedule, plan.accumulate_grad_batches)
+        waits = balance.bubble(order, balance.stage_costs(whole.cost, whole.split))
+    return Step(trace, cut.parameters, sum(len(stage.blocks) for stage in cut.stages.values()), waits)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A model as a plan's pipeline splits it: blocks of each stage, cost of each part, and whether all blocks are alike."""
+
+    split: list[list[str]]
+    cost: dict[str, float]
+    alike: bool
+    parameters: int
+    elements: dict[str, int]  # of the parameters, by part
+    recurrent: bool
+
+
+_known: dict[Any, Any] = {}
+
+
+def stages(config: Any, plan: Plan, vocabulary: int) -> Stages:
+    key = repr((config.model, config.sequence, vocabulary))
+    if key not in _known:
+        with without_storage():
+            net = build.model(config, replace(plan, rnn_kernel="onednn"), vocabulary)
+        shapes = {tuple((name, p.shape) for name, p in block.named_parameters()) for block in net.blocks.values()}
+        parts = {"embed": net.embed, **dict(net.blocks.items()), "head": net.head}
+        elements = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        count = sum(parameter.numel() for parameter in net.parameters())
+        _known[key] = balance.costs(net), len(shapes) == 1, count, elements, net.carries_state
+    cost, *rest = _known[key]
+    return Stages(balance.split(cost, plan), cost, *rest)
+
+
+@contextlib.contextmanager
+def _only(blocks: set[str]) -> Iterator[None]:
+    """Of the models that are built, only these blocks stay."""
+    whole = build.model
+
+    def some(*args: Any) -> Any:
+        net = whole(*args)
+        for name in set(net.blocks) - blocks:
+            del net.blocks[name]
+        return net
+
+    with mock.patch.object(build, "model", some):
+        yield
+
+
+@contextlib.contextmanager
+def _ranks(rank: int, world: int) -> Iterator[None]:
+    """As if this process were one of several."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    before = dict(os.environ)
+    if world > 1:
+        words = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ.update({key: str(value) for key, value in words.items()})
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+            _forget_meshes()
+        for key in set(os.environ) - set(before):
+            del os.environ[key]
+        os.environ.update(before)
+
+
+def _forget_meshes() -> None:
+    """DTensor remembers how it spread the results of operations, on meshes whose groups are gone."""
+    from torch.distributed.tensor import DTensor, _redistribute, debug
+
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+    for module, name in ((_redistribute._gen_transform_infos, "cache_clear"), (debug, "_clear_fast_path_sharding_prop_cache")):
+        getattr(module, name, lambda: None)()  # torch 2.11 has not all of them
+
+
+@contextlib.contextmanager
+def _meshes_with_numbers() -> Iterator[None]:
+    def real(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return run
+
+    mesh = device_mesh.DeviceMesh
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(device_mesh, "init_device_mesh", real(device_mesh.init_device_mesh)))
+        for name in ("__init__", "__getitem__", "_flatten", "get_group", "get_local_rank"):
+            patches.enter_context(mock.patch.object(mesh, name, real(getattr(mesh, name))))
+        yield
+
+
+@contextlib.contextmanager
+def _resizing(trace: Trace, plan: Plan) -> Iterator[None]:
+    """FSDP2 empties the storage of weights that it had gathered, and fills it again, past the dispatcher: the trace is told."""
+    if plan.shard == 1:
+        yield
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+
+    def told(function: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        def run(tensor: Tensor) -> None:
+            function(tensor)
+            trace.resized(tensor)
+
+        return run
+
+    with contextlib.ExitStack() as patches:
+        for module, name in (
+            (_fsdp_param, "alloc_storage"),
+            (_fsdp_param, "free_storage"),
+            (_fsdp_param_group, "alloc_storage"),
+        ):
+            if hasattr(module, name):
+                patches.enter_context(mock.patch.object(module, name, told(getattr(module, name))))
+        yield
+
+
+class _Batches:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def __iter__(self) -> Iterator[Batch]:
+        config, plan = self.settings.config, self.settings.plan
+        rows = config.global_batch // (plan.readers * plan.batches_per_step)
+        for step in range(STEPS):
+            # the first step only makes the optimizer's state: one row is enough, unless a pipeline has promised its shapes
+            here = 1 if step == 0 and plan.pipeline == 1 else rows
+            for micro in range(plan.batches_per_step):
+                with _disable_current_modes():
+                    numbers = torch.arange(micro * rows, micro * rows + here)
+                tokens, targets = (torch.zeros(here, config.sequence, dtype=torch.long) for _ in range(2))
+                yield Batch(tokens, targets, numbers, step, micro, True, config.global_batch * config.sequence)
+
+
+class _Phases(pl.Callback):
+    """Names the phases of a step, and what its tensors are."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self.step = self.micro = 0
+        for stage in module.cut.stages.values():
+            stage.register_forward_pre_hook(self._begin, prepend=True)
+            stage.register_forward_hook(self._end)
+            blocks = list(stage.blocks.values())
+            for i, block in enumerate(blocks):
+                block.register_forward_hook(partial(self._block, _place(i, len(blocks)), _place(i + 1, len(blocks))))
+        for parameter in module.net.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: self.trace.mark("gradients", [p.grad]))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Batch, index: int) -> None:
+        self.step, self.micro, self.backwards = batch.step, batch.micro, False
+        self._enter("embed")
+
+    def _enter(self, name: str) -> None:
+        self.trace.enter(f"step {self.step}, micro-batch {min(self.micro, 1)}, {name}")
+
+    def _block(self, place: str, after: str, block: Any, inputs: Any, outputs: Any) -> None:
+        hidden = outputs[0]
+        if hidden.requires_grad and not self.backwards:
+            hidden.register_hook(lambda _: self._back(place))
+        if not self.backwards:
+            self._enter(f"forward {after}")
+
+    def _back(self, place: str) -> None:
+        self._enter(f"backward {place}")
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.trace.mark("gradients", [p.grad for p in module.net.parameters() if p.grad is not None])
+        self.trace.enter(f"step {self.step}, optimizer")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Batch, index: int) -> None:
+        (optimizer,) = trainer.optimizers
+        state = [value for values in optimizer.state.values() for value in values.values()]
+        self.trace.mark("state", [value for value in state if isinstance(value, Tensor)])
+
+    def _begin(self, *_: Any) -> None:
+        self.first, self.backwards = len(self.trace.events), False
+
+    def _end(self, *_: Any) -> None:
+        self.trace.mark_new("activations", self.first)
+        self.backwards = True  # what runs again from here on belongs to the backward pass
+
+
+def _place(block: int, blocks: int) -> str:
+    """The first and last two blocks have phases of their own: what grows along the others is largest at one of these."""
+    if block == blocks:
+        return "head"
+    return str(block) if block < 2 else str(block - blocks) if blocks - block <= 2 else "middle"
+
+
+def _with_buckets(trace: Trace, model: nn.Module) -> nn.Module:
+    """DDP's reducer as far as memory goes: gradients are views of flat buckets, which stay."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    flat = torch.empty(sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype)
+    places = dict(zip(parameters, flat.split([parameter.numel() for parameter in parameters]), strict=True))
+
+    def into_bucket(parameter: Any) -> None:
+        place = places[parameter].view_as(parameter)
+        if parameter.grad is not None and parameter.grad.untyped_storage()._cdata != flat.untyped_storage()._cdata:
+            place.copy_(parameter.grad)
+            parameter.grad = place
+            payload = Work(collective="all-reduce", size=place.numel() * place.element_size(), ranks=dist.get_world_size())
+            trace.work[trace.phase][payload] += 1
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(into_bucket)
+    return model

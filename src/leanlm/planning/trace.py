@@ -1,0 +1,228 @@
+"""What a training step allocates and computes, seen operation by operation, with real tensors or with fake ones."""
+
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+PARTS = ("weights", "gradients", "state", "activations", "logits", "buffers", "temporaries")
+COLLECTIVES = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
+               "reduce_scatter": "reduce-scatter", "send": "send", "recv": "recv", "broadcast": "broadcast"}  # fmt: skip
+
+
+class Work(NamedTuple):
+    """One operation: what bounds its time.
+
+    Attributes:
+        flops: floating-point operations in matrix products, attention and recurrences.
+        moved: bytes that it reads and writes.
+        dtype: of its result.
+        collective: kind of communication; empty: none.
+        size: bytes of the payload.
+        ranks: that take part.
+    """
+
+    flops: int = 0
+    moved: int = 0
+    dtype: str = ""
+    collective: str = ""
+    size: int = 0
+    ranks: int = 1
+
+
+class Trace(TorchDispatchMode):
+    """Records every storage that comes and goes, and every operation, by phase.
+
+    Under FakeTensorMode it must be entered after it. What is asked of a fake value (`if lost.any()`) is answered False.
+
+    Attributes:
+        events: (number of a storage, its bytes; negative when it goes), in order.
+        phases: (index of the first event, name), in order.
+        work: phase -> how often each kind of operation ran in it.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.events: list[tuple[int, int]] = []
+        self.phases: list[tuple[int, str]] = [(0, "build")]
+        self.work: dict[str, Counter[Work]] = defaultdict(Counter)
+        self.parts: dict[int, str] = {}
+        self.known: dict[int, int] = {}  # address of a storage that lives -> its number
+        self.sizes: dict[int, int] = {}
+        self.count = 0
+        self.phase, self.faked = "build", False
+
+    def __enter__(self) -> "Trace":
+        self.faked = active_fake_mode() is not None
+        super().__enter__()
+        return self
+
+    def enter(self, phase: str) -> None:
+        """What comes next belongs to another phase."""
+        self.phase = phase
+        self.phases.append((len(self.events), phase))
+
+    def mark(self, part: str, tensors: Iterable[Any]) -> None:
+        """Say what these tensors are."""
+        for tensor in tensors:
+            number = self.known.get(_local(tensor).untyped_storage()._cdata)
+            if number is not None:
+                self.parts[number] = part
+
+    def mark_new(self, part: str, since: int) -> None:
+        """Say what those storages are that came after event number `since`, live, and are not known for something else."""
+        living = set(self.known.values())
+        for number, size in self.events[since:]:
+            if size > 0 and number in living and self.parts.get(number) is None:
+                self.parts[number] = part
+
+    def resized(self, tensor: Any) -> None:
+        """A storage was emptied, or got its memory again: torch resizes it past the dispatcher."""
+        storage = _local(tensor).untyped_storage()
+        number, now = self.known[storage._cdata], storage.nbytes()
+        if now != self.sizes[number]:
+            self.events.append((number, now - self.sizes[number]))
+            self.sizes[number] = now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
+        plain = all(type(part) is Tensor for part in inputs)  # row numbers and device meshes, which have values
+        if self.faked and inputs and plain:
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        name = func._schema.name
+        if name == "aten::_local_scalar_dense":
+            return {torch.bool: False}.get(args[0].dtype, 1)
+        if name == "aten::nonzero":  # of no one knows how many: the most that there can be
+            out = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        else:
+            out = func(*args, **kwargs)
+        if name == "aten::mkldnn_rnn_layer" and kwargs.get("train", args[-1]):  # torch's fake kernel leaves the workspace empty
+            out = (*out[:3], args[0].new_empty(_lstm_workspace(*args[0].shape, len(args[2]) // 4), dtype=torch.uint8))
+        found = [part for part in tree_leaves(out) if isinstance(part, Tensor)]
+        fresh = [part for part in found if self._see(part, name)]
+        self._count(func, name, args, kwargs, out, inputs, fresh)
+        return out
+
+    def _see(self, tensor: Tensor, name: str) -> bool:
+        storage = _local(tensor).untyped_storage()
+        key = storage._cdata
+        if key in self.known:
+            return False
+        size = storage.nbytes()
+        self.count += 1
+        self.known[key] = number = self.count
+        self.sizes[number] = size
+        self.events.append((number, size))
+        if name.startswith(("c10d::", "_c10d_functional::", "fsdp::")):
+            self.parts[number] = "buffers"
+        elif tensor.dim() > 1 and self.vocabulary in (tensor.shape[0], tensor.shape[-1]):
+            self.parts[number] = "logits"
+        weakref.finalize(storage, self._gone, key, number)
+        return True
+
+    def _gone(self, key: int, number: int) -> None:
+        if self.known.get(key) == number:
+            del self.known[key]
+        self.events.append((number, -self.sizes.pop(number)))
+
+    def _count(
+        self, func: Any, name: str, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], fresh: Sequence[Tensor]
+    ) -> None:
+        space, _, kind = name.partition("::")
+        if space in ("c10d", "_c10d_functional"):
+            collective = next((its for key, its in COLLECTIVES.items() if key in kind), "")
+            if collective:
+                tensors = [*inputs, *fresh]
+                self.work[self.phase][Work(collective=collective, size=max(map(_bytes, tensors)), ranks=_ranks(args))] += 1
+            return
+        writes = fresh or ([args[0]] if kind.rstrip("_") != kind and inputs else [])
+        if not writes and "out" not in kwargs:
+            return  # a view
+        packet = func._overloadpacket
+        flops = (
+            int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else _recurrent(kind, inputs)
+        )
+        moved = sum(map(_bytes, {id(part): part for part in [*inputs, *fresh]}.values()))
+        dtype = str(writes[0].dtype if writes and isinstance(writes[0], Tensor) else inputs[0].dtype).removeprefix("torch.")
+        self.work[self.phase][Work(flops, moved, dtype)] += 1
+
+
+@cache
+def _lstm_workspace(tokens: int, rows: int, size: int, width: int) -> int:
+    """Bytes that oneDNN's LSTM keeps for backward, from what it asks for at one and at two tokens."""
+
+    def measured(tokens: int) -> int:
+        with _disable_current_modes():
+            shapes = (tokens, rows, size), (4 * width, size), (4 * width, width), (4 * width,), (4 * width,)
+            state = (torch.zeros(rows, width) for _ in range(2))
+            out = torch.ops.aten.mkldnn_rnn_layer(
+                *map(torch.zeros, shapes), *state, False, [], 2, width, 1, True, False, False, True
+            )
+        return out[3].nbytes
+
+    first, second = measured(1), measured(2)
+    return first + (tokens - 1) * (second - first)
+
+
+def peaks(trace: Trace) -> dict[str, dict[str, int]]:
+    """Phase -> bytes of each part at the moment in it when most lived. Of a name that comes again, its largest moment."""
+    live: dict[str, int] = dict.fromkeys(PARTS, 0)
+    now, found = 0, dict[str, tuple[int, dict[str, int]]]()
+    borders = [*trace.phases, (len(trace.events), "")]
+    for (first, name), (end, _) in zip(borders, borders[1:], strict=False):
+        best = now, dict(live)
+        for number, size in trace.events[first:end]:
+            part = trace.parts.get(number, "temporaries")
+            live[part] += size
+            now += size
+            if now > best[0]:
+                best = now, dict(live)
+        if best[0] > found.get(name, (-1, {}))[0]:
+            found[name] = best
+    return {name: parts for name, (_, parts) in found.items()}
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
+
+
+def _bytes(tensor: Any) -> int:
+    mine = _local(tensor)
+    return mine.numel() * mine.element_size()
+
+
+def _ranks(args: Any) -> int:
+    """Of the group in the arguments of a collective operation."""
+    for part in args:
+        if isinstance(part, str) and not part.isalpha():
+            from torch.distributed.distributed_c10d import _resolve_process_group
+
+            return _resolve_process_group(part).size()  # type: ignore[arg-type]
+        if isinstance(part, torch.ScriptObject) and hasattr(part, "size"):
+            return int(part.size())
+        if isinstance(part, torch.ScriptObject):
+            import torch.distributed as dist
+
+            return dist.ProcessGroup.unbox(part).size()
+    return 1
+
+
+def _recurrent(kind: str, inputs: list[Tensor]) -> int:
+    """torch's counter knows no recurrent layers: each number of a weight is used once for each token, twice in backward."""
+    if "rnn_layer" not in kind:
+        return 0
+    tokens = inputs[0].shape[0] * inputs[0].shape[1]
+    matrices = sum(part.numel() for part in inputs[1:3])
+    return 2 * tokens * matrices * (2 if kind.endswith("backward") else 1)

@@ -1,0 +1,169 @@
+"""The planner's memory against real tensors, its shortcuts against the full simulation, its search."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import composed
+
+from leanlm.config import Settings, check
+from leanlm.errors import UserError
+from leanlm.launch import launch, process_group
+from leanlm.planning.device import Device, memory_limit, of_config, size
+from leanlm.planning.predict import _between, _fewer_micro_batches, _view, predict
+from leanlm.planning.search import families, meshes
+from leanlm.planning.simulate import simulate
+from leanlm.planning.trace import Trace, peaks
+
+MODEL = [
+    "model=gpt2",
+    "model.width=32",
+    "model.heads=2",
+    "model.depth=7",
+    "global_batch=8",
+    "sequence=16",
+    "data.tokenizer=byte",
+]
+HERE = Device("a test", "cpu", 1 << 30, {"float32": 1e11}, 1e10, 1e9, 1e-4, 1e-6)
+
+
+def settings(text: Path, *overrides: str) -> Settings:
+    return check(composed("data=text", f"data.path={text}", *MODEL, *overrides))
+
+
+def test_a_trace_counts_what_real_tensors_hold() -> None:
+    """Against sizes written down by hand: a linear layer's input, output and gradients."""
+    trace = Trace(vocabulary=1000)
+    layer, x = torch.nn.Linear(64, 32, bias=False), torch.ones(16, 64)
+    with trace:
+        trace.enter("forward")
+        out = layer(x.clone()).relu()
+        trace.enter("backward")
+        out.sum().backward()
+    found = peaks(trace)
+    floats = 4
+    assert sum(found["forward"].values()) == floats * (64 * 32 + 16 * 64 + 2 * 16 * 32)  # weight, input, two outputs
+    flops = sum(work.flops * count for work, count in trace.work["forward"].items())
+    assert flops == 2 * 16 * 64 * 32
+
+
+def _measured(settings: Settings) -> list[list[int]]:
+    """Bytes of parameters and of optimizer state on each rank of a real run."""
+    import lightning.pytorch as pl
+
+    from leanlm import build
+    from leanlm.callbacks.record import of_ranks
+    from leanlm.planning.simulate import _Batches
+
+    with process_group("cpu"):
+        cut = build.cut(settings.config, settings.plan, 256)
+        module = build.module(settings, cut)
+        trainer = build.trainer(settings, [pl.Callback()], [], 2)
+        trainer.fit(module, _Batches(settings))
+        held = module.held_bytes(trainer.optimizers[0])
+        return of_ranks([held["parameters"], held["optimizer_state"]])
+
+
+def slow(plan: str) -> Any:
+    return pytest.param(plan, marks=pytest.mark.slow)
+
+
+PLANS = ["strategy=single", "strategy=ddp", "strategy=fsdp", "strategy=pipeline",
+         *map(slow, ("strategy=accumulate", "strategy=tensor", "strategy=zero_bubble"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_weights_and_state_are_those_of_a_real_run(plan: str, text: Path) -> None:
+    asked = settings(text, plan, "optim=adamw")
+    asked = replace(asked, config=replace(asked.config, device={"accelerator": "cpu"}))
+    real = launch(_measured, (asked,), asked.plan.world)
+    for rank in (0, asked.plan.world - 1):
+        step = simulate(asked, 256, rank)
+        parts = peaks(step.trace)["step 1, optimizer"]
+        assert [parts["weights"], parts["state"]] == real[rank]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    ["strategy=single strategy.recompute=blocks", "strategy=fsdp", *map(slow, (
+        "strategy=single", "strategy=ddp", "strategy=tensor", "strategy=fsdp strategy.recompute=operators",
+        "strategy=pipeline model.depth=14", "strategy=interleaved model.depth=28"))],
+)  # fmt: skip
+def test_few_blocks_say_what_all_blocks_need(plan: str, text: Path) -> None:
+    asked = settings(text, *plan.split())
+    blocks = asked.config.model["depth"] // asked.plan.stages
+    for rank in (0, asked.plan.world - 1):
+        few, more, all_ = (_view(simulate(asked, 256, rank, count)) for count in (4, 5, None))
+        found = _between(few, more, all_.blocks)
+        assert all_.blocks == blocks * asked.plan.stages // asked.plan.pipeline
+        largest = [max(sum(parts.values()) for parts in view.peaks.values()) for view in (found, all_)]
+        assert largest[0] == largest[1]
+        assert {phase: counts for phase, counts in found.work.items() if "middle" not in phase}.keys() <= all_.work.keys()
+        total = [sum(kind.flops * n for counts in view.work.values() for kind, n in counts.items()) for view in (found, all_)]
+        assert total[0] == total[1]
+
+
+def test_two_micro_batches_say_what_eight_need(text: Path) -> None:
+    asked = settings(text, "strategy.accumulate_grad_batches=8")
+    fewer, micros = _fewer_micro_batches(asked)
+    assert micros == 8
+    few, all_ = (peaks(simulate(one, 256).trace) for one in (fewer, asked))
+    largest = [max(sum(parts.values()) for parts in found.values()) for found in (few, all_)]
+    assert largest[0] == pytest.approx(largest[1], rel=1e-3)  # each micro-batch has a loss of a few bytes
+
+
+def test_a_model_the_planner_has_not_seen(text: Path) -> None:
+    """Data-dependent shapes, recurrence, offload, bands of rare types: nothing here has a formula of its own."""
+    for overrides in (
+        ["model=lstm", "model.width=64", "model.cutoffs=[100]", "strategy.offload=all"],
+        ["model=gru", "model.width=64", "strategy.recompute_window=4", "strategy.optimizer_state=int8"],
+        ["model=llama", "model.width=64", "model.depth=2", "model.mlp_width=128", "strategy.precision=bf16-mixed"],
+    ):
+        base = ["data=text", f"data.path={text}", "global_batch=8", "sequence=16", "data.tokenizer=byte"]
+        found = predict(check(composed(*base, *overrides)), 256, HERE)
+        assert found.fullest.parts["weights"] > 0
+        assert found.seconds > 0
+
+
+def test_every_mesh_and_only_plans_that_keep_the_curve(text: Path) -> None:
+    assert len(list(meshes(8))) == 20  # ways to write 8 as an ordered product of four numbers
+    asked = settings(text)
+    for allow, changes in ((), False), (("optimizer_state",), True):
+        plans = [plan for group in families(asked, 2, False, allow) for plan in group]
+        assert {plan.world for plan in plans} == {2}
+        assert {plan.pipeline for plan in plans} == {1, 2}
+        assert all(8 % (plan.readers * plan.accumulate_grad_batches) == 0 for plan in plans)
+        assert any(plan.exactness == "changes" for plan in plans) == changes
+
+
+def test_sizes_and_limits() -> None:
+    assert (size("6GiB"), size("500 MB"), size(1024)) == (6 << 30, 500_000_000, 1024)
+    with pytest.raises(UserError, match="6GiB"):
+        size("much")
+    assert 0 < memory_limit() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    card = of_config({"accelerator": "cuda", "name": "a card", "memory": "8GB", "flops": {"float32": 1e13}, "bandwidth": 1e11,
+                      "link": 1e10, "latency": 1e-5, "overhead": 1e-5})  # fmt: skip
+    assert card.share(4).memory == 8_000_000_000  # each has its own
+    machine = replace(card, shared=True, process=(1, 2, 1000))
+    assert machine.share(4).memory == (8_000_000_000 - 1000) // 4
+
+
+def test_auto_trains_within_its_budget_as_the_plan_it_chose_would(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leanlm.train import train
+
+    common = ["data=text", f"data.path={text}", "model=gpt2", "model.width=32", "model.heads=2", "model.depth=2",
+              "global_batch=8", "sequence=16", "max_steps=3", "val_every=3", "logger=csv", "sample_tokens=0"]  # fmt: skip
+    auto = train(composed(*common, "strategy=auto", "device.memory=2GiB", f"run_dir={tmp_path}/auto"))
+    assert auto["predicted_peak_memory_bytes"][0] < 2 << 30
+    assert auto["plan"]["auto"] is False
+    alone = train(composed(*common, f"run_dir={tmp_path}/single"), isolate=True)
+    assert auto["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+    assert json.loads((tmp_path / "auto" / "result.json").read_text())["predicted_seconds_per_step"] > 0
+    with pytest.raises(UserError, match="no plan fits"):
+        train(composed(*common, "strategy=auto", "device.memory=300MiB", f"run_dir={tmp_path}/none"))
