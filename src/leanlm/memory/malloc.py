@@ -4,7 +4,7 @@ import ctypes
 from contextlib import suppress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGE = 4 << 20  # bytes of a tensor that gets pages of its own
+LARGE = 2 << 20  # bytes of a tensor that gets pages of its own: from here on torch asks for pages of this size
 KEPT = 32 << 20  # bytes at the end of the heap that may stay for what comes next
 
 

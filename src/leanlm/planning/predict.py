@@ -72,7 +72,7 @@ def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
     needs, waits = [], 0.0
     share = device.share(plan.world)
     for rank in kinds_of_ranks(plan):
-        view, waits = _view_of(small, vocabulary, rank, whole)
+        view, waits = _view_of(small, vocabulary, rank, whole, copies=device.accelerator == "cpu")
         needs.append(_need(rank, view, micros, plan, share))
     seconds = sum(need.seconds for need in needs) / len(needs) / (1 - waits)
     return Prediction(plan, needs, seconds)
@@ -98,14 +98,14 @@ class _View:
     work: dict[str, Counter[Work]]
 
 
-def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages) -> tuple["_View", float]:
+def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, copies: bool) -> tuple["_View", float]:
     """A rank with all its blocks, and the share of the time that a pipeline waits."""
     plan = settings.plan
     even = whole.alike and plan.recompute in ("none", "blocks", "operators")
     if not even or max(map(len, whole.split)) <= MORE:
-        step = simulate(settings, vocabulary, rank)
+        step = simulate(settings, vocabulary, rank, copies=copies)
         return _view(step), step.waits
-    few, more = (simulate(settings, vocabulary, rank, blocks) for blocks in (FEW, MORE))
+    few, more = (simulate(settings, vocabulary, rank, blocks, copies) for blocks in (FEW, MORE))
     place = rank * plan.pipeline // plan.world
     numbers = stages_of(place, plan.pipeline, len(whole.split), SCHEDULES[plan.schedule].v_shape)
     held = sum(len(whole.split[number]) for number in numbers)

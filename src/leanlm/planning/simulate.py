@@ -51,7 +51,7 @@ class Step:
     waits: float
 
 
-def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | None = None) -> Step:
+def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | None = None, copies: bool = False) -> Step:
     """Two training steps of one rank.
 
     Args:
@@ -59,11 +59,12 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
         vocabulary: token types.
         rank: from 0 to below `settings.plan.world`.
         blocks: build at most so many of each stage; None: all.
+        copies: count those that gloo makes.
     """
     plan = replace(settings.plan, compile=False)  # what a compiler fuses is not known before; it holds no more
     config = replace(settings.config, device={"accelerator": "cpu"})
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a question whether there is one
-    trace, whole = Trace(vocabulary), stages(config, plan, vocabulary)
+    trace, whole = Trace(vocabulary, copies), stages(config, plan, vocabulary)
     built = [names[:blocks] for names in whole.split]
     if plan.pipeline > 1:
         plan = replace(plan, stage_blocks=[len(names) for names in built])

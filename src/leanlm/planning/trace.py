@@ -44,15 +44,20 @@ class Trace(TorchDispatchMode):
 
     Under FakeTensorMode it must be entered after it. What is asked of a fake value (`if lost.any()`) is answered False.
 
+    Args:
+        vocabulary: token types; what has so many rows or columns is called logits.
+        copies: count the copy that gloo makes of what it gathers or scatters (measured: all of the payload, until it is done).
+
     Attributes:
         events: (number of a storage, its bytes; negative when it goes), in order.
         phases: (index of the first event, name), in order.
         work: phase -> how often each kind of operation ran in it.
     """
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, copies: bool = False) -> None:
         super().__init__()
-        self.vocabulary = vocabulary
+        self.vocabulary, self.copies = vocabulary, copies
+        self.in_flight = (0, 0)  # number and bytes of such a copy
         self.events: list[tuple[int, int]] = []
         self.phases: list[tuple[int, str]] = [(0, "build")]
         self.work: dict[str, Counter[Work]] = defaultdict(Counter)
@@ -69,6 +74,7 @@ class Trace(TorchDispatchMode):
 
     def enter(self, phase: str) -> None:
         """What comes next belongs to another phase."""
+        self._copy(0)
         self.phase = phase
         self.phases.append((len(self.events), phase))
 
@@ -137,6 +143,18 @@ class Trace(TorchDispatchMode):
             del self.known[key]
         self.events.append((number, -self.sizes.pop(number)))
 
+    def _copy(self, size: int) -> None:
+        """The last copy is done with; there may be another."""
+        number, before = self.in_flight
+        if before:
+            self.events.append((number, -before))
+        self.in_flight = (0, 0)
+        if size and self.copies:
+            self.count += 1
+            self.in_flight = self.count, size
+            self.parts[self.count] = "buffers"
+            self.events.append((self.count, size))
+
     def _count(
         self, func: Any, name: str, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], fresh: Sequence[Tensor]
     ) -> None:
@@ -145,7 +163,9 @@ class Trace(TorchDispatchMode):
             collective = next((its for key, its in COLLECTIVES.items() if key in kind), "")
             if collective:
                 tensors = [*inputs, *fresh]
-                self.work[self.phase][Work(collective=collective, size=max(map(_bytes, tensors)), ranks=_ranks(args))] += 1
+                payload = max(map(_bytes, tensors))
+                self.work[self.phase][Work(collective=collective, size=payload, ranks=_ranks(args))] += 1
+                self._copy(payload if collective in ("all-gather", "reduce-scatter") else 0)
             return
         writes = fresh or ([args[0]] if kind.rstrip("_") != kind and inputs else [])
         if not writes and "out" not in kwargs:
