@@ -18,7 +18,7 @@ from typing import Any
 
 from measure import composed, measure, resident, watched
 
-QUIET = ["device=cpu", "logger=csv", "val_every=100000", "checkpoint_every=100000"]
+QUIET = ["device=cpu", "logger=csv", "val_every=100000", "checkpoint_every=100000", "strategy.return_freed_memory=false"]
 GPT2 = ["model=gpt2", "optim=adamw", "global_batch=4", "sequence=512", *QUIET]
 LONG = ["model=lstm", "model.width=512", "model.depth=1", "optim=adamw", "global_batch=1", "sequence=16384", "val_lanes=1",
         *QUIET]  # fmt: skip

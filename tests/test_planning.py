@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ from conftest import composed
 
 from leanlm.config import Settings, check
 from leanlm.errors import UserError
-from leanlm.launch import launch, process_group
+from leanlm.launch import WorkerFailed, launch, process_group
 from leanlm.planning.device import Device, memory_limit, of_config, size
-from leanlm.planning.predict import _between, _fewer_micro_batches, _view, predict
+from leanlm.planning.predict import _between, _fewer_micro_batches, _view, predict, received
 from leanlm.planning.search import families, meshes
-from leanlm.planning.simulate import simulate
+from leanlm.planning.simulate import simulate, stages
 from leanlm.planning.trace import Trace, peaks
+from leanlm.runs import Run
 
 MODEL = [
     "model=gpt2",
@@ -107,6 +110,30 @@ def test_few_blocks_say_what_all_blocks_need(plan: str, text: Path) -> None:
         assert total[0] == total[1]
 
 
+@pytest.mark.parametrize("plan", ["strategy=pipeline", slow("strategy=interleaved")])
+def test_a_pipeline_holds_only_its_buffers_more_however_many_micro_batches_flow_through_it(plan: str, text: Path) -> None:
+    asked = settings(text, plan, "global_batch=16", "strategy.accumulate_grad_batches=16")
+    fewer, micros = _fewer_micro_batches(asked)
+    assert fewer.plan.accumulate_grad_batches == 2 * asked.plan.stages < micros == 16
+    for rank in (0, 1):
+        few, all_ = (peaks(simulate(one, 256, rank).trace) for one in (fewer, asked))
+        largest = [max(sum(parts.values()) for parts in found.values()) for found in (few, all_)]
+        more = micros - fewer.plan.accumulate_grad_batches
+        expected = more * received(asked, rank, stages(asked.config, asked.plan, 256))
+        assert 0 <= largest[1] - largest[0] - expected <= 4 * more  # the last stage also keeps each one's loss, 4 bytes
+
+
+def test_fsdp_holds_shards_alone_between_steps_and_while_it_is_built(text: Path) -> None:
+    """FSDP2 empties storages past the dispatcher, and the model is first made without storage: neither may be missed."""
+    asked = settings(text, "strategy=fsdp", "optim=adamw")
+    found = peaks(simulate(asked, 256).trace)
+    weights = found["step 1, optimizer"]["weights"]
+    assert found["step 1, optimizer"]["activations"] == 0
+    assert sum(found["build"].values()) < 1.5 * weights  # the shards, and one block on its way
+    gathered = peaks(simulate(asked, 256, copies=True).trace)
+    assert max(parts["buffers"] for parts in gathered.values()) > max(parts["buffers"] for parts in found.values())
+
+
 def test_two_micro_batches_say_what_eight_need(text: Path) -> None:
     asked = settings(text, "strategy.accumulate_grad_batches=8")
     fewer, micros = _fewer_micro_batches(asked)
@@ -122,6 +149,7 @@ def test_a_model_the_planner_has_not_seen(text: Path) -> None:
         ["model=lstm", "model.width=64", "model.cutoffs=[100]", "strategy.offload=all"],
         ["model=gru", "model.width=64", "strategy.recompute_window=4", "strategy.optimizer_state=int8"],
         ["model=llama", "model.width=64", "model.depth=2", "model.mlp_width=128", "strategy.precision=bf16-mixed"],
+        ["model=llama", "model.width=64", "model.depth=2", "model.mlp_width=128", "strategy=tensor", "optim=sgd"],
     ):
         base = ["data=text", f"data.path={text}", "global_batch=8", "sequence=16", "data.tokenizer=byte"]
         found = predict(check(composed(*base, *overrides)), 256, HERE)
@@ -138,6 +166,60 @@ def test_every_mesh_and_only_plans_that_keep_the_curve(text: Path) -> None:
         assert {plan.pipeline for plan in plans} == {1, 2}
         assert all(8 % (plan.readers * plan.accumulate_grad_batches) == 0 for plan in plans)
         assert any(plan.exactness == "changes" for plan in plans) == changes
+
+
+def test_the_command_prints_plans_that_can_be_run(text: Path, tmp_path: Path) -> None:
+    arguments = ["data=text", f"data.path={text}", *MODEL, "devices=2", "show=2", "device.memory=4GiB"]
+    command = [sys.executable, "-m", "leanlm.plan", *arguments]
+    done = subprocess.run([*command, "json=true"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert len(found["fits"]) >= 2
+    assert [one["seconds"] for one in found["fits"]] == sorted(one["seconds"] for one in found["fits"])
+    for one in found["fits"]:
+        peak = max(one["peak_memory_bytes"].values())
+        assert sum(one["parts_bytes"].values()) == peak == found["budget_bytes"] - one["headroom_bytes"]
+        python, dash, module, *overrides = one["command"].split()
+        assert (python, dash, module) == ("python", "-m", "leanlm.train")
+        assert check(composed(*overrides)).plan.asdict() == one["plan"]
+    none = subprocess.run([*command, "device.memory=700MiB"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert "no plan fits 2 x" in none.stdout
+    assert "too much;" in none.stdout
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_a_run_that_meets_the_end_of_memory_goes_on_with_a_plan_for_less(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process is killed after its checkpoint of step 2, as the system would; the curve is one of a run left alone."""
+    from leanlm import train as module
+
+    common = ["data=text", f"data.path={text}", "model=gpt2", "model.width=32", "model.heads=2", "model.depth=2",
+              "global_batch=8", "sequence=16", "val_every=4", "checkpoint_every=2", "log_every=1", "logger=csv",
+              "sample_tokens=0"]  # fmt: skip
+    common.append("optim.schedule=constant")  # a run of two steps, which the first is, then has the same rates
+    module.train(composed(*common, "max_steps=4", f"run_dir={tmp_path}/alone"), isolate=True)
+    asked, real = [], module.launch
+
+    def choose(settings: Settings, scale: float) -> tuple[Settings, list[str]]:
+        asked.append((scale, settings.config.resume))
+        return replace(settings, plan=replace(settings.plan, auto=False, accumulate_grad_batches=len(asked))), []
+
+    def killed_once(function: Any, arguments: tuple, *rest: Any) -> Any:
+        if len(asked) == 1:
+            shorter = replace(arguments[0], config=replace(arguments[0].config, max_steps=2))
+            real(function, (shorter, *arguments[1:]), *rest)
+            raise WorkerFailed("rank 0 of 1 failed\nits process was ended by SIGKILL")
+        return real(function, arguments, *rest)
+
+    monkeypatch.setattr(module, "choose", choose)
+    monkeypatch.setattr(module, "launch", killed_once)
+    path = tmp_path / "auto"
+    result = module.train(composed(*common, "max_steps=4", "strategy=auto", f"run_dir={path}"))
+    assert asked == [(1.0, None), (0.85, str(path))]
+    assert result["steps"] == 4
+    curves = [[row["train_loss"] for row in Run(each).rows()] for each in (tmp_path / "alone", path)]
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    assert len(curves[1]) == 4
 
 
 def test_sizes_and_limits() -> None:

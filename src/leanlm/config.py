@@ -6,9 +6,11 @@ All problems of a command line are reported together, each with its arithmetic a
 import difflib
 import importlib.util
 import inspect
+import json
 import types
 import typing
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +70,7 @@ class Settings:
     plan: Plan
     corpus: Corpus
     devices: int | None = None  # as asked for, or as many as processes were started
-    predicted: dict[str, Any] | None = (
-        None  # what the planner said of the plan: `peak_memory_bytes` by rank, `seconds_per_step`
-    )
+    predicted: dict[str, Any] | None = None  # by the planner: `peak_memory_bytes` of each rank, `seconds_per_step`
 
 
 def check(config: DictConfig) -> Settings:
@@ -237,12 +237,19 @@ def cuts(config: Config, plan: Plan) -> list[str]:
     """Problems of a plan with this model, found on one that has no storage."""
     if plan.pipeline * plan.tensor == 1 and not plan.recompute_window and not plan.compile:
         return []
+    return cuts_of_model(plan, *_facts(json.dumps(config.model), config.sequence))
+
+
+@cache
+def _facts(model: str, sequence: int) -> tuple[int, dict[str, int], bool, bool]:
+    """What `cuts_of_model` asks of a model, given as its config group in JSON: the planner asks for hundreds of plans."""
     from leanlm.models.contract import Model, without_storage
 
-    arguments = {key: value for key, value in config.model.items() if key != "_target_"}
+    arguments = json.loads(model)
+    kind = _target(arguments.pop("_target_"))
     with without_storage():
-        net: Model = _target(config.model["_target_"])(vocabulary=256, sequence=config.sequence, **arguments)
-    return cuts_of_model(plan, len(net.blocks), net.tensor_units(), bool(net.tensor_split), net.carries_state)
+        net: Model = kind(vocabulary=256, sequence=sequence, **arguments)
+    return len(net.blocks), net.tensor_units(), bool(net.tensor_split), net.carries_state
 
 
 def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:

@@ -62,6 +62,7 @@ def plan(asked: Ask, overrides: list[str] | None = None) -> dict[str, Any]:
         "vocabulary": vocabulary,
         "budget_bytes": budget,
         "candidates": answer.candidates,
+        "simulated": answer.simulated,
         "fits": fits,
         "does_not_fit": [
             {**one, "reason": report.reason(found, budget)} for one, found in zip(does_not, answer.others, strict=True)
@@ -96,10 +97,9 @@ def choose(settings: Settings, scale: float = 1.0) -> tuple[Settings, list[str]]
     config = settings.config
     device = devices_.of_config(config.device)
     device = replace(device, memory=round(device.memory * scale))
-    count = settings.devices or config.devices or 1
-    base = replace(settings.plan, auto=False)
+    count = settings.devices or 1
     vocabulary = tokens(settings).tokenizer.vocabulary
-    answer = search(replace(settings, plan=base), vocabulary, device, count, config.allow, wanted=3)
+    answer = search(settings, vocabulary, device, count, config.allow, wanted=3)
     budget = device.share(count).memory
     if not answer.fitting:
         raise UserError(
@@ -119,7 +119,7 @@ def choose(settings: Settings, scale: float = 1.0) -> tuple[Settings, list[str]]
     lines = [
         f"strategy=auto: {best.plan.describe()}",
         f"  predicted peak {peak} of {report.mib(budget)} for each of {count} processes, {best.seconds:.3g} s a step",
-        f"  the fastest of {answer.candidates} plans that fits{after}",
+        f"  the fastest that fits of {answer.simulated} plans simulated, the likeliest of {answer.candidates}{after}",
     ]
     prediction = {"peak_memory_bytes": predicted, "seconds_per_step": best.seconds}
     return replace(settings, plan=best.plan, predicted=prediction), lines

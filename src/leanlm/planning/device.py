@@ -84,10 +84,18 @@ def of_config(node: dict[str, Any]) -> Device:
     """The device of a config group; what it leaves open is measured on this machine.
 
     Raises:
-        UserError: `memory` cannot be read.
+        UserError: `memory` cannot be read, or the device is a GPU without a data sheet.
     """
     if "flops" in node:
         return Device(**{**node, "memory": size(node["memory"])})
+    if node["accelerator"] != "cpu":
+        import torch
+
+        if torch.cuda.is_available():
+            raise UserError(
+                f"device={node['accelerator']}: the planner does not measure the {torch.cuda.get_device_name()} here yet; "
+                "write the data sheet that is nearest, such as device=h100 device.memory=80GiB, or device=cpu"
+            )
     here = this_machine()
     return replace(here, memory=size(node["memory"])) if node.get("memory") else here
 

@@ -3,17 +3,20 @@
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import torch
+
 from leanlm.config import Settings
 from leanlm.memory.malloc import LARGE
 from leanlm.planning.device import Device
 from leanlm.planning.simulate import Stages, Step, simulate, stages
 from leanlm.planning.trace import PARTS, Trace, Work, peaks
-from leanlm.strategies.plan import Plan
+from leanlm.strategies.plan import PRECISIONS, Plan
 from leanlm.strategies.schedules import SCHEDULES, stages_of
 
 FEW, MORE = 4, 5  # blocks of a stage that are simulated; what the others add is the difference
-MICROS = 2  # micro-batches that are simulated; the others are as the second
+MICROS = 2  # micro-batches that are simulated, of a pipeline for each of its stages; the others are as the last of these
 ONE_PROCESS, SEVERAL = 60 << 20, 70 << 20  # bytes: pages of libraries that steps and checkpoints touch
+ALL_AT_ONCE = ("gpipe", "LoopedBFS")  # keep the activations of every micro-batch; those that split backward, part of them
 OVERLAP = 0.7  # share of the computation beside which gradients and weights can be sent
 HEAP = 0.45  # of small tensors' bytes: what glibc's heap holds beyond them (memalign cannot reuse a hole of its own size)
 
@@ -70,22 +73,46 @@ def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
     small, micros = _fewer_micro_batches(settings)
     whole = stages(settings.config, plan, vocabulary)
     needs, waits = [], 0.0
-    share = device.share(plan.world)
+    share, times = device.share(plan.world), micros / small.plan.accumulate_grad_batches
     for rank in kinds_of_ranks(plan):
         view, waits = _view_of(small, vocabulary, rank, whole, copies=device.accelerator == "cpu")
-        needs.append(_need(rank, view, micros, plan, share))
-    seconds = sum(need.seconds for need in needs) / len(needs) / (1 - waits)
+        need = _need(rank, view, micros, plan, share)
+        need.parts["buffers"] += (micros - small.plan.accumulate_grad_batches) * received(settings, rank, whole)
+        needs.append(need)
+    busy = sum(need.seconds for need in needs) / len(needs)
+    seconds = busy + busy * waits / (1 - waits)  # a pipeline fills and empties once, however many micro-batches go through it
+    if plan.pipeline > 1:
+        seconds += busy * (times - 1)
     return Prediction(plan, needs, seconds)
 
 
 def _fewer_micro_batches(settings: Settings) -> tuple[Settings, int]:
-    """Settings with at most MICROS micro-batches of the same rows, and how many there are."""
+    """Settings with few micro-batches of the same rows, and how many there are."""
     plan, micros = settings.plan, settings.plan.accumulate_grad_batches
-    if plan.pipeline > 1 or micros <= MICROS:
+    few = MICROS * (plan.stages if plan.pipeline > 1 else 1)
+    keeps = plan.pipeline > 1 and (plan.schedule in ALL_AT_ONCE or SCHEDULES[plan.schedule].splits_backward)
+    if micros <= few or keeps:
         return settings, micros
     rows = plan.micro_batch(settings.config.global_batch)
-    config = replace(settings.config, global_batch=rows * plan.readers * MICROS)
-    return replace(settings, config=config, plan=replace(plan, accumulate_grad_batches=MICROS)), micros
+    config = replace(settings.config, global_batch=rows * plan.readers * few)
+    return replace(settings, config=config, plan=replace(plan, accumulate_grad_batches=few)), micros
+
+
+def received(settings: Settings, rank: int, whole: Stages) -> int:
+    """Bytes that a rank of a pipeline holds for each micro-batch of a step: its tokens and targets, and for each stage what it
+    receives from the stage before and from the one after (torch has a buffer for every micro-batch of each)."""
+    config, plan = settings.config, settings.plan
+    if plan.pipeline == 1:
+        return 0
+    numbers, last = stages_held(plan, rank, whole), len(whole.split) - 1
+    hidden = whole.width * PRECISIONS[plan.precision][0].itemsize * sum((n > 0) + (n < last) for n in numbers)
+    return plan.micro_batch(config.global_batch) * config.sequence * (2 * torch.long.itemsize + hidden)
+
+
+def stages_held(plan: Plan, rank: int, whole: Stages) -> list[int]:
+    """Numbers of the stages on a rank."""
+    place = rank * plan.pipeline // plan.world
+    return stages_of(place, plan.pipeline, len(whole.split), SCHEDULES[plan.schedule].v_shape)
 
 
 @dataclass
@@ -106,9 +133,7 @@ def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, copi
         step = simulate(settings, vocabulary, rank, copies=copies)
         return _view(step), step.waits
     few, more = (simulate(settings, vocabulary, rank, blocks, copies) for blocks in (FEW, MORE))
-    place = rank * plan.pipeline // plan.world
-    numbers = stages_of(place, plan.pipeline, len(whole.split), SCHEDULES[plan.schedule].v_shape)
-    held = sum(len(whole.split[number]) for number in numbers)
+    held = sum(len(whole.split[number]) for number in stages_held(plan, rank, whole))
     if few.blocks == more.blocks:  # this rank's stages are shorter than others'
         return _view(more), more.waits
     return _between(_view(few), _view(more), held), more.waits

@@ -84,6 +84,7 @@ def show(answer: Answer, device: Device, devices: int, tokens: int, overrides: l
             console.print(f"{number}: {command(found.plan, overrides)}", markup=False)
     else:
         console.print(f"no plan fits {devices} x {mib(budget)} ({MARGIN:.0%} of it is kept free)")
+    console.print(f"{answer.simulated} of {answer.candidates} plans were simulated, the likeliest first")
     if answer.others:
         console.print("\nplans that do not fit:")
     for found in answer.others:
@@ -103,7 +104,7 @@ def draw(answer: Answer, device: Device, devices: int, path: Path) -> None:
     from matplotlib.figure import Figure
 
     plans = [*answer.fitting, *answer.others]
-    figure = Figure(figsize=(10, 1.2 + 0.45 * len(plans)), layout="constrained")
+    figure = Figure(figsize=(11, 1.8 + 0.45 * len(plans)), layout="constrained")
     FigureCanvasAgg(figure)
     axes, ends = figure.add_subplot(), [0.0] * len(plans)
     for part in plans[0].fullest.parts:
@@ -111,10 +112,10 @@ def draw(answer: Answer, device: Device, devices: int, path: Path) -> None:
         axes.barh(range(len(plans)), sizes, left=ends, label=part)
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
     axes.axvline(device.share(devices).memory / 2**30, color="black", linestyle="--", label="budget")
-    names = [arguments(found.plan).replace("strategy.", "").replace("grad_batches", "") or "one device" for found in plans]
+    names = [arguments(found.plan).replace("strategy.", "").replace("_grad_batches", "") or "one device" for found in plans]
     labels = [f"{name}  ({found.seconds:.3g} s)" for name, found in zip(names, plans, strict=True)]
     axes.set_yticks(range(len(plans)), labels)
     axes.invert_yaxis()
     axes.set_xlabel("GiB on the fullest rank")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=5, frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=120)

@@ -7,19 +7,21 @@ what one block keeps); from the fastest on, plans are simulated until enough of 
 import multiprocessing
 import os
 import time
+import traceback
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import product
+from multiprocessing import connection
 from typing import Any
 
 from leanlm.config import Settings, cuts
+from leanlm.errors import UserError
 from leanlm.planning.device import Device
 from leanlm.strategies.plan import Plan
 from leanlm.strategies.resolve import of_optimizer, resolve
 
 MARGIN = 0.05  # of a budget that is left free: predictions have errors
-SECONDS = 11.0  # after which no further plan is simulated
+SECONDS, PATIENCE = 11.0, 8.0  # after which no further plan is simulated, and how much longer those at work are waited for
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Answer:
         others: of plans that do not, the fastest first.
         least: the prediction with the smallest peak.
         candidates: how many plans there were.
+        simulated: how many of them were looked at, in the order of the rough estimate, before enough were found or time was up.
     """
 
     fitting: list[Any]
     others: list[Any]
     least: Any
     candidates: int
+    simulated: int
 
 
 def meshes(devices: int) -> Iterator[tuple[int, int, int, int]]:
@@ -62,7 +66,7 @@ def families(settings: Settings, devices: int, recurrent: bool, allow: Iterable[
         recurrent: whether the model carries state.
         allow: levers labelled `changes` that may be used: optimizer_state, precision.
     """
-    config, base = settings.config, settings.plan
+    config, base = settings.config, replace(settings.plan, auto=False)
     levers: list[dict[str, Any]] = [{}, {"recompute": "blocks"}]
     levers += [{"recompute_window": -1}, {"rnn_kernel": "native"}] if recurrent else [{"recompute": "operators"}]
     changes: list[dict[str, Any]] = [{}]
@@ -154,8 +158,10 @@ def search(
         allow: levers labelled `changes` that may be used.
         wanted: fitting plans after which the search ends.
         unfit: plans that do not fit to report.
+
+    Raises:
+        UserError: no simulation has ended in time.
     """
-    from leanlm.planning.predict import predict
     from leanlm.planning.simulate import stages
 
     recurrent = stages(settings.config, Plan(), vocabulary).recurrent
@@ -176,37 +182,84 @@ def search(
     others: list[Any] = []
     until = time.monotonic() + SECONDS
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
+    waiting = [_Worker(settings, vocabulary, device) for _ in range(workers)]
+    running: dict[Any, tuple[_Worker, list[Plan]]] = {}
 
-        def submit(plan: Plan) -> Future:
-            return pool.submit(predict, replace(settings, plan=plan), vocabulary, device)
+    def start(plan: Plan, rest: list[Plan]) -> None:
+        worker = waiting.pop()
+        worker.pipe.send(plan)
+        running[worker.pipe] = worker, rest
 
-        running: dict[Future, list[Plan]] = {submit(smallest): []}
+    try:
+        start(smallest, [])
         while running or (queue and len(fitting) < wanted and time.monotonic() < until):
-            while queue and len(running) < workers and len(fitting) < wanted and time.monotonic() < until:
+            while queue and waiting and len(fitting) < wanted and time.monotonic() < until:
                 _, plans = queue.pop(0)
-                running[submit(plans[0])] = plans[1:]
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                rest, found = running.pop(future), future.result()
+                start(plans[0], plans[1:])
+            ready = connection.wait(list(running), max(0.0, until + PATIENCE - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                worker, rest = running.pop(pipe)
+                waiting.append(worker)
+                found = worker.answer()
                 if found.fullest.peak <= budget:
                     fitting.append(found)
                     continue
                 others.append(found)
                 if rest:  # more micro-batches, of fewer rows: so many that what grows with rows may fit
                     queue.insert(0, (0.0, rest[_next(found, rest, budget) :]))
-            if not queue and not running:
-                break
+    finally:
+        for worker in (*waiting, *(worker for worker, _ in running.values())):
+            worker.process.kill()  # Lightning puts off SIGTERM until its loop is done
+    if not fitting and not others:
+        raise UserError(
+            f"none of {sum(map(len, groups))} plans could be simulated within {SECONDS + PATIENCE:.0f} s: write fewer devices, "
+            "a shorter sequence or a smaller model"
+        )
     fitting.sort(key=lambda found: found.seconds)
     others.sort(key=lambda found: found.seconds)
     least = min([*fitting, *others], key=lambda found: found.fullest.peak)
-    return Answer(fitting, others[:unfit], least, sum(map(len, groups)))
+    return Answer(fitting, others[:unfit], least, sum(map(len, groups)), len(fitting) + len(others))
 
 
-def _begin() -> None:
+class _Worker:
+    """A process that simulates one plan after the other. It may be killed at any time, which a pool's may not."""
+
+    def __init__(self, *fixed: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_simulate_all, args=(theirs, *fixed), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def answer(self) -> Any:
+        """The prediction that has come.
+
+        Raises:
+            RuntimeError: the simulation failed; with its traceback.
+        """
+        good, found = self.pipe.recv()
+        if not good:
+            raise RuntimeError(found)
+        return found
+
+
+def _simulate_all(pipe: Any, settings: Settings, vocabulary: int, device: Device) -> None:
     import torch
 
+    from leanlm.planning.predict import predict
+
     torch.set_num_threads(1)
+    while True:
+        try:
+            plan = pipe.recv()
+        except EOFError:  # whoever asked is gone
+            return
+        try:
+            pipe.send((True, predict(replace(settings, plan=plan), vocabulary, device)))
+        except Exception:
+            pipe.send((False, f"{plan.describe()}\n{traceback.format_exc()}"))
 
 
 def _next(found: Any, rest: list[Plan], budget: float) -> int:

@@ -1,9 +1,9 @@
 """A training step without storage and without other processes: what one rank of a plan would hold and compute.
 
 Model, optimizer and trainer are built by the functions that training uses, and Lightning's loop runs them, under torch's
-FakeTensorMode and a process group that only pretends (torch.testing's FakeProcessGroup). Only three things are replaced: the
-batches, which have a shape and no tokens; device meshes are made with real numbers; and DDP's reducer, which is C++ and looks
-into memory, by one that holds its buckets and sends nothing.
+FakeTensorMode and a process group that only pretends (torch.testing's FakeProcessGroup). What is replaced: the batches, which
+have a shape and no tokens; DDP's reducer, which is C++ and looks into memory, by one that holds its buckets; device meshes
+are made with real numbers; nothing is moved to a device or broadcast; and FSDP2 tells the trace when it empties a storage.
 """
 
 import contextlib
@@ -40,13 +40,11 @@ class Step:
 
     Attributes:
         trace: of all steps.
-        parameters: that the model has, as far as it was built.
         blocks: that this rank holds, as far as they were built.
         waits: share of the time that the devices of a pipeline wait, with the work of the whole model.
     """
 
     trace: Trace
-    parameters: int
     blocks: int
     waits: float
 
@@ -92,7 +90,7 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
     if module.pipeline is not None:
         order = balance.order_of(module.pipeline.schedule, plan.accumulate_grad_batches)
         waits = balance.bubble(order, balance.stage_costs(whole.cost, whole.split))
-    return Step(trace, cut.parameters, sum(len(stage.blocks) for stage in cut.stages.values()), waits)
+    return Step(trace, sum(len(stage.blocks) for stage in cut.stages.values()), waits)
 
 
 @dataclass(frozen=True)
@@ -105,6 +103,7 @@ class Stages:
     parameters: int
     elements: dict[str, int]  # of the parameters, by part
     recurrent: bool
+    width: int  # of the hidden state
 
 
 _known: dict[Any, Any] = {}
@@ -119,7 +118,7 @@ def stages(config: Any, plan: Plan, vocabulary: int) -> Stages:
         parts = {"embed": net.embed, **dict(net.blocks.items()), "head": net.head}
         elements = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
         count = sum(parameter.numel() for parameter in net.parameters())
-        _known[key] = balance.costs(net), len(shapes) == 1, count, elements, net.carries_state
+        _known[key] = balance.costs(net), len(shapes) == 1, count, elements, net.carries_state, net.width
     cost, *rest = _known[key]
     return Stages(balance.split(cost, plan), cost, *rest)
 

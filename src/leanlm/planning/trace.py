@@ -124,7 +124,7 @@ class Trace(TorchDispatchMode):
     def _see(self, tensor: Tensor, name: str) -> bool:
         storage = _local(tensor).untyped_storage()
         key = storage._cdata
-        if key in self.known:
+        if key in self.known or tensor.device.type == "meta":
             return False
         size = storage.nbytes()
         self.count += 1
