@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from conftest import composed
 from leanlm.config import Settings, check
 from leanlm.errors import UserError
 from leanlm.launch import WorkerFailed, launch, process_group
+from leanlm.memory import loss
+from leanlm.planning import pretend
 from leanlm.planning.device import Device, memory_limit, of_config, size
-from leanlm.planning.predict import _between, _fewer_micro_batches, _view, predict, received
+from leanlm.planning.predict import _between, _fewer_micro_batches, _view, kinds_of_ranks, predict, received
 from leanlm.planning.search import families, meshes
 from leanlm.planning.simulate import simulate, stages
 from leanlm.planning.trace import Trace, peaks
@@ -66,7 +69,7 @@ def _measured(settings: Settings) -> list[list[int]]:
         cut = build.cut(settings.config, settings.plan, 256)
         module = build.module(settings, cut)
         trainer = build.trainer(settings, [pl.Callback()], [], 2)
-        trainer.fit(module, _Batches(settings))
+        trainer.fit(module, _Batches(settings, 2))
         held = module.held_bytes(trainer.optimizers[0])
         return of_ranks([held["parameters"], held["optimizer_state"]])
 
@@ -114,17 +117,21 @@ def test_few_blocks_say_what_all_blocks_need(plan: str, text: Path) -> None:
         assert total[0] == total[1]
 
 
-@pytest.mark.parametrize("plan", ["strategy=pipeline", slow("strategy=interleaved")])
+@pytest.mark.parametrize("plan", ["strategy=pipeline", *map(slow, (
+    "strategy=interleaved", "strategy=pipeline devices=4", "strategy=interleaved devices=4 model.depth=8"))])  # fmt: skip
 def test_a_pipeline_holds_only_its_buffers_more_however_many_micro_batches_flow_through_it(plan: str, text: Path) -> None:
-    asked = settings(text, plan, "global_batch=16", "strategy.accumulate_grad_batches=16")
+    asked = settings(text, *plan.split(), "global_batch=32", "strategy.accumulate_grad_batches=32")
     fewer, micros = _fewer_micro_batches(asked)
-    assert fewer.plan.accumulate_grad_batches == 2 * asked.plan.stages < micros == 16
-    for rank in (0, 1):
+    assert fewer.plan.accumulate_grad_batches < micros == 32
+    before, counted = 0, kinds_of_ranks(asked.plan, stages(asked.config, asked.plan, 256))
+    for rank in range(asked.plan.pipeline):
         few, all_ = (peaks(simulate(one, 256, rank).trace) for one in (fewer, asked))
         largest = [max(sum(parts.values()) for parts in found.values()) for found in (few, all_)]
         more = micros - fewer.plan.accumulate_grad_batches
         expected = more * received(asked, rank, stages(asked.config, asked.plan, 256))
         assert 0 <= largest[1] - largest[0] - expected <= 4 * more  # the last stage also keeps each one's loss, 4 bytes
+        assert rank in counted or largest[1] <= before
+        before = largest[1]
 
 
 def test_fsdp_holds_shards_alone_between_steps_and_while_it_is_built(text: Path) -> None:
@@ -145,6 +152,20 @@ def test_two_micro_batches_say_what_eight_need(text: Path) -> None:
     few, all_ = (peaks(simulate(one, 256).trace) for one in (fewer, asked))
     largest = [max(sum(parts.values()) for parts in found.values()) for found in (few, all_)]
     assert largest[0] == pytest.approx(largest[1], rel=1e-3)  # each micro-batch has a loss of a few bytes
+
+
+@pytest.mark.parametrize("plan", ["", slow("strategy.precision=bf16-mixed"), slow("strategy=tensor model.tied=false")])
+def test_three_chunks_of_the_head_say_what_all_need(plan: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 1 << 14)
+    asked = settings(text, *plan.split(), "sequence=160")
+    few = simulate(asked, 256)
+    monkeypatch.setattr(pretend, "few_chunks", lambda trace: nullcontext())
+    every = simulate(asked, 256)
+    assert len(few.trace.events) < len(every.trace.events)
+    assert peaks(few.trace) == peaks(every.trace)
+    for phase in every.trace.work:
+        few_flops, flops = (sum(kind.flops * n for kind, n in one.trace.work[phase].items()) for one in (few, every))
+        assert few_flops == flops
 
 
 def test_a_model_the_planner_has_not_seen(text: Path) -> None:

@@ -108,9 +108,7 @@ def choose(settings: Settings, scale: float = 1.0) -> tuple[Settings, list[str]]
             "devices, allow=[optimizer_state,precision], or a smaller model or sequence"
         )
     best = answer.fitting[0]
-    peaks = {need.rank: need.peak for need in best.needs}
-    width = best.plan.world // best.plan.pipeline
-    predicted = [peaks[rank // width * width] for rank in range(best.plan.world)]
+    predicted = [best.of_rank(rank).peak for rank in range(best.plan.world)]
     rest = answer.fitting[1:] or answer.others
     after = "".join(
         f"; next {one.seconds:.3g} s, {report.mib(one.fullest.peak)}: {report.arguments(one.plan)}" for one in rest[:1]

@@ -11,7 +11,7 @@ the devices exchange the largest logit, the sum of exponentials and the target's
 1909.08053, section 3).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -83,6 +83,11 @@ class _Rows(NamedTuple):
         return cls(mesh.get_group(), min(len(weight), mesh.get_local_rank() * longest), longest)
 
 
+def chunks(tokens: int, size: int) -> Iterable[int]:
+    """The first token of each chunk."""
+    return range(0, tokens, size)
+
+
 def _even(tokens: int, size: int) -> int:
     """A chunk size near `size` that leaves no short rest."""
     return max(EVEN, round(tokens / max(1, round(tokens / size)) / EVEN) * EVEN)
@@ -111,7 +116,7 @@ class _ChunkedLoss(torch.autograd.Function):
         d_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         narrow = hidden.new_empty(0)  # the products' results; one buffer for all chunks of a size
-        for first in range(0, len(hidden), size):
+        for first in chunks(len(hidden), size):
             x, y = hidden[first : first + size], target[first : first + size]
             tokens = len(x)
             if tokens % EVEN:

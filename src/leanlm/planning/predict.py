@@ -8,15 +8,14 @@ import torch
 from leanlm.config import Settings
 from leanlm.memory.malloc import LARGE
 from leanlm.planning.device import Device
-from leanlm.planning.simulate import Stages, Step, simulate, stages
+from leanlm.planning.simulate import BEFORE, Stages, Step, simulate, stages
 from leanlm.planning.trace import PARTS, Trace, Work, peaks
 from leanlm.strategies.plan import PRECISIONS, Plan
 from leanlm.strategies.schedules import SCHEDULES, stages_of
 
 FEW, MORE = 4, 5  # blocks of a stage that are simulated; what the others add is the difference
-MICROS = 2  # micro-batches that are simulated, of a pipeline for each of its stages; the others are as the last of these
+MICROS = 2  # micro-batches that are simulated; the others are as the last of these (a pipeline's: see _fewer_micro_batches)
 ONE_PROCESS, SEVERAL = 60 << 20, 70 << 20  # bytes: pages of libraries that steps and checkpoints touch
-ALL_AT_ONCE = ("gpipe", "LoopedBFS")  # keep the activations of every micro-batch; those that split backward, part of them
 OVERLAP = 0.7  # share of the computation beside which gradients and weights can be sent
 HEAP = 0.45  # of small tensors' bytes: what glibc's heap holds beyond them (memalign cannot reuse a hole of its own size)
 
@@ -29,12 +28,14 @@ class Need:
         rank: which.
         parts: bytes at its largest moment: those of PARTS, `overhead` (allocator, pages of libraries that a step touches,
             driver), and on a CPU `process` (Python and what it has imported).
-        seconds: of one optimizer step, if no rank waits for another.
+        seconds: of one optimizer step as far as it was simulated, if no rank waits for another.
+        optimizer: of these, the update of the weights.
     """
 
     rank: int
     parts: dict[str, int]
     seconds: float
+    optimizer: float
 
     @property
     def peak(self) -> int:
@@ -61,37 +62,54 @@ class Prediction:
         """The rank with the largest peak."""
         return max(self.needs, key=lambda need: need.peak)
 
+    def of_rank(self, rank: int) -> Need:
+        """Of a rank like it, or of one that has more."""
+        return next(need for need in reversed(self.needs) if need.rank <= rank)
 
-def kinds_of_ranks(plan: Plan) -> list[int]:
-    """One rank of each kind: along a pipeline they differ; along other axes the first holds the most."""
-    return [place * (plan.world // plan.pipeline) for place in range(plan.pipeline)]
+
+def kinds_of_ranks(plan: Plan, whole: Stages) -> list[int]:
+    """The ranks that can be the fullest.
+
+    Along axes that are not a pipeline the first rank holds the most. Of a pipeline, the later a rank in the middle the fewer
+    micro-batches it holds, unless the schedule splits backward: only one with more blocks than those before it counts.
+    """
+    places = [place * (plan.world // plan.pipeline) for place in range(plan.pipeline)]
+    if plan.pipeline == 1 or SCHEDULES[plan.schedule].splits_backward:
+        return places
+    found, most = [], 0
+    for rank in places[1:-1]:
+        held = blocks_held(plan, rank, whole)
+        if held > most:
+            found, most = [*found, rank], held
+    return [places[0], *found, places[-1]]
 
 
 def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
     """Simulate every kind of rank of a plan, with few blocks and micro-batches where more only repeat them."""
     plan = settings.plan
     small, micros = _fewer_micro_batches(settings)
+    few = small.plan.accumulate_grad_batches
     whole = stages(settings.config, plan, vocabulary)
     needs, waits = [], 0.0
-    share, times = device.share(plan.world), micros / small.plan.accumulate_grad_batches
-    for rank in kinds_of_ranks(plan):
+    share = device.share(plan.world)
+    for rank in kinds_of_ranks(plan, whole):
         view, waits = _view_of(small, vocabulary, rank, whole, copies=device.accelerator == "cpu")
         need = _need(rank, view, micros, plan, share)
-        need.parts["buffers"] += (micros - small.plan.accumulate_grad_batches) * received(settings, rank, whole)
+        need.parts["buffers"] += (micros - few) * received(settings, rank, whole)
         needs.append(need)
-    busy = sum(need.seconds for need in needs) / len(needs)
-    seconds = busy + busy * waits / (1 - waits)  # a pipeline fills and empties once, however many micro-batches go through it
-    if plan.pipeline > 1:
-        seconds += busy * (times - 1)
-    return Prediction(plan, needs, seconds)
+    if plan.pipeline == 1:
+        return Prediction(plan, needs, needs[0].seconds)
+    # the pipeline fills and empties once; every micro-batch more takes as long as the slowest rank
+    flowing = [need.seconds - need.optimizer for need in needs]
+    seconds = sum(flowing) / len(flowing) / (1 - waits) + (micros / few - 1) * max(flowing)
+    return Prediction(plan, needs, seconds + max(need.optimizer for need in needs))
 
 
 def _fewer_micro_batches(settings: Settings) -> tuple[Settings, int]:
     """Settings with few micro-batches of the same rows, and how many there are."""
     plan, micros = settings.plan, settings.plan.accumulate_grad_batches
-    few = MICROS * (plan.stages if plan.pipeline > 1 else 1)
-    keeps = plan.pipeline > 1 and (plan.schedule in ALL_AT_ONCE or SCHEDULES[plan.schedule].splits_backward)
-    if micros <= few or keeps:
+    few = {"1f1b": plan.pipeline + 1, "interleaved": 2 * plan.stages}.get(plan.schedule, micros) if plan.pipeline > 1 else MICROS
+    if micros <= few:
         return settings, micros
     rows = plan.micro_batch(settings.config.global_batch)
     config = replace(settings.config, global_batch=rows * plan.readers * few)
@@ -107,6 +125,11 @@ def received(settings: Settings, rank: int, whole: Stages) -> int:
     numbers, last = stages_held(plan, rank, whole), len(whole.split) - 1
     hidden = whole.width * PRECISIONS[plan.precision][0].itemsize * sum((n > 0) + (n < last) for n in numbers)
     return plan.micro_batch(config.global_batch) * config.sequence * (2 * torch.long.itemsize + hidden)
+
+
+def blocks_held(plan: Plan, rank: int, whole: Stages) -> int:
+    """How many blocks a rank has."""
+    return sum(len(whole.split[number]) for number in stages_held(plan, rank, whole))
 
 
 def stages_held(plan: Plan, rank: int, whole: Stages) -> list[int]:
@@ -133,14 +156,15 @@ def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, copi
         step = simulate(settings, vocabulary, rank, copies=copies)
         return _view(step), step.waits
     few, more = (simulate(settings, vocabulary, rank, blocks, copies) for blocks in (FEW, MORE))
-    held = sum(len(whole.split[number]) for number in stages_held(plan, rank, whole))
     if few.blocks == more.blocks:  # this rank's stages are shorter than others'
         return _view(more), more.waits
-    return _between(_view(few), _view(more), held), more.waits
+    return _between(_view(few), _view(more), blocks_held(plan, rank, whole)), more.waits
 
 
 def _view(step: Step) -> _View:
-    return _View(step.blocks, peaks(step.trace), _heap(step.trace), dict(step.trace.work))
+    found = peaks(step.trace)
+    found.pop(BEFORE, None)
+    return _View(step.blocks, found, _heap(step.trace), dict(step.trace.work))
 
 
 def _between(few: _View, more: _View, blocks: int) -> _View:
@@ -169,7 +193,11 @@ def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device) -> Ne
         parts["process"] = device.process[int(plan.world > 1)]
     else:
         parts["overhead"] = device.context
-    return Need(rank, parts, _seconds(view.work, micros, plan, device))
+    step = {phase: counter for phase, counter in view.work.items() if phase.startswith("step 1")}
+    update = {phase: step.pop(phase) for phase in list(step) if phase.endswith("optimizer")}
+    again = max(1, micros - 1) if plan.pipeline == 1 else 1
+    optimizer = _seconds(update, 1, plan, device)
+    return Need(rank, parts, _seconds(step, again, plan, device) + optimizer, optimizer)
 
 
 def _heap(trace: Trace) -> int:
@@ -183,14 +211,12 @@ def _heap(trace: Trace) -> int:
 
 
 def _seconds(work: dict[str, Counter[Work]], micros: int, plan: Plan, device: Device) -> float:
-    """Of one step: each operation takes what its arithmetic or its memory takes, whichever is longer (the roofline of Williams
-    et al. 2009), and what starting it takes. DDP and FSDP2 send while a device of its own computes; processes that share cores
-    do one or the other."""
+    """Of these phases, those of the second micro-batch so many times: each operation takes what its arithmetic or its memory
+    takes, whichever is longer (the roofline of Williams et al. 2009), and what starting it takes. DDP and FSDP2 send while a
+    device of its own computes; processes that share cores do one or the other."""
     computing = blocking = beside = 0.0
     for phase, counter in work.items():
-        if not phase.startswith("step 1"):
-            continue
-        again = max(1, micros - 1) if "micro-batch 1" in phase and plan.pipeline == 1 else 1
+        again = micros if "micro-batch 1" in phase else 1
         for kind, count in counter.items():
             seconds = again * count * _cost(kind, device)
             if not kind.collective:

@@ -7,19 +7,15 @@ are made with real numbers; nothing is moved to a device or broadcast; and FSDP2
 """
 
 import contextlib
-import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
-import torch.distributed.device_mesh as device_mesh
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -27,11 +23,12 @@ from leanlm import build
 from leanlm.config import Settings
 from leanlm.data.batches import Batch
 from leanlm.models.contract import without_storage
-from leanlm.planning.trace import Trace, Work
+from leanlm.planning import pretend
+from leanlm.planning.trace import Trace
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
 
-STEPS = 2  # the optimizer makes its state in the first
+BEFORE = "before"  # phase in which the optimizer gets its state, which no run has
 
 
 @dataclass
@@ -50,28 +47,31 @@ class Step:
 
 
 def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | None = None, copies: bool = False) -> Step:
-    """Two training steps of one rank.
+    """A training step of one rank, by an optimizer that has its state.
 
     Args:
         settings: `plan` is resolved; the corpus is not read.
         vocabulary: token types.
         rank: from 0 to below `settings.plan.world`.
-        blocks: build at most so many of each stage; None: all.
+        blocks: build at most so many of each stage, of a model whose `depth` is their number; None: all.
         copies: count those that gloo makes.
     """
     plan = replace(settings.plan, compile=False)  # what a compiler fuses is not known before; it holds no more
     config = replace(settings.config, device={"accelerator": "cpu"})
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a question whether there is one
     trace, whole = Trace(vocabulary, copies), stages(config, plan, vocabulary)
-    built = [names[:blocks] for names in whole.split]
+    built = [len(names[:blocks]) for names in whole.split]
     if plan.pipeline > 1:
-        plan = replace(plan, stage_blocks=[len(names) for names in built])
+        plan = replace(plan, stage_blocks=built)
+    if blocks is not None:
+        config = replace(config, model={**config.model, "depth": sum(built)})
     settings = replace(settings, plan=plan, config=config)
+    steps = 2 if plan.step_in_backward else 1  # only its own step gives such an optimizer its state
     with (
-        _ranks(rank, plan.world),
-        _meshes_with_numbers(),
-        _resizing(trace, plan),
-        _only({name for names in built for name in names}),
+        pretend.ranks(rank, plan.world),
+        pretend.meshes_with_numbers(),
+        pretend.resizing(trace, plan),
+        pretend.few_chunks(trace),
         FakeTensorMode(allow_non_fake_inputs=True),
         trace,
     ):
@@ -79,13 +79,13 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
         module = build.module(settings, cut)
         trace.mark("weights", cut.net.parameters())
         trace.mark("buffers", cut.net.buffers())
-        trainer = build.trainer(settings, [_Phases(trace)], [], STEPS)
+        trainer = build.trainer(settings, [_Phases(trace)], [], steps)
         if plan.world > 1 and not plan.cuts_model:
-            trainer.strategy._setup_model = partial(_with_buckets, trace)  # type: ignore[method-assign]
+            trainer.strategy._setup_model = partial(pretend.with_buckets, trace)  # type: ignore[method-assign]
         trainer.strategy.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]
         module.to = module.cpu = lambda *args, **kwargs: module  # type: ignore[method-assign]  # they are there already
         with contextlib.redirect_stdout(None):
-            trainer.fit(module, _Batches(settings))
+            trainer.fit(module, _Batches(settings, steps))
     waits = 0.0
     if module.pipeline is not None:
         order = balance.order_of(module.pipeline.schedule, plan.accumulate_grad_batches)
@@ -95,7 +95,8 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
 
 @dataclass(frozen=True)
 class Stages:
-    """A model as a plan's pipeline splits it: blocks of each stage, cost of each part, and whether all blocks are alike."""
+    """A model as a plan's pipeline splits it: blocks of each stage, cost of each part, and whether `depth` is how many there are
+    of one kind."""
 
     split: list[list[str]]
     cost: dict[str, float]
@@ -118,109 +119,21 @@ def stages(config: Any, plan: Plan, vocabulary: int) -> Stages:
         parts = {"embed": net.embed, **dict(net.blocks.items()), "head": net.head}
         elements = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
         count = sum(parameter.numel() for parameter in net.parameters())
-        _known[key] = balance.costs(net), len(shapes) == 1, count, elements, net.carries_state, net.width
+        alike = len(shapes) == 1 and config.model.get("depth") == len(net.blocks)
+        _known[key] = balance.costs(net), alike, count, elements, net.carries_state, net.width
     cost, *rest = _known[key]
     return Stages(balance.split(cost, plan), cost, *rest)
 
 
-@contextlib.contextmanager
-def _only(blocks: set[str]) -> Iterator[None]:
-    """Of the models that are built, only these blocks stay."""
-    whole = build.model
-
-    def some(*args: Any) -> Any:
-        net = whole(*args)
-        for name in set(net.blocks) - blocks:
-            del net.blocks[name]
-        return net
-
-    with mock.patch.object(build, "model", some):
-        yield
-
-
-@contextlib.contextmanager
-def _ranks(rank: int, world: int) -> Iterator[None]:
-    """As if this process were one of several."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    before = dict(os.environ)
-    if world > 1:
-        words = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        os.environ.update({key: str(value) for key, value in words.items()})
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        yield
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
-            _forget_meshes()
-        for key in set(os.environ) - set(before):
-            del os.environ[key]
-        os.environ.update(before)
-
-
-def _forget_meshes() -> None:
-    """DTensor remembers how it spread the results of operations, on meshes whose groups are gone."""
-    from torch.distributed.tensor import DTensor, _redistribute, debug
-
-    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
-    for module, name in ((_redistribute._gen_transform_infos, "cache_clear"), (debug, "_clear_fast_path_sharding_prop_cache")):
-        getattr(module, name, lambda: None)()  # torch 2.11 has not all of them
-
-
-@contextlib.contextmanager
-def _meshes_with_numbers() -> Iterator[None]:
-    def real(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with _disable_current_modes():
-                return function(*args, **kwargs)
-
-        return run
-
-    mesh = device_mesh.DeviceMesh
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(device_mesh, "init_device_mesh", real(device_mesh.init_device_mesh)))
-        for name in ("__init__", "__getitem__", "_flatten", "get_group", "get_local_rank"):
-            patches.enter_context(mock.patch.object(mesh, name, real(getattr(mesh, name))))
-        yield
-
-
-@contextlib.contextmanager
-def _resizing(trace: Trace, plan: Plan) -> Iterator[None]:
-    """FSDP2 empties the storage of weights that it had gathered, and fills it again, past the dispatcher: the trace is told."""
-    if plan.shard == 1:
-        yield
-        return
-    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
-
-    def told(function: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-        def run(tensor: Tensor) -> None:
-            function(tensor)
-            trace.resized(tensor)
-
-        return run
-
-    with contextlib.ExitStack() as patches:
-        for module, name in (
-            (_fsdp_param, "alloc_storage"),
-            (_fsdp_param, "free_storage"),
-            (_fsdp_param_group, "alloc_storage"),
-        ):
-            if hasattr(module, name):
-                patches.enter_context(mock.patch.object(module, name, told(getattr(module, name))))
-        yield
-
-
 class _Batches:
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, steps: int) -> None:
+        self.settings, self.steps = settings, steps
 
     def __iter__(self) -> Iterator[Batch]:
         config, plan = self.settings.config, self.settings.plan
         rows = config.global_batch // (plan.readers * plan.batches_per_step)
-        for step in range(STEPS):
-            # the first step only makes the optimizer's state: one row is enough, unless a pipeline has promised its shapes
-            here = 1 if step == 0 and plan.pipeline == 1 else rows
+        for step in range(2 - self.steps, 2):
+            here = rows if step or plan.pipeline > 1 else 1  # to make a state one is enough, unless stages have agreed on shapes
             for micro in range(plan.batches_per_step):
                 with _disable_current_modes():
                     numbers = torch.arange(micro * rows, micro * rows + here)
@@ -244,6 +157,13 @@ class _Phases(pl.Callback):
                 block.register_forward_hook(partial(self._block, _place(i, len(blocks)), _place(i + 1, len(blocks))))
         for parameter in module.net.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: self.trace.mark("gradients", [p.grad]))
+        if not module.plan.step_in_backward:
+            (optimizer,) = trainer.optimizers
+            self.trace.enter(BEFORE)
+            for parameter in module.net.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Batch, index: int) -> None:
         self.step, self.micro, self.backwards = batch.step, batch.micro, False
@@ -284,22 +204,3 @@ def _place(block: int, blocks: int) -> str:
     if block == blocks:
         return "head"
     return str(block) if block < 2 else str(block - blocks) if blocks - block <= 2 else "middle"
-
-
-def _with_buckets(trace: Trace, model: nn.Module) -> nn.Module:
-    """DDP's reducer as far as memory goes: gradients are views of flat buckets, which stay."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    flat = torch.empty(sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype)
-    places = dict(zip(parameters, flat.split([parameter.numel() for parameter in parameters]), strict=True))
-
-    def into_bucket(parameter: Any) -> None:
-        place = places[parameter].view_as(parameter)
-        if parameter.grad is not None and parameter.grad.untyped_storage()._cdata != flat.untyped_storage()._cdata:
-            place.copy_(parameter.grad)
-            parameter.grad = place
-            payload = Work(collective="all-reduce", size=place.numel() * place.element_size(), ranks=dist.get_world_size())
-            trace.work[trace.phase][payload] += 1
-
-    for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(into_bucket)
-    return model

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 PARTS = ("weights", "gradients", "state", "activations", "logits", "buffers", "temporaries")
 COLLECTIVES = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
                "reduce_scatter": "reduce-scatter", "send": "send", "recv": "recv", "broadcast": "broadcast"}  # fmt: skip
+DEVICE = torch.ops.prim.device.default
 
 
 class Work(NamedTuple):
@@ -66,6 +67,7 @@ class Trace(TorchDispatchMode):
         self.sizes: dict[int, int] = {}
         self.count = 0
         self.phase, self.faked = "build", False
+        self.times = 1  # that what runs now counts for
 
     def __enter__(self) -> "Trace":
         self.faked = active_fake_mode() is not None
@@ -101,6 +103,8 @@ class Trace(TorchDispatchMode):
             self.sizes[number] = now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE:  # of each fake tensor it is asked often
+            return args[0].fake_device
         kwargs = kwargs or {}
         inputs = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
         plain = all(type(part) is Tensor for part in inputs)  # row numbers and device meshes, which have values
@@ -164,7 +168,7 @@ class Trace(TorchDispatchMode):
             if collective:
                 tensors = [*inputs, *fresh]
                 payload = max(map(_bytes, tensors))
-                self.work[self.phase][Work(collective=collective, size=payload, ranks=_ranks(args))] += 1
+                self.work[self.phase][Work(collective=collective, size=payload, ranks=_ranks(args))] += self.times
                 self._copy(payload if collective in ("all-gather", "reduce-scatter") else 0)
             return
         writes = fresh or ([args[0]] if kind.rstrip("_") != kind and inputs else [])
@@ -176,7 +180,7 @@ class Trace(TorchDispatchMode):
         )
         moved = sum(map(_bytes, {id(part): part for part in [*inputs, *fresh]}.values()))
         dtype = str(writes[0].dtype if writes and isinstance(writes[0], Tensor) else inputs[0].dtype).removeprefix("torch.")
-        self.work[self.phase][Work(flops, moved, dtype)] += 1
+        self.work[self.phase][Work(flops, moved, dtype)] += self.times
 
 
 @cache

@@ -1,0 +1,125 @@
+"""What a simulation replaces: what would need storage, other processes, or more time than its repetitions are worth."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.distributed.device_mesh as device_mesh
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from leanlm.memory import loss
+from leanlm.planning.trace import Trace, Work
+from leanlm.strategies.plan import Plan
+
+
+@contextlib.contextmanager
+def ranks(rank: int, world: int) -> Iterator[None]:
+    """As if this process were one of several."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    before = dict(os.environ)
+    if world > 1:
+        words = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ.update({key: str(value) for key, value in words.items()})
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+            _forget_meshes()
+        for key in set(os.environ) - set(before):
+            del os.environ[key]
+        os.environ.update(before)
+
+
+def _forget_meshes() -> None:
+    """DTensor remembers how it spread the results of operations, on meshes whose groups are gone."""
+    from torch.distributed.tensor import DTensor, _redistribute, debug
+
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+    for module, name in ((_redistribute._gen_transform_infos, "cache_clear"), (debug, "_clear_fast_path_sharding_prop_cache")):
+        getattr(module, name, lambda: None)()  # torch 2.11 has not all of them
+
+
+@contextlib.contextmanager
+def meshes_with_numbers() -> Iterator[None]:
+    def real(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return run
+
+    mesh = device_mesh.DeviceMesh
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(device_mesh, "init_device_mesh", real(device_mesh.init_device_mesh)))
+        for name in ("__init__", "__getitem__", "_flatten", "get_group", "get_local_rank"):
+            patches.enter_context(mock.patch.object(mesh, name, real(getattr(mesh, name))))
+        yield
+
+
+@contextlib.contextmanager
+def resizing(trace: Trace, plan: Plan) -> Iterator[None]:
+    """FSDP2 empties the storage of weights that it had gathered, and fills it again, past the dispatcher: the trace is told."""
+    if plan.shard == 1:
+        yield
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+
+    def told(function: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        def run(tensor: Tensor) -> None:
+            function(tensor)
+            trace.resized(tensor)
+
+        return run
+
+    with contextlib.ExitStack() as patches:
+        for module, name in (
+            (_fsdp_param, "alloc_storage"),
+            (_fsdp_param, "free_storage"),
+            (_fsdp_param_group, "alloc_storage"),
+        ):
+            if hasattr(module, name):
+                patches.enter_context(mock.patch.object(module, name, told(getattr(module, name))))
+        yield
+
+
+@contextlib.contextmanager
+def few_chunks(trace: Trace) -> Iterator[None]:
+    """Of a head's chunks of tokens, those between the first and the last are alike: one is run, and its work counts for all."""
+    every = loss.chunks
+
+    def some(tokens: int, size: int) -> Iterator[int]:
+        firsts = list(every(tokens, size))
+        for first in firsts[:2] + firsts[2:][-1:]:
+            trace.times = max(1, len(firsts) - 2) if first in firsts[1:2] else 1
+            yield first
+        trace.times = 1
+
+    with mock.patch.object(loss, "chunks", some):
+        yield
+
+
+def with_buckets(trace: Trace, model: nn.Module) -> nn.Module:
+    """DDP's reducer as far as memory goes: gradients are views of flat buckets, which stay."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    flat = torch.empty(sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype)
+    places = dict(zip(parameters, flat.split([parameter.numel() for parameter in parameters]), strict=True))
+
+    def into_bucket(parameter: Any) -> None:
+        place = places[parameter].view_as(parameter)
+        if parameter.grad is not None and parameter.grad.untyped_storage()._cdata != flat.untyped_storage()._cdata:
+            place.copy_(parameter.grad)
+            parameter.grad = place
+            payload = Work(collective="all-reduce", size=place.numel() * place.element_size(), ranks=dist.get_world_size())
+            trace.work[trace.phase][payload] += 1
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(into_bucket)
+    return model
