@@ -15,13 +15,15 @@ import tempfile
 from pathlib import Path
 
 STEPS = 3
+SMALLEST, LARGEST = 512 << 20, 14 << 30  # bytes: of the fullest rank (below, it is libraries that are measured); of all
+LONGEST = 25  # seconds of a step
 MODELS = {  # name -> overrides that may be drawn
-    "transformer": {"model.width": [128, 256, 384, 512], "model.depth": [4, 6, 8], "model.tied": ["true", "false"]},
-    "gpt2": {"model.width": [192, 384, 768], "model.depth": [4, 6], "model.dropout": [0.0, 0.1]},
-    "llama": {"model.width": [256, 512], "model.depth": [4, 8]},
-    "lstm": {"model.width": [256, 512, 1024], "model.depth": [2, 4], "model.dropout": [0.0, 0.2]},
-    "gru": {"model.width": [256, 512], "model.depth": [2, 4]},
-    "elman": {"model.width": [256, 512], "model.depth": [2, 4]},
+    "transformer": {"model.width": [512, 768, 1024], "model.depth": [4, 6, 12], "model.tied": ["true", "false"]},
+    "gpt2": {"model.width": [384, 768, 1024], "model.depth": [6, 12], "model.dropout": [0.0, 0.1]},
+    "llama": {"model.width": [512, 768], "model.depth": [4, 8, 12]},
+    "lstm": {"model.width": [512, 1024, 1536], "model.depth": [2, 4], "model.dropout": [0.0, 0.2]},
+    "gru": {"model.width": [512, 1024, 1536], "model.depth": [2, 4]},
+    "elman": {"model.width": [512, 1024], "model.depth": [2, 4, 6]},
 }
 PLANS = [
     "strategy=single", "strategy=accumulate", "strategy=ddp devices=2", "strategy=ddp devices=2 strategy.zero1=true",
@@ -44,7 +46,7 @@ def draw(rng: random.Random) -> list[str]:
     model = rng.choice(list(MODELS))
     found = [f"model={model}", *(f"{key}={rng.choice(values)}" for key, values in MODELS[model].items())]
     found += rng.choice(PLANS).split() + [f"{key}={rng.choice(values)}" for key, values in LEVERS.items()]
-    found += [f"global_batch={rng.choice([8, 16, 32])}", f"sequence={rng.choice([64, 128, 256, 512])}"]
+    found += [f"global_batch={rng.choice([8, 16, 32, 64])}", f"sequence={rng.choice([128, 256, 512])}"]
     found += [f"optim={rng.choice(['adamw', 'adamw', 'muon', 'adafactor', 'sgd'])}"]
     return found + rng.choice([["data.tokenizer=byte"], ["data.tokenizer=word", "data.vocabulary=8000"]])
 
@@ -108,7 +110,9 @@ def main() -> None:
                 if "UserError" in str(error):
                     continue  # cannot work
                 predicted = {"error": str(error)}
-            if predicted.get("seconds", 0) > 20:
+            growth = [rank["peak"] - rank["parts"]["process"] for rank in predicted.get("ranks", [])] or [SMALLEST]
+            ranks = int(dict(part.split("=", 1) for part in overrides).get("devices", 1))
+            if predicted.get("seconds", 0) > LONGEST or not SMALLEST <= max(growth) <= LARGEST / ranks:
                 continue
             measured = measure(overrides + common, Path(folder, f"run{done}"))
             done += 1

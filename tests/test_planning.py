@@ -19,7 +19,7 @@ from leanlm.launch import WorkerFailed, launch, process_group
 from leanlm.memory import loss
 from leanlm.planning import pretend
 from leanlm.planning.device import Device, memory_limit, of_config, size
-from leanlm.planning.predict import _between, _fewer_micro_batches, _view, kinds_of_ranks, predict, received
+from leanlm.planning.predict import _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
 from leanlm.planning.search import families, meshes
 from leanlm.planning.simulate import simulate, stages
 from leanlm.planning.trace import Trace, peaks
@@ -103,9 +103,11 @@ def test_few_blocks_say_what_all_blocks_need(plan: str, text: Path) -> None:
     asked = settings(text, *plan.split())
     blocks = asked.config.model["depth"] // asked.plan.stages
     for rank in (0, asked.plan.world - 1):
-        few, more, all_ = (_view(simulate(asked, 256, rank, count)) for count in (4, 5, None))
-        found = _between(few, more, all_.blocks)
-        assert all_.blocks == blocks * asked.plan.stages // asked.plan.pipeline
+        steps = [simulate(asked, 256, rank, count) for count in (4, 5, None)]
+        few, more, all_ = map(_view, steps)
+        held = [step.blocks for step in steps]
+        found = _between(few, more, (held[2] - held[0]) / (held[1] - held[0]))
+        assert held[2] == blocks * asked.plan.stages // asked.plan.pipeline
         largest = [max(sum(parts.values()) for parts in view.peaks.values()) for view in (found, all_)]
         assert largest[0] == largest[1]
         ends = {phase for phase in all_.peaks if "middle" not in phase}  # where the peak lies may change with the depth
@@ -132,6 +134,20 @@ def test_a_pipeline_holds_only_its_buffers_more_however_many_micro_batches_flow_
         assert 0 <= largest[1] - largest[0] - expected <= 4 * more  # the last stage also keeps each one's loss, 4 bytes
         assert rank in counted or largest[1] <= before
         before = largest[1]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", *map(slow, ("LoopedBFS", "zero-bubble", "DualPipeV", "InterleavedZeroBubble"))])
+def test_each_micro_batch_of_other_schedules_adds_as_much(schedule: str, text: Path) -> None:
+    asked = settings(text, "strategy=pipeline", f"strategy.schedule={schedule}", "global_batch=24",
+                     "strategy.accumulate_grad_batches=24")  # fmt: skip
+    fewer, _ = _fewer_micro_batches(asked)
+    few = fewer.plan.accumulate_grad_batches
+    for rank in (0, 1):
+        one, two, all_ = (_view(simulate(each, 256, rank)) for each in (fewer, _with(asked, few + 2), asked))
+        found = _between(one, two, (24 - few) / 2)
+        largest = [max(sum(parts.values()) for parts in view.peaks.values()) for view in (found, all_)]
+        assert largest[0] == largest[1]
+        assert found.heap == all_.heap
 
 
 def test_fsdp_holds_shards_alone_between_steps_and_while_it_is_built(text: Path) -> None:

@@ -15,6 +15,7 @@ from leanlm.strategies.schedules import SCHEDULES, stages_of
 
 FEW, MORE = 4, 5  # blocks of a stage that are simulated; what the others add is the difference
 MICROS = 2  # micro-batches that are simulated; the others are as the last of these (a pipeline's: see _fewer_micro_batches)
+BUFFERS_ALONE = ("1f1b", "interleaved")  # schedules under which a micro-batch more takes its buffers; others keep more of each
 ONE_PROCESS, SEVERAL = 60 << 20, 70 << 20  # bytes: pages of libraries that steps and checkpoints touch
 OVERLAP = 0.7  # share of the computation beside which gradients and weights can be sent
 HEAP = 0.45  # of small tensors' bytes: what glibc's heap holds beyond them (memalign cannot reuse a hole of its own size)
@@ -76,7 +77,8 @@ def kinds_of_ranks(plan: Plan, whole: Stages) -> list[int]:
     places = [place * (plan.world // plan.pipeline) for place in range(plan.pipeline)]
     if plan.pipeline == 1 or SCHEDULES[plan.schedule].splits_backward:
         return places
-    found, most = [], 0
+    found: list[int] = []
+    most = 0
     for rank in places[1:-1]:
         held = blocks_held(plan, rank, whole)
         if held > most:
@@ -91,11 +93,15 @@ def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
     few = small.plan.accumulate_grad_batches
     whole = stages(settings.config, plan, vocabulary)
     needs, waits = [], 0.0
-    share = device.share(plan.world)
+    share, copies = device.share(plan.world), device.accelerator == "cpu"
     for rank in kinds_of_ranks(plan, whole):
-        view, waits = _view_of(small, vocabulary, rank, whole, copies=device.accelerator == "cpu")
+        view, waits = _view_of(small, vocabulary, rank, whole, copies)
+        if micros > few and plan.pipeline > 1 and plan.schedule not in BUFFERS_ALONE:
+            more, _ = _view_of(_with(settings, few + plan.pipeline), vocabulary, rank, whole, copies)
+            view = replace(_between(view, more, (micros - few) / plan.pipeline), work=view.work)
         need = _need(rank, view, micros, plan, share)
-        need.parts["buffers"] += (micros - few) * received(settings, rank, whole)
+        if plan.schedule in BUFFERS_ALONE:
+            need.parts["buffers"] += (micros - few) * received(settings, rank, whole)
         needs.append(need)
     if plan.pipeline == 1:
         return Prediction(plan, needs, needs[0].seconds)
@@ -107,13 +113,17 @@ def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
 
 def _fewer_micro_batches(settings: Settings) -> tuple[Settings, int]:
     """Settings with few micro-batches of the same rows, and how many there are."""
-    plan, micros = settings.plan, settings.plan.accumulate_grad_batches
-    few = {"1f1b": plan.pipeline + 1, "interleaved": 2 * plan.stages}.get(plan.schedule, micros) if plan.pipeline > 1 else MICROS
-    if micros <= few:
-        return settings, micros
-    rows = plan.micro_batch(settings.config.global_batch)
-    config = replace(settings.config, global_batch=rows * plan.readers * few)
-    return replace(settings, config=config, plan=replace(plan, accumulate_grad_batches=few)), micros
+    plan, micros, few = settings.plan, settings.plan.accumulate_grad_batches, MICROS
+    if plan.pipeline > 1:
+        few = {"1f1b": plan.pipeline + 1, "gpipe": plan.stages, "LoopedBFS": plan.stages}.get(plan.schedule, 2 * plan.stages)
+    return (settings if micros <= few else _with(settings, few)), micros
+
+
+def _with(settings: Settings, micros: int) -> Settings:
+    """Settings with another count of micro-batches of the same rows."""
+    rows = settings.plan.micro_batch(settings.config.global_batch)
+    config = replace(settings.config, global_batch=rows * settings.plan.readers * micros)
+    return replace(settings, config=config, plan=replace(settings.plan, accumulate_grad_batches=micros))
 
 
 def received(settings: Settings, rank: int, whole: Stages) -> int:
@@ -140,9 +150,8 @@ def stages_held(plan: Plan, rank: int, whole: Stages) -> list[int]:
 
 @dataclass
 class _View:
-    """A simulated rank as numbers that grow evenly with its blocks."""
+    """A simulated rank as numbers that grow evenly with its blocks and micro-batches."""
 
-    blocks: int
     peaks: dict[str, dict[str, int]]
     heap: int
     work: dict[str, Counter[Work]]
@@ -158,18 +167,18 @@ def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, copi
     few, more = (simulate(settings, vocabulary, rank, blocks, copies) for blocks in (FEW, MORE))
     if few.blocks == more.blocks:  # this rank's stages are shorter than others'
         return _view(more), more.waits
-    return _between(_view(few), _view(more), blocks_held(plan, rank, whole)), more.waits
+    times = (blocks_held(plan, rank, whole) - few.blocks) / (more.blocks - few.blocks)
+    return _between(_view(few), _view(more), times), more.waits
 
 
 def _view(step: Step) -> _View:
     found = peaks(step.trace)
     found.pop(BEFORE, None)
-    return _View(step.blocks, found, _heap(step.trace), dict(step.trace.work))
+    return _View(found, _heap(step.trace), dict(step.trace.work))
 
 
-def _between(few: _View, more: _View, blocks: int) -> _View:
-    """The view of a rank with so many blocks: what each block more adds is the same."""
-    times = (blocks - few.blocks) / (more.blocks - few.blocks)
+def _between(few: _View, more: _View, times: float) -> _View:
+    """The view of a rank with more blocks or micro-batches: `few` and so many times what `more` has beyond it."""
 
     def line(low: float, high: float) -> int:
         return round(low + times * (high - low))
@@ -183,7 +192,7 @@ def _between(few: _View, more: _View, blocks: int) -> _View:
     for phase in few.work.keys() | more.work.keys():
         low, high = few.work.get(phase, Counter()), more.work.get(phase, Counter())
         work[phase] = Counter({kind: line(low[kind], high[kind]) for kind in low.keys() | high.keys()})
-    return _View(blocks, found, line(few.heap, more.heap), work)
+    return _View(found, line(few.heap, more.heap), work)
 
 
 def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device) -> Need:

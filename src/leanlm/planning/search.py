@@ -6,6 +6,7 @@ what one block keeps); from the fastest on, plans are simulated until enough of 
 
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import connection
 from typing import Any
+
+import torch
 
 from leanlm.config import Settings, cuts
 from leanlm.errors import UserError
@@ -88,6 +91,8 @@ def families(settings: Settings, devices: int, recurrent: bool, allow: Iterable[
                 plan = replace(base, **axes, **lever, **change, schedule=schedule, zero1=divided, offload=offload,
                                accumulate_grad_batches=micros, stages_per_device=None, stage_blocks=None)  # fmt: skip
                 if plan.step_in_backward and micros > 1:
+                    continue
+                if schedule == "zero-bubble" and plan.recompute != "none":  # repeats much, frees nothing
                     continue
                 plan, problems = resolve(plan, devices, config.global_batch)
                 if not problems and not of_optimizer(plan, config.optim.name, config.clip):
@@ -227,7 +232,9 @@ class _Worker:
     """A process that simulates one plan after the other. It may be killed at any time, which a pool's may not."""
 
     def __init__(self, *fixed: Any) -> None:
-        context = multiprocessing.get_context("spawn")
+        # what this process has imported need not be imported again; a driver or threads elsewhere do not live through a fork
+        forks = sys.platform == "linux" and not torch.cuda.is_initialized()
+        context: Any = multiprocessing.get_context("fork" if forks else "spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_simulate_all, args=(theirs, *fixed), daemon=True)
         self.process.start()
@@ -246,8 +253,6 @@ class _Worker:
 
 
 def _simulate_all(pipe: Any, settings: Settings, vocabulary: int, device: Device) -> None:
-    import torch
-
     from leanlm.planning.predict import predict
 
     torch.set_num_threads(1)

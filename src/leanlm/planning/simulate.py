@@ -95,8 +95,8 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
 
 @dataclass(frozen=True)
 class Stages:
-    """A model as a plan's pipeline splits it: blocks of each stage, cost of each part, and whether `depth` is how many there are
-    of one kind."""
+    """A model as a plan's pipeline splits it: blocks of each stage, cost of each part, whether `depth` is how many of one
+    kind there are."""
 
     split: list[list[str]]
     cost: dict[str, float]
@@ -133,7 +133,7 @@ class _Batches:
         config, plan = self.settings.config, self.settings.plan
         rows = config.global_batch // (plan.readers * plan.batches_per_step)
         for step in range(2 - self.steps, 2):
-            here = rows if step or plan.pipeline > 1 else 1  # to make a state one is enough, unless stages have agreed on shapes
+            here = rows if step or plan.pipeline > 1 else 1  # one makes a state, unless stages have agreed on shapes
             for micro in range(plan.batches_per_step):
                 with _disable_current_modes():
                     numbers = torch.arange(micro * rows, micro * rows + here)
