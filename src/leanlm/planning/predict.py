@@ -8,12 +8,11 @@ import torch
 from leanlm.config import Settings
 from leanlm.memory.malloc import LARGE
 from leanlm.planning.device import Device
-from leanlm.planning.simulate import BEFORE, Stages, Step, simulate, stages
+from leanlm.planning.simulate import BEFORE, Stages, Step, ends, simulate, stages
 from leanlm.planning.trace import PARTS, Trace, Work, peaks
 from leanlm.strategies.plan import PRECISIONS, Plan
 from leanlm.strategies.schedules import SCHEDULES, stages_of
 
-FEW, MORE = 4, 5  # blocks of a stage that are simulated; what the others add is the difference
 MICROS = 2  # micro-batches that are simulated; the others are as the last of these (a pipeline's: see _fewer_micro_batches)
 BUFFERS_ALONE = ("1f1b", "interleaved")  # schedules under which a micro-batch more takes its buffers; others keep more of each
 ONE_PROCESS, SEVERAL = 60 << 20, 70 << 20  # bytes: pages of libraries that steps and checkpoints touch
@@ -161,10 +160,11 @@ def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, copi
     """A rank with all its blocks, and the share of the time that a pipeline waits."""
     plan = settings.plan
     even = whole.alike and plan.recompute in ("none", "blocks", "operators")
-    if not even or max(map(len, whole.split)) <= MORE:
+    ended = 2 * ends(plan)  # so many blocks of a stage are simulated, and one more: what the others add is the difference
+    if not even or max(map(len, whole.split)) <= ended + 1:
         step = simulate(settings, vocabulary, rank, copies=copies)
         return _view(step), step.waits
-    few, more = (simulate(settings, vocabulary, rank, blocks, copies) for blocks in (FEW, MORE))
+    few, more = (simulate(settings, vocabulary, rank, blocks, copies) for blocks in (ended, ended + 1))
     if few.blocks == more.blocks:  # this rank's stages are shorter than others'
         return _view(more), more.waits
     times = (blocks_held(plan, rank, whole) - few.blocks) / (more.blocks - few.blocks)

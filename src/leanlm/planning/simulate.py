@@ -79,7 +79,7 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
         module = build.module(settings, cut)
         trace.mark("weights", cut.net.parameters())
         trace.mark("buffers", cut.net.buffers())
-        trainer = build.trainer(settings, [_Phases(trace)], [], steps)
+        trainer = build.trainer(settings, [_Phases(trace, ends(plan))], [], steps)
         if plan.world > 1 and not plan.cuts_model:
             trainer.strategy._setup_model = partial(pretend.with_buckets, trace)  # type: ignore[method-assign]
         trainer.strategy.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]
@@ -144,8 +144,8 @@ class _Batches:
 class _Phases(pl.Callback):
     """Names the phases of a step, and what its tensors are."""
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
+    def __init__(self, trace: Trace, ends: int) -> None:
+        self.trace, self.ends = trace, ends
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         self.step = self.micro = 0
@@ -154,7 +154,8 @@ class _Phases(pl.Callback):
             stage.register_forward_hook(self._end)
             blocks = list(stage.blocks.values())
             for i, block in enumerate(blocks):
-                block.register_forward_hook(partial(self._block, _place(i, len(blocks)), _place(i + 1, len(blocks))))
+                here, after = (_place(number, len(blocks), self.ends) for number in (i, i + 1))
+                block.register_forward_hook(partial(self._block, here, after))
         for parameter in module.net.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: self.trace.mark("gradients", [p.grad]))
         if not module.plan.step_in_backward:
@@ -199,8 +200,13 @@ class _Phases(pl.Callback):
         self.backwards = True  # what runs again from here on belongs to the backward pass
 
 
-def _place(block: int, blocks: int) -> str:
-    """The first and last two blocks have phases of their own: what grows along the others is largest at one of these."""
+def ends(plan: Plan) -> int:
+    """Blocks at either end of a stage that have phases of their own: what grows along the others is largest at one of these.
+    FSDP2 gathers the next block while one runs."""
+    return 2 if plan.shard > 1 else 1
+
+
+def _place(block: int, blocks: int, ends: int) -> str:
     if block == blocks:
         return "head"
-    return str(block) if block < 2 else str(block - blocks) if blocks - block <= 2 else "middle"
+    return str(block) if block < ends else str(block - blocks) if blocks - block <= ends else "middle"
