@@ -24,7 +24,10 @@ from leanlm.strategies.plan import Plan
 from leanlm.strategies.resolve import of_optimizer, resolve
 
 MARGIN = 0.05  # of a budget that is left free: predictions have errors
-SECONDS, PATIENCE = 11.0, 8.0  # after which no further plan is simulated, and how much longer those at work are waited for
+HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
+LATER = {"interleaved": 1.03, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
+SECONDS = 8.5  # after which no plan is begun
+PATIENCE, LONGEST = 2.5, 20.0  # seconds more for those that were; as long as there is no answer at all
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def families(settings: Settings, devices: int, recurrent: bool, allow: Iterable[
         for lever, change, schedule, divided, offload in product(levers, changes, schedules, zero1, offloads):
             plans = []
             for micros in range(1, config.global_batch // (replicate * shard) + 1):
-                if config.global_batch % (replicate * shard * micros) or (pipeline > 1 and micros > 16 * pipeline):
+                if config.global_batch % (replicate * shard * micros):
                     continue
                 plan = replace(base, **axes, **lever, **change, schedule=schedule, zero1=divided, offload=offload,
                                accumulate_grad_batches=micros, stages_per_device=None, stage_blocks=None)  # fmt: skip
@@ -121,9 +124,12 @@ class _Estimate:
         held = self.parameters * 4 / (plan.pipeline * plan.shard * plan.tensor)
         state = held * self.averages * (0.25 if plan.optimizer_state == "int8" else 1) / (plan.replicate if plan.zero1 else 1)
         rows = plan.micro_batch(config.global_batch)
-        flying = min(plan.accumulate_grad_batches, plan.pipeline) if plan.pipeline > 1 else 1
+        ahead = {"1f1b": plan.pipeline, "interleaved": 1.3 * plan.pipeline}.get(plan.schedule, 1.5 * plan.pipeline)
+        flying = min(plan.accumulate_grad_batches, ahead) if plan.pipeline > 1 else 1
         each = {"none": self.kept, "operators": 0.6 * self.kept, "blocks": self.hidden}.get(plan.recompute, self.kept)
         kept = each * rows * flying * self.blocks / plan.pipeline / plan.tensor**0.8
+        if plan.recompute != "none":
+            kept += self.kept * rows / plan.tensor**0.8  # of the block that is run again
         if plan.recompute_window:
             kept /= 8
         extra = 4 / 3 if plan.recompute == "blocks" or plan.recompute_window else 1.08 if plan.recompute == "operators" else 1
@@ -174,15 +180,17 @@ def search(
     budget = device.share(devices).memory * (1 - MARGIN)
     groups = families(settings, devices, recurrent, allow)
     figures = {id(plans): [rough(plan) for plan in plans] for plans in groups}
-    queue: list[tuple[float, list[Plan]]] = []  # rough seconds, and what is left of a family from there on
+    queue: list[tuple[bool, float, list[Plan]]] = []  # whether it is hopeless, rough seconds, a family from there on
     smallest = min(
         ((figure.bytes, plan) for plans in groups for plan, figure in zip(plans, figures[id(plans)], strict=True)),
         key=lambda pair: pair[0],
     )[1]
     for plans in groups:
-        first = next((i for i, figure in enumerate(figures[id(plans)]) if figure.bytes < 1.1 * budget), len(plans) - 1)
-        queue.append((figures[id(plans)][first].seconds, plans[first:]))
-    queue.sort(key=lambda pair: pair[0])
+        guess = figures[id(plans)]
+        first = next((i for i, figure in enumerate(guess) if figure.bytes < budget), len(plans) - 1)
+        hopeless = guess[first].bytes > HOPELESS * budget
+        queue.append((hopeless, guess[first].seconds * LATER.get(plans[first].schedule, 1), plans[first:]))
+    queue.sort(key=lambda entry: entry[:2])
     fitting: list[Any] = []
     others: list[Any] = []
     until = time.monotonic() + SECONDS
@@ -199,9 +207,10 @@ def search(
         start(smallest, [])
         while running or (queue and len(fitting) < wanted and time.monotonic() < until):
             while queue and waiting and len(fitting) < wanted and time.monotonic() < until:
-                _, plans = queue.pop(0)
+                *_, plans = queue.pop(0)
                 start(plans[0], plans[1:])
-            ready = connection.wait(list(running), max(0.0, until + PATIENCE - time.monotonic()))
+            patience = PATIENCE if fitting or others else LONGEST
+            ready = connection.wait(list(running), max(0.0, until + patience - time.monotonic()))
             if not ready:
                 break
             for pipe in ready:
@@ -213,13 +222,13 @@ def search(
                     continue
                 others.append(found)
                 if rest:  # more micro-batches, of fewer rows: so many that what grows with rows may fit
-                    queue.insert(0, (0.0, rest[_next(found, rest, budget) :]))
+                    queue.insert(0, (False, 0.0, rest[_next(found, rest, budget) :]))
     finally:
         for worker in (*waiting, *(worker for worker, _ in running.values())):
             worker.process.kill()  # Lightning puts off SIGTERM until its loop is done
     if not fitting and not others:
         raise UserError(
-            f"none of {sum(map(len, groups))} plans could be simulated within {SECONDS + PATIENCE:.0f} s: write fewer devices, "
+            f"none of {sum(map(len, groups))} plans could be simulated within {SECONDS + LONGEST:.0f} s: write fewer devices, "
             "a shorter sequence or a smaller model"
         )
     fitting.sort(key=lambda found: found.seconds)
