@@ -187,6 +187,20 @@ def test_three_chunks_of_the_head_say_what_all_need(plan: str, text: Path, monke
         assert few_flops == flops
 
 
+def test_what_is_offloaded_takes_memory_while_it_is_used(text: Path) -> None:
+    """Files are real pages in a run; a simulation has neither."""
+    here, away = (peaks(simulate(settings(text, *rest), 256).trace) for rest in (
+        ["model.width=128", "sequence=64", "optim=adamw", f"strategy.offload={kind}"] for kind in ("none", "all")))  # fmt: skip
+    weights = here["step 1, optimizer"]["weights"]
+    small = 16 * 2 * 2 * 1024 * 7  # bytes of biases and gains, which stay
+    assert here["step 1, micro-batch 0, forward head"]["state"] == pytest.approx(2 * weights, rel=1e-3)
+    assert away["step 1, micro-batch 0, forward head"]["state"] < small
+    kept = here["step 1, micro-batch 0, backward -1"]["activations"]
+    assert away["step 1, micro-batch 0, backward -1"]["activations"] < 0.05 * kept
+    largest = 2 * 4 * 128 * 4 * 128  # bytes of both averages of an MLP's matrix
+    assert away["step 1, optimizer"]["state"] <= small + 3 * largest
+
+
 def test_a_model_the_planner_has_not_seen(text: Path) -> None:
     """Data-dependent shapes, recurrence, offload, bands of rare types: nothing here has a formula of its own."""
     for overrides in (

@@ -12,7 +12,9 @@ import torch.distributed.device_mesh as device_mesh
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from leanlm.memory import loss
+from leanlm import optimizers
+from leanlm.memory import loss, offload
+from leanlm.memory.offload import Scratch
 from leanlm.planning.trace import Trace, Work
 from leanlm.strategies.plan import Plan
 
@@ -103,6 +105,36 @@ def few_chunks(trace: Trace) -> Iterator[None]:
         trace.times = 1
 
     with mock.patch.object(loss, "chunks", some):
+        yield
+
+
+class _File(Scratch):
+    """Tensors in a file: they take memory from when they are used until they are released."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace, self.held = trace, set[int]()
+
+    def empty(self, size: Any, dtype: torch.dtype) -> Tensor:
+        made = torch.empty(size, dtype=dtype)
+        self.held.add(made.untyped_storage()._cdata)
+        return made
+
+    def holds(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self.held
+
+    def release(self, tensor: Tensor) -> None:
+        self.trace.leave(tensor)
+
+    def forget(self, tensor: Tensor) -> None:
+        self.held.discard(tensor.untyped_storage()._cdata)
+        self.trace.leave(tensor)
+
+
+@contextlib.contextmanager
+def file_of_pages(trace: Trace) -> Iterator[None]:
+    """What is offloaded goes to a file that only counts."""
+    file = _File(trace)
+    with mock.patch.object(offload, "scratch", return_value=file), mock.patch.object(optimizers, "scratch", return_value=file):
         yield
 
 

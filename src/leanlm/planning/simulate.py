@@ -72,6 +72,7 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
         pretend.meshes_with_numbers(),
         pretend.resizing(trace, plan),
         pretend.few_chunks(trace),
+        pretend.file_of_pages(trace),
         FakeTensorMode(allow_non_fake_inputs=True),
         trace,
     ):

@@ -65,6 +65,7 @@ class Trace(TorchDispatchMode):
         self.parts: dict[int, str] = {}
         self.known: dict[int, int] = {}  # address of a storage that lives -> its number
         self.sizes: dict[int, int] = {}
+        self.away: dict[int, int] = {}  # address of a storage whose pages have left -> its bytes
         self.count = 0
         self.phase, self.faked = "build", False
         self.times = 1  # that what runs now counts for
@@ -102,6 +103,23 @@ class Trace(TorchDispatchMode):
             self.events.append((number, now - self.sizes[number]))
             self.sizes[number] = now
 
+    def leave(self, tensor: Any) -> None:
+        """The pages of a tensor leave memory until it is used again."""
+        key = _local(tensor).untyped_storage()._cdata
+        number = self.known[key]
+        if key not in self.away:
+            self.away[key] = self.sizes[number]
+            self.events.append((number, -self.sizes[number]))
+            self.sizes[number] = 0
+
+    def _return(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            key = _local(tensor).untyped_storage()._cdata
+            if key in self.away:
+                number = self.known[key]
+                self.sizes[number] = self.away.pop(key)
+                self.events.append((number, self.sizes[number]))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is DEVICE:  # of each fake tensor it is asked often
             return args[0].fake_device
@@ -111,6 +129,8 @@ class Trace(TorchDispatchMode):
         if self.faked and inputs and plain:
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if self.away:
+            self._return(inputs)
         name = func._schema.name
         if name == "aten::_local_scalar_dense":
             return {torch.bool: False}.get(args[0].dtype, 1)
@@ -145,6 +165,7 @@ class Trace(TorchDispatchMode):
     def _gone(self, key: int, number: int) -> None:
         if self.known.get(key) == number:
             del self.known[key]
+            self.away.pop(key, None)
         self.events.append((number, -self.sizes.pop(number)))
 
     def _copy(self, size: int) -> None:
