@@ -14,9 +14,9 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-STEPS = 3
+STEPS = 2
 SMALLEST, LARGEST = 512 << 20, 14 << 30  # bytes: of the fullest rank (below, it is libraries that are measured); of all
-LONGEST = 25  # seconds of a step
+LONGEST = 10  # seconds of a step
 MODELS = {  # name -> overrides that may be drawn
     "transformer": {"model.width": [512, 768, 1024], "model.depth": [4, 6, 12], "model.tied": ["true", "false"]},
     "gpt2": {"model.width": [384, 768, 1024], "model.depth": [6, 12], "model.dropout": [0.0, 0.1]},

@@ -15,9 +15,11 @@ from leanlm.strategies.schedules import SCHEDULES, stages_of
 
 MICROS = 2  # micro-batches that are simulated; the others are as the last of these (a pipeline's: see _fewer_micro_batches)
 BUFFERS_ALONE = ("1f1b", "interleaved")  # schedules under which a micro-batch more takes its buffers; others keep more of each
-ONE_PROCESS, SEVERAL = 60 << 20, 70 << 20  # bytes: pages of libraries that steps and checkpoints touch
+# bytes of what a process that trains touches of its libraries, and makes of them; fitted to runs of scripts/plan_accuracy.py
+ONE_PROCESS, SEVERAL, DTENSOR, PIPELINE, BF16 = 64 << 20, 20 << 20, 33 << 20, 13 << 20, 20 << 20
 OVERLAP = 0.7  # share of the computation beside which gradients and weights can be sent
-HEAP = 0.45  # of small tensors' bytes: what glibc's heap holds beyond them (memalign cannot reuse a hole of its own size)
+# of small tensors' bytes: what glibc's heap holds beyond them, in holes; a recurrence fills its holes with the same few sizes
+HEAP, HEAP_RECURRENT = 0.35, 0.12
 
 
 @dataclass
@@ -98,7 +100,7 @@ def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
         if micros > few and plan.pipeline > 1 and plan.schedule not in BUFFERS_ALONE:
             more, _ = _view_of(_with(settings, few + plan.pipeline), vocabulary, rank, whole, copies)
             view = replace(_between(view, more, (micros - few) / plan.pipeline), work=view.work)
-        need = _need(rank, view, micros, plan, share)
+        need = _need(rank, view, micros, plan, share, whole.recurrent)
         if plan.schedule in BUFFERS_ALONE:
             need.parts["buffers"] += (micros - few) * received(settings, rank, whole)
         needs.append(need)
@@ -195,10 +197,10 @@ def _between(few: _View, more: _View, times: float) -> _View:
     return _View(found, line(few.heap, more.heap), work)
 
 
-def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device) -> Need:
+def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device, recurrent: bool) -> Need:
     parts = max(view.peaks.values(), key=lambda its: sum(its.values())).copy()
     if device.accelerator == "cpu":
-        parts["overhead"] = round(HEAP * view.heap) + (SEVERAL if plan.world > 1 else ONE_PROCESS)
+        parts["overhead"] = _libraries(plan) + round((HEAP_RECURRENT if recurrent else HEAP) * view.heap)
         parts["process"] = device.process[int(plan.world > 1)]
     else:
         parts["overhead"] = device.context
@@ -207,6 +209,17 @@ def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device) -> Ne
     again = max(1, micros - 1) if plan.pipeline == 1 else 1
     optimizer = _seconds(update, 1, plan, device)
     return Need(rank, parts, _seconds(step, again, plan, device) + optimizer, optimizer)
+
+
+def _libraries(plan: Plan) -> int:
+    wanted = (
+        (plan.world == 1, ONE_PROCESS),
+        (plan.world > 1, SEVERAL),
+        (plan.shard * plan.tensor > 1, DTENSOR),
+        (plan.pipeline > 1, PIPELINE),
+        (plan.precision.startswith("bf16"), BF16),
+    )
+    return sum(size for applies, size in wanted if applies)
 
 
 def _heap(trace: Trace) -> int:
