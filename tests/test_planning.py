@@ -17,13 +17,14 @@ from leanlm.config import Settings, check
 from leanlm.errors import UserError
 from leanlm.launch import WorkerFailed, launch, process_group
 from leanlm.memory import loss
-from leanlm.planning import pretend
+from leanlm.planning import pretend, reading
 from leanlm.planning.device import Device, memory_limit, of_config, size
 from leanlm.planning.predict import _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
 from leanlm.planning.search import families, meshes
 from leanlm.planning.simulate import ends, simulate, stages
 from leanlm.planning.trace import Trace, peaks
 from leanlm.runs import Run
+from leanlm.strategies.plan import Plan
 
 MODEL = [
     "model=gpt2",
@@ -199,6 +200,34 @@ def test_what_is_offloaded_takes_memory_while_it_is_used(text: Path) -> None:
     assert away["step 1, micro-batch 0, backward -1"]["activations"] < 0.05 * kept
     largest = 2 * 4 * 128 * 4 * 128  # bytes of both averages of an MLP's matrix
     assert away["step 1, optimizer"]["state"] <= small + 3 * largest
+
+
+@pytest.mark.parametrize("model", ["small", slow("lstm")])
+def test_evaluation_takes_as_many_rows_as_its_budget_has_room_for(model: str, text: Path) -> None:
+    def within(rows: int, memory: int) -> Settings:
+        base = ["data=text", f"data.path={text}", "data.tokenizer=byte", f"model={model}", "sequence=64"]
+        return check(composed(*base, f"global_batch={rows}", f"device.memory={memory}"))
+
+    plan, here = within(8, 1 << 30).plan, of_config({"accelerator": "cpu"})
+    needs = {rows: reading._total(reading._evaluation(within(rows, 1 << 30), 256), plan, here) for rows in (1, 4, 8, 16)}
+    slope = (needs[16] - needs[8]) / 8
+    assert slope > 64 * 256 * 4  # the logits of a row
+    assert needs[8] - needs[4] == pytest.approx(4 * slope, rel=0.1)
+    assert reading.rows_that_fit(within(8, needs[8]), 256).config.global_batch == 8
+    assert reading.rows_that_fit(within(8, needs[8] - 1), 256).config.global_batch == 4
+    with pytest.raises(UserError, match="with one row needs"):
+        reading.rows_that_fit(within(8, needs[1] - 1), 256)
+
+
+def test_generation_that_does_not_fit_is_refused(text: Path) -> None:
+    config = settings(text, "model.width=64", "sequence=512").config
+    weights = 4 * stages(config, Plan(), 256).parameters
+    cache = 7 * 2 * 512 * 64 * 4  # keys and values of 512 tokens in 7 blocks
+    base = of_config({"accelerator": "cpu"}).process[0]
+    for memory, fits in ((base + (64 << 20) + 2 * (weights + 2 * cache), True), (base + (64 << 20) + weights, False)):
+        config.device = {"accelerator": "cpu", "memory": memory}
+        with nullcontext() if fits else pytest.raises(UserError, match="generate needs"):
+            reading.check_generation(config, Plan(), 256, 400, 200)
 
 
 def test_a_model_the_planner_has_not_seen(text: Path) -> None:

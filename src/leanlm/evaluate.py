@@ -39,7 +39,7 @@ class Evaluate:
 
 
 def evaluate(asked: Evaluate) -> dict[str, float]:
-    """Mean loss over every token of a split, once each, or of `asked.text` by the chain rule.
+    """Mean loss over every token of a split, once each, or of `asked.text` by the chain rule; within `device.memory`, if set.
 
     Returns:
         `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `log_probability` (nats, of all together).
@@ -66,6 +66,10 @@ def evaluate(asked: Evaluate) -> dict[str, float]:
         raise UserError(f"split={asked.split}: the data has {', '.join(settings.corpus.splits)}")
     if asked.text is not None and not settings.plan.cuts_model:
         settings = replace(settings, plan=replace(settings.plan, replicate=1))
+    if settings.config.device.get("memory"):
+        from leanlm.planning.reading import rows_that_fit
+
+        settings = rows_that_fit(settings, tokenizer_of(run).vocabulary)
     result = launch(_work, (settings, run.path, asked.split, asked.text), settings.plan.world)
     if asked.text is None and rank() == 0:
         write(run.path / f"evaluation-{asked.split}.json", json.dumps(result, indent=2))
@@ -114,10 +118,14 @@ def restore(config: Config, plan: Plan, run: Run) -> "tuple[Tokenizer, Cut]":
         say(line)
     if newest is None:
         raise UserError(f"{run.path} has no checkpoint" + (" that is whole" if damaged else " yet"))
-    tokenizer = tokenizers.restore(json.loads((run.path / "tokenizer.json").read_text()))
+    tokenizer = tokenizer_of(run)
     cut = build.cut(config, plan, tokenizer.vocabulary)
     checkpoint.load(newest, cut.named_parameters(), None)
     return tokenizer, cut
+
+
+def tokenizer_of(run: Run) -> Tokenizer:
+    return tokenizers.restore(json.loads((run.path / "tokenizer.json").read_text()))
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,7 @@ class Generate:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 1
+    device: Any = None
 
 
 @torch.no_grad()
@@ -107,7 +108,7 @@ def _main(asked: Generate) -> None:
     from leanlm.config import typed
     from leanlm.data.tokenizer import stream
     from leanlm.errors import UserError
-    from leanlm.evaluate import restore
+    from leanlm.evaluate import restore, tokenizer_of
     from leanlm.runs import Run
     from leanlm.strategies.plan import Plan
 
@@ -124,8 +125,13 @@ def _main(asked: Generate) -> None:
     problems, config = typed(run.config())
     if problems:
         raise UserError(*problems)
-    tokenizer, cut = restore(config, Plan(precision=config.strategy.precision), run)
+    config.device, plan, tokenizer = asked.device or config.device, Plan(precision=config.strategy.precision), tokenizer_of(run)
     prompt = [tokenizer.start, *map(int, tokenizer.encode(asked.prompt.encode()))]
+    if config.device.get("memory"):
+        from leanlm.planning.reading import check_generation
+
+        check_generation(config, plan, tokenizer.vocabulary, len(prompt), asked.tokens)
+    tokenizer, cut = restore(config, plan, run)
     numbers = generate(cut.net.eval(), prompt, asked.tokens, asked.temperature, asked.top_k, asked.top_p, asked.seed)
     sys.stdout.write(asked.prompt)
     for text in stream(tokenizer, numbers):

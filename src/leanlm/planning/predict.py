@@ -176,7 +176,7 @@ def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, copi
 def _view(step: Step) -> _View:
     found = peaks(step.trace)
     found.pop(BEFORE, None)
-    return _View(found, _heap(step.trace), dict(step.trace.work))
+    return _View(found, heap_of(step.trace), dict(step.trace.work))
 
 
 def _between(few: _View, more: _View, times: float) -> _View:
@@ -198,17 +198,21 @@ def _between(few: _View, more: _View, times: float) -> _View:
 
 
 def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device, recurrent: bool) -> Need:
-    parts = max(view.peaks.values(), key=lambda its: sum(its.values())).copy()
-    if device.accelerator == "cpu":
-        parts["overhead"] = _libraries(plan) + round((HEAP_RECURRENT if recurrent else HEAP) * view.heap)
-        parts["process"] = device.process[int(plan.world > 1)]
-    else:
-        parts["overhead"] = device.context
+    largest = max(view.peaks.values(), key=lambda its: sum(its.values()))
+    parts = with_overhead(largest, view.heap, plan, device, recurrent)
     step = {phase: counter for phase, counter in view.work.items() if phase.startswith("step 1")}
     update = {phase: step.pop(phase) for phase in list(step) if phase.endswith("optimizer")}
     again = max(1, micros - 1) if plan.pipeline == 1 else 1
     optimizer = _seconds(update, 1, plan, device)
     return Need(rank, parts, _seconds(step, again, plan, device) + optimizer, optimizer)
+
+
+def with_overhead(parts: dict[str, int], heap: int, plan: Plan, device: Device, recurrent: bool) -> dict[str, int]:
+    """Bytes of tensors by part, and with them what the process, the libraries and the allocator hold."""
+    if device.accelerator != "cpu":
+        return parts | {"overhead": device.context}
+    holes = round((HEAP_RECURRENT if recurrent else HEAP) * heap)
+    return parts | {"overhead": _libraries(plan) + holes, "process": device.process[int(plan.world > 1)]}
 
 
 def _libraries(plan: Plan) -> int:
@@ -222,7 +226,7 @@ def _libraries(plan: Plan) -> int:
     return sum(size for applies, size in wanted if applies)
 
 
-def _heap(trace: Trace) -> int:
+def heap_of(trace: Trace) -> int:
     """Most bytes at a time of tensors that live in the C library's heap."""
     now = most = 0
     for _, size in trace.events:

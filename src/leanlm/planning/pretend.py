@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.device_mesh as device_mesh
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlm import optimizers
@@ -17,6 +19,17 @@ from leanlm.memory import loss, offload
 from leanlm.memory.offload import Scratch
 from leanlm.planning.trace import Trace, Work
 from leanlm.strategies.plan import Plan
+
+
+@contextlib.contextmanager
+def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
+    """Within it, what is built and run is that of one rank of a plan, without storage, and the trace records it."""
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a question whether there is one
+    with contextlib.ExitStack() as stack:
+        for context in (ranks(rank, plan.world), meshes_with_numbers(), resizing(trace, plan), few_chunks(trace),
+                        file_of_pages(trace), FakeTensorMode(allow_non_fake_inputs=True), trace):  # fmt: skip
+            stack.enter_context(context)
+        yield
 
 
 @contextlib.contextmanager
@@ -106,6 +119,14 @@ def few_chunks(trace: Trace) -> Iterator[None]:
 
     with mock.patch.object(loss, "chunks", some):
         yield
+
+
+@contextlib.contextmanager
+def no_moves(module: Any) -> Iterator[None]:
+    """Lightning moves a module to its device, where its tensors are already."""
+    module.to = module.cpu = lambda *args, **kwargs: module
+    yield
+    del module.to, module.cpu
 
 
 class _File(Scratch):

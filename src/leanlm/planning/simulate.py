@@ -7,7 +7,6 @@ are made with real numbers; nothing is moved to a device or broadcast; and FSDP2
 """
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlm import build
@@ -58,7 +56,6 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
     """
     plan = replace(settings.plan, compile=False)  # what a compiler fuses is not known before; it holds no more
     config = replace(settings.config, device={"accelerator": "cpu"})
-    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a question whether there is one
     trace, whole = Trace(vocabulary, copies), stages(config, plan, vocabulary)
     built = [len(names[:blocks]) for names in whole.split]
     if plan.pipeline > 1:
@@ -67,15 +64,7 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
         config = replace(config, model={**config.model, "depth": sum(built)})
     settings = replace(settings, plan=plan, config=config)
     steps = 2 if plan.step_in_backward else 1  # only its own step gives such an optimizer its state
-    with (
-        pretend.ranks(rank, plan.world),
-        pretend.meshes_with_numbers(),
-        pretend.resizing(trace, plan),
-        pretend.few_chunks(trace),
-        pretend.file_of_pages(trace),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        trace,
-    ):
+    with pretend.everything(trace, plan, rank):
         cut = build.cut(config, plan, vocabulary)
         module = build.module(settings, cut)
         trace.mark("weights", cut.net.parameters())
@@ -84,8 +73,7 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
         if plan.world > 1 and not plan.cuts_model:
             trainer.strategy._setup_model = partial(pretend.with_buckets, trace)  # type: ignore[method-assign]
         trainer.strategy.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]
-        module.to = module.cpu = lambda *args, **kwargs: module  # type: ignore[method-assign]  # they are there already
-        with contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(None), pretend.no_moves(module):
             trainer.fit(module, _Batches(settings, steps))
     waits = 0.0
     if module.pipeline is not None:

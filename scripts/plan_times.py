@@ -1,0 +1,120 @@
+"""Does the planner order plans as a stopwatch does? Plans of several problems, predicted, then run in real processes here.
+
+python scripts/plan_times.py --into runs/times.jsonl               runs the problems that the file has not, and prints the table
+python scripts/plan_times.py --plans 4 --only 0 2 --into ...       fewer plans, some problems
+
+Of each problem: the plan that `strategy=auto` takes, and others spread evenly over the rough order, one of each family. Step times
+are the shortest of a run but its first; the rank correlation is Spearman's.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from plan_accuracy import text
+from torchmetrics.functional import spearman_corrcoef
+
+from leanlm.config import FOLDER, Settings, check
+from leanlm.planning.device import this_machine
+from leanlm.planning.predict import predict
+from leanlm.planning.report import arguments
+from leanlm.planning.search import Rough, _Estimate, families, search
+from leanlm.planning.simulate import stages
+from leanlm.prepare import tokens
+from leanlm.strategies.plan import Plan
+
+STEPS = 5
+PROBLEMS = [
+    "model=gpt2 model.width=384 model.depth=6 global_batch=16 sequence=256",
+    "model=lstm model.width=512 model.depth=2 global_batch=32 sequence=64",
+    "model=llama model.width=384 model.depth=4 global_batch=16 sequence=256 data.tokenizer=word data.vocabulary=8000",
+    "model=gpt2 model.width=384 model.depth=6 global_batch=16 sequence=256 devices=2",
+    "model=lstm model.width=512 model.depth=4 global_batch=32 sequence=64 devices=2 data.tokenizer=word data.vocabulary=8000",
+    "model=transformer model.width=256 model.depth=8 global_batch=32 sequence=128 devices=4",
+]
+
+
+def spread(settings: Settings, vocabulary: int, devices: int, count: int) -> list[Plan]:
+    """Plans that fit, one of each family, evenly over the rough order."""
+    device = this_machine()
+    rough = _Estimate(settings, vocabulary, device)
+    recurrent = stages(settings.config, Plan(), vocabulary).recurrent
+    ordered: list[tuple[Rough, Plan]] = []
+    for plans in families(settings, devices, recurrent, ()):
+        feasible = [(rough(plan), plan) for plan in plans if rough(plan).bytes < device.share(devices).memory]
+        ordered += feasible[:1]
+    ordered.sort(key=lambda pair: pair[0].seconds)
+    last = len(ordered) - 1
+    return [ordered[round(i * last / (count - 1))][1] for i in range(min(count, len(ordered)))]
+
+
+def measure(overrides: list[str], folder: Path) -> float:
+    """Seconds of the fastest step but the first.
+
+    Raises:
+        RuntimeError: the run failed; with the end of its errors.
+    """
+    command = [sys.executable, "-m", "leanlm.train", *overrides, f"run_dir={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-1500:])
+    with open(folder / "metrics.csv") as file:
+        rates = [float(row["tokens_per_second"]) for row in csv.DictReader(file) if row.get("tokens_per_second")]
+    return 1 / max(rates[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plans", type=int, default=8)
+    parser.add_argument("--only", type=int, nargs="*", default=range(len(PROBLEMS)))
+    parser.add_argument("--into", type=Path, default=Path("runs/times.jsonl"))
+    asked = parser.parse_args()
+    asked.into.parent.mkdir(parents=True, exist_ok=True)
+    known = [json.loads(line) for line in asked.into.read_text().splitlines()] if asked.into.exists() else []
+    with tempfile.TemporaryDirectory() as folder:
+        common = ["data=text", f"data.path={text(Path(folder))}", f"max_steps={STEPS}", f"val_every={STEPS}",
+                  "checkpoint_every=1000", "logger=csv", "sample_tokens=0", "val_lanes=8", "log_every=1"]  # fmt: skip
+        for number in asked.only:
+            if PROBLEMS[number] in [record["problem"] for record in known]:
+                continue
+            overrides = PROBLEMS[number].split() + common
+            with initialize_config_dir(FOLDER, version_base="1.3"):
+                single = [part for part in overrides if not part.startswith("devices=")]
+                settings = check(compose("train", overrides=single))
+            devices = int(dict(part.split("=", 1) for part in overrides).get("devices", 1))
+            vocabulary = tokens(settings).tokenizer.vocabulary
+            chosen = search(settings, vocabulary, this_machine(), devices, wanted=3).fitting[0].plan
+            plans = [chosen, *(plan for plan in spread(settings, vocabulary, devices, asked.plans) if plan != chosen)]
+            record: dict = {"problem": PROBLEMS[number], "plans": []}
+            for i, plan in enumerate(plans):
+                predicted = predict(replace(settings, plan=plan), vocabulary, this_machine()).seconds
+                size = settings.config.global_batch * settings.config.sequence
+                try:
+                    seconds = size * measure(overrides + arguments(plan).split(), Path(folder, f"{number}-{i}"))
+                except (RuntimeError, subprocess.TimeoutExpired) as error:
+                    print(f"{arguments(plan)}: {error}", flush=True)
+                    continue
+                record["plans"].append({"plan": arguments(plan), "predicted": predicted, "measured": seconds})
+                print(f"predicted {predicted:.3f} s, measured {seconds:.3f} s: {arguments(plan)}", flush=True)
+            known.append(record)
+            with open(asked.into, "a") as file:
+                file.write(json.dumps(record) + "\n")
+    report(known)
+
+
+def report(records: list[dict]) -> None:
+    for record in records:
+        predicted, measured = (torch.tensor([plan[key] for plan in record["plans"]]) for key in ("predicted", "measured"))
+        print(f"{record['problem']}: {len(measured)} plans, rank correlation {spearman_corrcoef(predicted, measured):.2f}, "
+              f"auto's {measured[0] / measured.min():.2f} times the fastest")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

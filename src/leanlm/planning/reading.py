@@ -1,0 +1,92 @@
+"""Evaluation and generation within a memory budget: what they need, simulated as a training step is."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from leanlm import build
+from leanlm.config import Config, Settings
+from leanlm.data.batches import Batch
+from leanlm.errors import UserError
+from leanlm.generate import generate
+from leanlm.planning import device as devices
+from leanlm.planning import pretend
+from leanlm.planning.predict import heap_of, with_overhead
+from leanlm.planning.report import mib
+from leanlm.planning.trace import Trace, peaks
+from leanlm.strategies.plan import Plan
+
+
+def rows_that_fit(settings: Settings, vocabulary: int) -> Settings:
+    """Settings of an evaluation with as many rows in a forward pass as the budget has room for, at most those asked for.
+
+    Raises:
+        UserError: one row for each reader is too much.
+    """
+    config, plan = settings.config, settings.plan
+    device = devices.of_config(config.device)
+    if plan.world > 1:
+        device = device.share(plan.world)
+    unit = plan.readers * plan.accumulate_grad_batches
+    rows = config.global_batch // unit
+    while (need := _total(_evaluation(settings, vocabulary), plan, device)) > device.memory:
+        if rows == 1:
+            raise UserError(_too_much("evaluate with one row", need, device.memory, "strategy=fsdp devices=2"))
+        rows //= 2
+        settings = replace(settings, config=replace(config, global_batch=rows * unit))
+    return settings
+
+
+def check_generation(config: Config, plan: Plan, vocabulary: int, prompt: int, tokens: int) -> None:
+    """Raise UserError if going on from so many tokens of a prompt needs more than the budget."""
+    device = devices.of_config(config.device)
+    trace = Trace(vocabulary)
+    with pretend.everything(trace, plan, 0):
+        cut = build.cut(replace(config, device={"accelerator": "cpu"}), plan, vocabulary)
+        trace.mark("weights", cut.net.parameters())
+        longest = min(prompt + tokens, cut.net.sequence)  # a context that is full, and the prompt at once
+        for first, more in ((prompt, 1), (max(prompt, longest - 2), 2)):
+            list(generate(cut.net.eval(), [0] * min(first, longest), more, temperature=0))
+    need = _total(trace, plan, device)
+    if need > device.memory:
+        raise UserError(_too_much("generate", need, device.memory, "a shorter prompt"))
+
+
+def _evaluation(settings: Settings, vocabulary: int) -> Trace:
+    """Two forward passes as validation makes them."""
+    config, plan = replace(settings.config, device={"accelerator": "cpu"}), replace(settings.plan, compile=False)
+    settings, trace = replace(settings, config=config, plan=plan), Trace(vocabulary, copies=True)
+    rows = plan.micro_batch(config.global_batch) if plan.pipeline == 1 else config.global_batch // plan.readers
+
+    with pretend.everything(trace, plan, 0):
+        cut = build.cut(config, plan, vocabulary)
+        trace.mark("weights", cut.net.parameters())
+        module = build.module(settings, cut, training=False)
+        trainer = build.trainer(settings, [], [])
+        with contextlib.redirect_stdout(None), pretend.no_moves(module):
+            trainer.validate(module, _Batches(rows, config.sequence), verbose=False)
+    return trace
+
+
+class _Batches:
+    def __init__(self, rows: int, sequence: int) -> None:
+        self.rows, self.sequence = rows, sequence
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(2):
+            tokens, targets = (torch.zeros(self.rows, self.sequence, dtype=torch.long) for _ in range(2))
+            with _disable_current_modes():
+                numbers = torch.arange(self.rows)
+            yield Batch(tokens, targets, numbers, number, 0, number == 0, self.rows * self.sequence)
+
+
+def _total(trace: Trace, plan: Plan, device: devices.Device) -> int:
+    largest = max(peaks(trace).values(), key=lambda parts: sum(parts.values()))
+    return sum(with_overhead(largest, heap_of(trace), plan, device, recurrent=False).values())
+
+
+def _too_much(what: str, need: int, memory: int, instead: str) -> str:
+    return f"{what} needs {mib(need)}, device.memory allows {mib(memory)}: write more, or {instead}"
