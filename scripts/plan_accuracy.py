@@ -14,7 +14,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-STEPS = 2
+STEPS = 3
 SMALLEST, LARGEST = 512 << 20, 14 << 30  # bytes: of the fullest rank (below, it is libraries that are measured); of all
 LONGEST = 10  # seconds of a step
 MODELS = {  # name -> overrides that may be drawn

@@ -12,13 +12,15 @@ from runner import losses, run_all
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanlm import build
+from leanlm.callbacks.record import memory_now
 from leanlm.config import check
 from leanlm.errors import UserError
-from leanlm.memory import state
+from leanlm.memory import offload, state
 from leanlm.memory.offload import Scratch
 from leanlm.memory.state import AdamW, code_values
 from leanlm.optimizers import Adafactor, Muon
 from leanlm.runs import Run
+from leanlm.strategies import checkpoint
 from leanlm.strategies.checkpoint import checkpoints
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
@@ -126,6 +128,18 @@ def test_averages_in_a_file_have_the_same_bits(tmp_path: Path) -> None:
         for key, value in here.items():
             assert torch.equal(away[key], value)
             assert file.holds(away[key]) == (value.dim() > 0 and value.nbytes >= state.SMALLEST)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no count of resident pages")
+def test_a_checkpoint_leaves_no_pages_of_the_file_in_memory(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.randn(2048, 2048))
+    optimizer = AdamW([{"params": [parameter], "weight_decay": 0.1}], scratch=offload.scratch(), **SETTINGS)
+    parameter.grad = torch.randn_like(parameter)
+    for step in (1, 2):  # the first imports what it needs
+        optimizer.step()
+        before = memory_now()
+        checkpoint.save(tmp_path, [("weight", parameter)], optimizer, {}, {"step": step}, keep=1)
+    assert memory_now() - before < 0.25 * 2 * parameter.nbytes
 
 
 def test_stochastic_rounding_keeps_small_updates() -> None:

@@ -57,6 +57,10 @@ class Scratch:
         """Let the pages of a tensor leave memory; it can be used as before."""
         self.mapped[tensor.data_ptr()].madvise(mmap.MADV_DONTNEED)
 
+    def release_all(self) -> None:
+        for part in self.mapped.values():
+            part.madvise(mmap.MADV_DONTNEED)
+
     def forget(self, tensor: Tensor) -> None:
         """Give the place of a tensor to others; it must not be used any more."""
         part = self.mapped.pop(tensor.data_ptr())
@@ -72,6 +76,12 @@ def scratch() -> Scratch:
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     return Scratch(folder)
+
+
+def release_all() -> None:
+    """Let the pages of all that is in this process's file leave memory, after something has read them."""
+    if scratch.cache_info().currsize:
+        scratch().release_all()
 
 
 class _Kept:

@@ -19,6 +19,7 @@ import torch
 
 from leanlm.config import Settings, cuts
 from leanlm.errors import UserError
+from leanlm.memory import offload
 from leanlm.planning.device import Device
 from leanlm.strategies.plan import Plan
 from leanlm.strategies.resolve import of_optimizer, resolve
@@ -85,17 +86,16 @@ def families(settings: Settings, devices: int, recurrent: bool, allow: Iterable[
         axes: dict[str, Any] = {"pipeline": pipeline, "replicate": replicate, "shard": shard, "tensor": tensor}
         schedules = ("1f1b", "interleaved", "zero-bubble") if pipeline > 1 else ("1f1b",)
         zero1 = (False, True) if replicate > 1 and shard == tensor == 1 else (False,)
-        offloads = ("none", "activations", "optimizer") if devices == 1 else ("none",)
-        for lever, change, schedule, divided, offload in product(levers, changes, schedules, zero1, offloads):
+        for lever, change, schedule, divided, away in product(levers, changes, schedules, zero1, offload.CHOICES):
             plans = []
             for micros in range(1, config.global_batch // (replicate * shard) + 1):
                 if config.global_batch % (replicate * shard * micros):
                     continue
-                plan = replace(base, **axes, **lever, **change, schedule=schedule, zero1=divided, offload=offload,
+                plan = replace(base, **axes, **lever, **change, schedule=schedule, zero1=divided, offload=away,
                                accumulate_grad_batches=micros, stages_per_device=None, stage_blocks=None)  # fmt: skip
                 if plan.step_in_backward and micros > 1:
                     continue
-                if schedule == "zero-bubble" and plan.recompute != "none":  # repeats much, frees nothing
+                if schedule == "zero-bubble" and (plan.recompute, away) != ("none", "none"):  # slower, frees little
                     continue
                 plan, problems = resolve(plan, devices, config.global_batch)
                 if not problems and not of_optimizer(plan, config.optim.name, config.clip):
@@ -132,6 +132,10 @@ class _Estimate:
             kept += self.kept * rows / plan.tensor**0.8  # of the block that is run again
         if plan.recompute_window:
             kept /= 8
+        if plan.offload in ("activations", "all"):
+            kept = self.kept * rows / plan.tensor**0.8
+        if plan.offload in ("optimizer", "all"):
+            state = 0
         extra = 4 / 3 if plan.recompute == "blocks" or plan.recompute_window else 1.08 if plan.recompute == "operators" else 1
         rate = device.flops["bfloat16" if plan.precision.startswith("bf16") else "float32"]
         seconds = 3 * extra * self.flops * config.global_batch / plan.world / rate
@@ -177,7 +181,9 @@ def search(
 
     recurrent = stages(settings.config, Plan(), vocabulary).recurrent
     rough = _Estimate(settings, vocabulary, device)
-    budget = device.share(devices).memory * (1 - MARGIN)
+    mine = device.share(devices)
+    budget = mine.memory * (1 - MARGIN)
+    room = budget - mine.context - mine.process[int(devices > 1)]
     groups = families(settings, devices, recurrent, allow)
     figures = {id(plans): [rough(plan) for plan in plans] for plans in groups}
     queue: list[tuple[bool, float, list[Plan]]] = []  # whether it is hopeless, rough seconds, a family from there on
@@ -187,8 +193,8 @@ def search(
     )[1]
     for plans in groups:
         guess = figures[id(plans)]
-        first = next((i for i, figure in enumerate(guess) if figure.bytes < budget), len(plans) - 1)
-        hopeless = guess[first].bytes > HOPELESS * budget
+        first = next((i for i, figure in enumerate(guess) if figure.bytes < room), len(plans) - 1)
+        hopeless = guess[first].bytes > HOPELESS * room
         queue.append((hopeless, guess[first].seconds * LATER.get(plans[first].schedule, 1), plans[first:]))
     queue.sort(key=lambda entry: entry[:2])
     fitting: list[Any] = []

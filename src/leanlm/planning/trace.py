@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from leanlm.memory.malloc import LARGE
+
 PARTS = ("weights", "gradients", "state", "activations", "logits", "buffers", "temporaries")
 COLLECTIVES = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
                "reduce_scatter": "reduce-scatter", "send": "send", "recv": "recv", "broadcast": "broadcast"}  # fmt: skip
-# oneDNN's LSTM lays its weights out anew, backward also their gradients; how often (measured at widths of 1,024 and 1,536)
-PACKED = {"aten::mkldnn_rnn_layer": 1, "aten::mkldnn_rnn_layer_backward": 2}
+# of its workspace oneDNN's LSTM writes a part forward, and more backward; the pages of the rest are never there (mincore)
+TOUCHED = {torch.float32: (0.34, 0.63), torch.bfloat16: (0.26, 0.66)}
 DEVICE = torch.ops.prim.device.default
 
 
@@ -141,11 +143,14 @@ class Trace(TorchDispatchMode):
         else:
             out = func(*args, **kwargs)
         if name == "aten::mkldnn_rnn_layer" and kwargs.get("train", args[-1]):  # torch's fake kernel leaves the workspace empty
-            out = (*out[:3], args[0].new_empty(_lstm_workspace(*args[0].shape, len(args[2]) // 4), dtype=torch.uint8))
+            out = (
+                *out[:3],
+                args[0].new_empty(_lstm_workspace(*args[0].shape, len(args[2]) // 4, args[0].dtype), dtype=torch.uint8),
+            )
         found = [part for part in tree_leaves(out) if isinstance(part, Tensor)]
         fresh = [part for part in found if self._see(part, name)]
-        if name in PACKED:
-            self._passing(PACKED[name] * sum(map(_bytes, args[1:3])))
+        if "mkldnn_rnn_layer" in name:
+            self._passing(_lstm_scratch(name.endswith("backward"), args))
         self._count(func, name, args, kwargs, out, inputs, fresh)
         return out
 
@@ -214,20 +219,30 @@ class Trace(TorchDispatchMode):
 
 
 @cache
-def _lstm_workspace(tokens: int, rows: int, size: int, width: int) -> int:
-    """Bytes that oneDNN's LSTM keeps for backward, from what it asks for at one and at two tokens."""
+def _lstm_workspace(tokens: int, rows: int, size: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes that oneDNN's LSTM writes forward for backward; how much it asks for is measured at one and at two tokens."""
 
     def measured(tokens: int) -> int:
         with _disable_current_modes():
             shapes = (tokens, rows, size), (4 * width, size), (4 * width, width), (4 * width,), (4 * width,)
-            state = (torch.zeros(rows, width) for _ in range(2))
-            out = torch.ops.aten.mkldnn_rnn_layer(
-                *map(torch.zeros, shapes), *state, False, [], 2, width, 1, True, False, False, True
-            )
+            parts = (torch.zeros(shape, dtype=dtype) for shape in (*shapes, (rows, width), (rows, width)))
+            out = torch.ops.aten.mkldnn_rnn_layer(*parts, False, [], 2, width, 1, True, False, False, True)
         return out[3].nbytes
 
     first, second = measured(1), measured(2)
-    return first + (tokens - 1) * (second - first)
+    asked = first + (tokens - 1) * (second - first)
+    return asked if asked < 2 * LARGE else round(TOUCHED.get(dtype, (1.0, 1.0))[0] * asked) + LARGE
+
+
+def _lstm_scratch(backward: bool, args: Any) -> int:
+    """Bytes that oneDNN's LSTM takes beside its results, and gives back: its weights laid out anew, backward their gradients
+    too, the gates of all tokens, and what backward writes of the workspace (fitted to the peaks of processes)."""
+    source, weights, dtype = args[0], sum(map(_bytes, args[1:3])), args[0].dtype
+    gates = source.shape[0] * source.shape[1] * args[2].numel() // args[2].shape[1] * source.element_size()
+    if not backward:
+        return weights + (gates if dtype == torch.float32 else 0)
+    used, later = TOUCHED.get(dtype, (1.0, 1.0))
+    return 2 * weights + gates + round(_bytes(args[-1]) * (later / used - 1))
 
 
 def peaks(trace: Trace) -> dict[str, dict[str, int]]:

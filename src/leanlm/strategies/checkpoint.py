@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from leanlm.errors import UserError
+from leanlm.memory import offload
 from leanlm.memory.state import convert, empty_like, owned
 
 FORMAT = 1
@@ -61,6 +62,7 @@ def save(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dcp warns that it runs without a process group, which is what we ask for
         dcp.save(tensors, checkpoint_id=part, no_dist=not _distributed())
+    offload.release_all()  # it has read what was not in memory
     if _rank() == 0:
         _write(part / "state.json", {"format": FORMAT, **state})
         files = sorted(file for file in part.iterdir() if file.is_file())
