@@ -110,12 +110,19 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def memory_now() -> int:
-    """Memory of this process in bytes: allocated on its GPU, or resident (on Linux; elsewhere the largest so far)."""
+def memory_now(shared: bool = True) -> int:
+    """Memory of this process in bytes: allocated on its GPU, or resident (on Linux; elsewhere the largest so far).
+
+    Args:
+        shared: with the pages of files, such as libraries, which other processes may have too.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.memory_allocated()
     pages = Path("/proc/self/statm")
-    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.is_file() else peak_memory()
+    if not pages.is_file():
+        return peak_memory()
+    resident, files = map(int, pages.read_text().split()[1:3])
+    return (resident if shared else resident - files) * os.sysconf("SC_PAGE_SIZE")
 
 
 def of_ranks(value: Any) -> list[Any]:

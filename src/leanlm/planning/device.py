@@ -212,9 +212,9 @@ def _resident() -> int:
 
 
 def _launcher() -> int:
-    """Bytes of a process that starts others and waits for them."""
+    """Bytes of a process that starts others and waits for them, without the pages of libraries, which are theirs too."""
     code = (
         "import leanlm.train, torch.distributed.launcher.api, torch.distributed.elastic.multiprocessing\n"
-        "from leanlm.callbacks.record import memory_now\nprint(memory_now())"
+        "from leanlm.callbacks.record import memory_now\nprint(memory_now(shared=False))"
     )
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
