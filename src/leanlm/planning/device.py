@@ -1,6 +1,7 @@
 """Devices: how much memory one has and how fast it is, measured here or from a data sheet (`conf/device`)."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -37,7 +38,8 @@ class Device:
         overhead: seconds of an operation without work.
         context: bytes that the driver, cuBLAS and NCCL take before the first tensor.
         process: bytes of a process that trains alone before it has built anything, of one of several, and of what starts them.
-        shared: whether `memory`, `flops` and `bandwidth` are of a machine and divided among its processes.
+        paging: bytes per second of new pages; a GPU's allocator keeps what was freed.
+        shared: whether `memory` and the rates are of a machine and divided among its processes.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Device:
     overhead: float
     context: int = 0
     process: tuple[int, int, int] = (0, 0, 0)
+    paging: float = math.inf
     shared: bool = False
 
     def share(self, processes: int) -> "Device":
@@ -62,6 +65,7 @@ class Device:
             memory=(self.memory - self.process[2]) // processes,
             flops={kind: rate / processes for kind, rate in self.flops.items()},
             bandwidth=self.bandwidth / processes,
+            paging=self.paging / processes,
             link=self.link / processes,
             overhead=self.overhead * max(1, processes / cores),
             latency=self.latency * max(1, processes / cores),
@@ -122,10 +126,11 @@ def this_machine(again: bool = False) -> Device:
         memory=memory_limit(),
         flops=rates["flops"],
         bandwidth=rates["bandwidth"],
-        link=rates["bandwidth"] / 8,  # gloo copies through sockets
+        link=rates["bandwidth"] / 6,  # gloo copies through sockets
         latency=3e-4,
         overhead=rates["overhead"],
         process=tuple(rates["process"]),
+        paging=rates["paging"],
         shared=True,
     )
 
@@ -191,12 +196,14 @@ def probe() -> dict[str, Any]:
         a, b = (torch.randn(n, n).to(getattr(torch, kind)) for _ in range(2))
         out = torch.empty_like(a)
         flops[kind] = 2 * n**3 * rate(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
-    large = torch.zeros(1 << 25)
+    large = torch.randn(1 << 25)
     other = torch.empty_like(large)
     small = torch.zeros(8)
     return {
         "flops": flops,
-        "bandwidth": 2 * large.nbytes * rate(lambda: other.copy_(large)),
+        # of an operation as models have them: it computes a little for each number
+        "bandwidth": 2 * large.nbytes * rate(lambda: torch.ops.aten.gelu.out(large, out=other)),
+        "paging": large.nbytes * rate(lambda: torch.ones(1 << 25)),
         "overhead": 1 / rate(lambda: small + small) * 4,  # with Python, autograd and modules around it
         "process": [launch(_resident, (), processes, isolate=True) for processes in (1, 2)] + [_launcher()],
     }

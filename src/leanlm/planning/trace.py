@@ -30,6 +30,7 @@ class Work(NamedTuple):
     Attributes:
         flops: floating-point operations in matrix products, attention and recurrences.
         moved: bytes that it reads and writes.
+        fresh: of these, bytes of new pages; on a CPU what is freed goes back to the system.
         dtype: of its result.
         collective: kind of communication; empty: none.
         size: bytes of the payload.
@@ -38,6 +39,7 @@ class Work(NamedTuple):
 
     flops: int = 0
     moved: int = 0
+    fresh: int = 0
     dtype: str = ""
     collective: str = ""
     size: int = 0
@@ -113,6 +115,7 @@ class Trace(TorchDispatchMode):
         number = self.known[key]
         if key not in self.away:
             self.away[key] = self.sizes[number]
+            self.work[self.phase][Work(fresh=self.sizes[number])] += self.times
             self.events.append((number, -self.sizes[number]))
             self.sizes[number] = 0
 
@@ -214,8 +217,9 @@ class Trace(TorchDispatchMode):
             int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else _recurrent(kind, inputs)
         )
         moved = sum(map(_bytes, {id(part): part for part in [*inputs, *fresh]}.values()))
+        pages = sum(size for size in map(_bytes, fresh) if size >= LARGE)
         dtype = str(writes[0].dtype if writes and isinstance(writes[0], Tensor) else inputs[0].dtype).removeprefix("torch.")
-        self.work[self.phase][Work(flops, moved, dtype)] += self.times
+        self.work[self.phase][Work(flops, moved, pages, dtype)] += self.times
 
 
 @cache
