@@ -1,4 +1,4 @@
-"""How well the planner predicts: random configurations, each predicted before it is run in real processes.
+"""How well the planner and others predict: random configurations, each predicted before it is run in real processes.
 
 python scripts/plan_accuracy.py --draws 48 --seed 1 --into runs/accuracy.jsonl     adds to the file, and prints the errors
 python scripts/plan_accuracy.py --draws 0 --into runs/accuracy.jsonl               prints them again
@@ -68,6 +68,7 @@ def predict(overrides: list[str]) -> dict:
 
 
 def predict_here(overrides: list[str]) -> dict:
+    import estimators
     from hydra import compose, initialize_config_dir
 
     from leanlm.config import FOLDER, check
@@ -77,8 +78,11 @@ def predict_here(overrides: list[str]) -> dict:
 
     with initialize_config_dir(FOLDER, version_base="1.3"):
         settings = check(compose("train", overrides=overrides))
-    found = predict(settings, tokens(settings).tokenizer.vocabulary, this_machine())
-    return {"seconds": found.seconds, "ranks": [{"rank": n.rank, "peak": n.peak, "parts": n.parts} for n in found.needs]}
+    vocabulary = tokens(settings).tokenizer.vocabulary
+    found = predict(settings, vocabulary, this_machine())
+    others = {name: estimate(settings, vocabulary) for name, estimate in estimators.ALL.items()}
+    ranks = [{"rank": need.rank, "peak": need.peak, "parts": need.parts} for need in found.needs]
+    return {"seconds": found.seconds, "ranks": ranks, "others": others}
 
 
 def measure(overrides: list[str], path: Path) -> dict:
@@ -123,7 +127,8 @@ def main() -> None:
 
 
 def report(records: list[dict]) -> None:
-    errors = []
+    """The errors of the fullest rank, which decides whether a plan fits, of every simulated rank, and of other estimators."""
+    errors: dict[str, list[float]] = {"leanlm": [], "leanlm, the worst rank of each": []}
     for record in records:
         predicted, measured = record["predicted"], record["measured"]
         if "error" in predicted or "peak_memory_bytes" not in measured:
@@ -131,14 +136,19 @@ def report(records: list[dict]) -> None:
             continue
         before = measured["memory_before_bytes"]
         growth = [peak - start for peak, start in zip(measured["peak_memory_bytes"], before, strict=True)]
-        pairs = [(rank["peak"] - rank["parts"]["process"], growth[rank["rank"]]) for rank in predicted["ranks"]]
-        worst = max(pairs, key=lambda pair: abs(pair[0] / pair[1] - 1))
-        errors.append(worst[0] / worst[1] - 1)
-        sizes = f"predicted {worst[0] / 2**20:.0f}, measured {worst[1] / 2**20:.0f} MiB"
-        print(f"{errors[-1]:+.1%} {sizes}: {' '.join(record['overrides'])}")
-    if errors:
-        sizes = sorted(map(abs, errors))
-        print(f"{len(sizes)} configurations: median error {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}")
+        wanted = {rank["rank"]: rank["peak"] - rank["parts"]["process"] for rank in predicted["ranks"]}
+        error = max(wanted.values()) / max(growth) - 1
+        errors["leanlm"].append(error)
+        errors["leanlm, the worst rank of each"].append(max((wanted[n] / growth[n] - 1 for n in wanted), key=abs))
+        for name, bytes_ in predicted["others"].items():
+            if bytes_ is not None:
+                errors.setdefault(name, []).append(bytes_ / max(growth) - 1)
+        sizes = f"predicted {max(wanted.values()) / 2**20:.0f}, measured {max(growth) / 2**20:.0f} MiB"
+        print(f"{error:+.1%} {sizes}: {' '.join(record['overrides'])}")
+    for name, found in errors.items():
+        sizes = sorted(map(abs, found))
+        if sizes:
+            print(f"{name}: {len(sizes)} configurations, median error {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}")
 
 
 if __name__ == "__main__":

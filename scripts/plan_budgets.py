@@ -2,8 +2,8 @@
 
 python scripts/plan_budgets.py --draws 30 --seed 1 --into runs/budgets.jsonl     adds to the file, and prints the outcomes
 
-Needs Linux, and the right to make a control group (root, or a folder given to this user). Where auto says that nothing fits, the
-plan with the smallest peak that it looked at is run all the same: the kernel must end it.
+Needs Linux, and the right to make a control group (root, or a folder given to this user). Where auto says that nothing fits,
+the plan with the smallest peak that it looked at is run all the same: the kernel must end it.
 """
 
 import argparse
@@ -23,10 +23,14 @@ from leanlm.planning.device import this_machine
 
 STEPS = 3
 MODELS = [
-    "model=gpt2 model.width=384 model.depth=6", "model=gpt2 model.width=768 model.depth=8", "model=llama model.width=512 model.depth=8",
-    "model=transformer model.width=512 model.depth=6", "model=lstm model.width=1024 model.depth=2", "model=gru model.width=1024 model.depth=2",
+    "model=gpt2 model.width=384 model.depth=6",
+    "model=gpt2 model.width=768 model.depth=8",
+    "model=llama model.width=512 model.depth=8",
+    "model=transformer model.width=512 model.depth=6",
+    "model=lstm model.width=1024 model.depth=2",
+    "model=gru model.width=1024 model.depth=2",
     "model=lstm model.width=512 model.depth=4 data.tokenizer=word data.vocabulary=8000",
-]  # fmt: skip
+]
 
 
 def draw(rng: random.Random) -> tuple[list[str], int]:

@@ -3,8 +3,8 @@
 python scripts/plan_times.py --into runs/times.jsonl               runs the problems that the file has not, and prints the table
 python scripts/plan_times.py --plans 4 --only 0 2 --into ...       fewer plans, some problems
 
-Of each problem: the plan that `strategy=auto` takes, and others spread evenly over the rough order, one of each family. Step times
-are the shortest of a run but its first; the rank correlation is Spearman's.
+Of each problem: the plan that `strategy=auto` takes, and others spread evenly over the rough order, one of each family. Step
+times are the shortest of a run but its first; the rank correlation is Spearman's.
 """
 
 import argparse
