@@ -27,7 +27,7 @@ from leanlm.strategies.resolve import of_optimizer, resolve
 MARGIN = 0.05  # of a budget that is left free: predictions have errors
 HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
 LATER = {"interleaved": 1.03, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
-SECONDS = 8.5  # after which no plan is begun
+SECONDS = 8.0  # after which no plan is begun
 PATIENCE, LONGEST = 2.5, 20.0  # seconds more for those that were; as long as there is no answer at all
 
 
@@ -86,7 +86,8 @@ def families(settings: Settings, devices: int, recurrent: bool, allow: Iterable[
         axes: dict[str, Any] = {"pipeline": pipeline, "replicate": replicate, "shard": shard, "tensor": tensor}
         schedules = ("1f1b", "interleaved", "zero-bubble") if pipeline > 1 else ("1f1b",)
         zero1 = (False, True) if replicate > 1 and shard == tensor == 1 else (False,)
-        for lever, change, schedule, divided, away in product(levers, changes, schedules, zero1, offload.CHOICES):
+        offloads = offload.CHOICES if devices == 1 else ("none", "all")
+        for lever, change, schedule, divided, away in product(levers, changes, schedules, zero1, offloads):
             plans = []
             for micros in range(1, config.global_batch // (replicate * shard) + 1):
                 if config.global_batch % (replicate * shard * micros):
