@@ -20,7 +20,7 @@ from leanlm.memory import loss
 from leanlm.planning import pretend, reading
 from leanlm.planning.device import Device, memory_limit, of_config, size
 from leanlm.planning.predict import _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
-from leanlm.planning.search import families, meshes
+from leanlm.planning.search import _Worker, families, meshes
 from leanlm.planning.simulate import ends, simulate, stages
 from leanlm.planning.trace import Trace, peaks
 from leanlm.runs import Run
@@ -306,6 +306,13 @@ def test_a_run_that_meets_the_end_of_memory_goes_on_with_a_plan_for_less(
     curves = [[row["train_loss"] for row in Run(each).rows()] for each in (tmp_path / "alone", path)]
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
     assert len(curves[1]) == 4
+
+
+def test_a_planner_that_is_ended_says_so(text: Path) -> None:
+    worker = _Worker(settings(text), 256, HERE)
+    worker.process.kill()
+    with pytest.raises(UserError, match="exit status -9"):
+        worker.answer()
 
 
 def test_sizes_and_limits() -> None:

@@ -261,8 +261,16 @@ class _Worker:
 
         Raises:
             RuntimeError: the simulation failed; with its traceback.
+            UserError: the process is gone.
         """
-        good, found = self.pipe.recv()
+        try:
+            good, found = self.pipe.recv()
+        except EOFError:
+            self.process.join(1)
+            raise UserError(
+                f"the planner's own process was ended (exit status {self.process.exitcode}), as systems do without memory "
+                "to give: name the plan instead of strategy=auto, or give the machine more memory"
+            ) from None
         if not good:
             raise RuntimeError(found)
         return found
