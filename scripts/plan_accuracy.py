@@ -2,6 +2,7 @@
 
 python scripts/plan_accuracy.py --draws 48 --seed 1 --into runs/accuracy.jsonl     adds to the file, and prints the errors
 python scripts/plan_accuracy.py --draws 0 --into runs/accuracy.jsonl               prints them again
+python scripts/plan_accuracy.py --again scripts/results/plan_accuracy.jsonl        predicts stored runs anew, after the fact
 """
 
 import argparse
@@ -59,6 +60,12 @@ def text(folder: Path) -> Path:
     return file
 
 
+def whole_run(folder: Path, steps: int) -> list[str]:
+    """Overrides of a short run on that text, with a checkpoint and a validation."""
+    return ["data=text", f"data.path={text(folder)}", f"max_steps={steps}", f"val_every={steps}", "checkpoint_every=1",
+            "logger=csv", "sample_tokens=0", "val_lanes=8"]  # fmt: skip
+
+
 def predict(overrides: list[str]) -> dict:
     """In a process of its own."""
     done = subprocess.run([sys.executable, __file__, "--predict", *overrides], capture_output=True, text=True)
@@ -100,12 +107,17 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--into", type=Path, default=Path("runs/accuracy.jsonl"))
+    parser.add_argument("--again", type=Path)
     asked = parser.parse_args()
+    if asked.again is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            common, known = whole_run(Path(folder), STEPS), map(json.loads, asked.again.read_text().splitlines())
+            report([{**record, "predicted": predict(record["overrides"] + common)} for record in known])
+        return
     asked.into.parent.mkdir(parents=True, exist_ok=True)
     rng, done = random.Random(asked.seed), 0
     with tempfile.TemporaryDirectory() as folder:
-        common = ["data=text", f"data.path={text(Path(folder))}", f"max_steps={STEPS}", f"val_every={STEPS}",
-                  "checkpoint_every=1", "logger=csv", "sample_tokens=0", "val_lanes=8"]  # fmt: skip
+        common = whole_run(Path(folder), STEPS)
         while done < asked.draws:
             overrides = draw(rng)
             try:

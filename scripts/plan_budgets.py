@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from plan_accuracy import text
+from plan_accuracy import whole_run
 
 from leanlm.planning.device import this_machine
 
@@ -87,8 +87,7 @@ def main() -> None:
     asked.into.parent.mkdir(parents=True, exist_ok=True)
     rng = random.Random(asked.seed)
     with tempfile.TemporaryDirectory() as folder:
-        common = ["data=text", f"data.path={text(Path(folder))}", f"max_steps={STEPS}", f"val_every={STEPS}",
-                  "checkpoint_every=1", "logger=csv", "sample_tokens=0", "val_lanes=8"]  # fmt: skip
+        common = whole_run(Path(folder), STEPS)
         subprocess.run([sys.executable, "-m", "leanlm.prepare", *common[:2]], check=True, capture_output=True)
         for number in range(asked.draws):
             overrides, budget = draw(rng)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
-from plan_accuracy import text
+from plan_accuracy import whole_run
 from torchmetrics.functional import spearman_corrcoef
 
 from leanlm.config import FOLDER, Settings, check
@@ -79,8 +79,7 @@ def main() -> None:
     asked.into.parent.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for line in asked.into.read_text().splitlines()] if asked.into.exists() else []
     with tempfile.TemporaryDirectory() as folder:
-        common = ["data=text", f"data.path={text(Path(folder))}", f"max_steps={STEPS}", f"val_every={STEPS}",
-                  "checkpoint_every=1000", "logger=csv", "sample_tokens=0", "val_lanes=8", "log_every=1"]  # fmt: skip
+        common = [*whole_run(Path(folder), STEPS), "log_every=1"]
         for number in asked.only:
             if PROBLEMS[number] in [record["problem"] for record in known]:
                 continue

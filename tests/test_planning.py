@@ -190,14 +190,17 @@ def test_three_chunks_of_the_head_say_what_all_need(plan: str, text: Path, monke
 
 def test_what_is_offloaded_takes_memory_while_it_is_used(text: Path) -> None:
     """Files are real pages in a run; a simulation has neither."""
-    here, away = (peaks(simulate(settings(text, *rest), 256).trace) for rest in (
-        ["model.width=128", "sequence=64", "optim=adamw", f"strategy.offload={kind}"] for kind in ("none", "all")))  # fmt: skip
+    traces = [simulate(settings(text, *rest), 256).trace for rest in (
+        ["model.width=128", "sequence=64", "optim=adamw", f"strategy.offload={kind}"] for kind in ("none", "all"))]  # fmt: skip
+    here, away = map(peaks, traces)
     weights = here["step 1, optimizer"]["weights"]
     small = 16 * 2 * 2 * 1024 * 7  # bytes of biases and gains, which stay
     assert here["step 1, micro-batch 0, forward head"]["state"] == pytest.approx(2 * weights, rel=1e-3)
     assert away["step 1, micro-batch 0, forward head"]["state"] < small
     kept = here["step 1, micro-batch 0, backward -1"]["activations"]
     assert away["step 1, micro-batch 0, backward -1"]["activations"] < 0.05 * kept
+    paged, before = (sum(kind.fresh * n for counts in one.work.values() for kind, n in counts.items()) for one in traces[::-1])
+    assert paged - before > kept  # each activation comes and goes, which takes time
     largest = 2 * 4 * 128 * 4 * 128  # bytes of both averages of an MLP's matrix
     assert away["step 1, optimizer"]["state"] <= small + 3 * largest
 
@@ -216,6 +219,40 @@ def test_evaluation_takes_as_many_rows_as_its_budget_has_room_for(model: str, te
     assert reading.rows_that_fit(within(8, needs[8] - 1), 256).config.global_batch == 4
     with pytest.raises(UserError, match="with one row needs"):
         reading.rows_that_fit(within(8, needs[1] - 1), 256)
+
+
+LSTM = """
+import sys, torch, leanlm
+from torch._subclasses.fake_tensor import FakeTensorMode
+from leanlm.memory.malloc import return_freed_memory
+from leanlm.planning.trace import Trace, peaks
+return_freed_memory()
+torch.set_num_threads(1)
+
+def step():
+    layer, x = torch.nn.LSTM(1024, 1024), torch.zeros(128, 16, 1024, requires_grad=True)
+    y = layer(x)[0]
+    y.backward(torch.zeros_like(y))
+
+def status(key):
+    return int([line for line in open("/proc/self/status") if line.startswith(key)][0].split()[1]) * 1024
+
+step()
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+step()
+with FakeTensorMode(), Trace(256) as trace:
+    step()
+print(status("VmHWM") - before, max(sum(parts.values()) for parts in peaks(trace).values()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not torch.backends.mkldnn.is_available(), reason="Linux and oneDNN only")
+def test_what_a_recurrent_kernel_takes_beside_its_results() -> None:
+    """oneDNN asks for a workspace that it never fills, and takes scratch memory that no tensor shows."""
+    done = subprocess.run([sys.executable, "-c", LSTM], capture_output=True, text=True, timeout=120, check=True)
+    measured, counted = map(int, done.stdout.split())
+    assert counted == pytest.approx(measured, rel=0.12)
 
 
 def test_generation_that_does_not_fit_is_refused(text: Path) -> None:

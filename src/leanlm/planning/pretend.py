@@ -15,10 +15,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlm import optimizers
+from leanlm.data.batches import Batch
 from leanlm.memory import loss, offload
 from leanlm.memory.offload import Scratch
 from leanlm.planning.trace import Trace, Work
 from leanlm.strategies.plan import Plan
+
+
+def batch(rows: int, sequence: int, step: int, micro: int, global_batch: int) -> Batch:
+    """So many rows of the global batch that have a shape and no tokens; their numbers are real."""
+    tokens, targets = (torch.zeros(rows, sequence, dtype=torch.long) for _ in range(2))
+    with _disable_current_modes():
+        numbers = torch.arange(micro * rows, (micro + 1) * rows)
+    return Batch(tokens, targets, numbers, step, micro, True, global_batch * sequence)
 
 
 @contextlib.contextmanager

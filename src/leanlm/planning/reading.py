@@ -4,9 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
-from torch.utils._python_dispatch import _disable_current_modes
-
 from leanlm import build
 from leanlm.config import Config, Settings
 from leanlm.data.batches import Batch
@@ -32,7 +29,8 @@ def rows_that_fit(settings: Settings, vocabulary: int) -> Settings:
         device = device.share(plan.world)
     unit = plan.readers * plan.accumulate_grad_batches
     rows = config.global_batch // unit
-    while (need := _total(_evaluation(settings, vocabulary), plan, device)) > device.memory:
+    ends = {0, plan.world - 1}  # of a pipeline the last has the head
+    while (need := max(_total(_evaluation(settings, vocabulary, rank), plan, device) for rank in ends)) > device.memory:
         if rows == 1:
             raise UserError(_too_much("evaluate with one row", need, device.memory, "strategy=fsdp devices=2"))
         rows //= 2
@@ -55,13 +53,13 @@ def check_generation(config: Config, plan: Plan, vocabulary: int, prompt: int, t
         raise UserError(_too_much("generate", need, device.memory, "a shorter prompt"))
 
 
-def _evaluation(settings: Settings, vocabulary: int) -> Trace:
-    """Two forward passes as validation makes them."""
+def _evaluation(settings: Settings, vocabulary: int, rank: int = 0) -> Trace:
+    """Two forward passes of a rank as validation makes them."""
     config, plan = replace(settings.config, device={"accelerator": "cpu"}), replace(settings.plan, compile=False)
     settings, trace = replace(settings, config=config, plan=plan), Trace(vocabulary, copies=True)
     rows = plan.micro_batch(config.global_batch) if plan.pipeline == 1 else config.global_batch // plan.readers
 
-    with pretend.everything(trace, plan, 0):
+    with pretend.everything(trace, plan, rank):
         cut = build.cut(config, plan, vocabulary)
         trace.mark("weights", cut.net.parameters())
         module = build.module(settings, cut, training=False)
@@ -77,10 +75,7 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         for number in range(2):
-            tokens, targets = (torch.zeros(self.rows, self.sequence, dtype=torch.long) for _ in range(2))
-            with _disable_current_modes():
-                numbers = torch.arange(self.rows)
-            yield Batch(tokens, targets, numbers, number, 0, number == 0, self.rows * self.sequence)
+            yield pretend.batch(self.rows, self.sequence, number, 0, self.rows)
 
 
 def _total(trace: Trace, plan: Plan, device: devices.Device) -> int:
