@@ -17,7 +17,7 @@ from pathlib import Path
 
 STEPS = 3
 SMALLEST, LARGEST = 512 << 20, 14 << 30  # bytes: of the fullest rank (below, it is libraries that are measured); of all
-LONGEST = 10  # seconds of a step
+LONGEST = 6  # seconds of a step
 MODELS = {  # name -> overrides that may be drawn
     "transformer": {"model.width": [512, 768, 1024], "model.depth": [4, 6, 12], "model.tied": ["true", "false"]},
     "gpt2": {"model.width": [384, 768, 1024], "model.depth": [6, 12], "model.dropout": [0.0, 0.1]},
@@ -66,19 +66,21 @@ def whole_run(folder: Path, steps: int) -> list[str]:
             "logger=csv", "sample_tokens=0", "val_lanes=8"]  # fmt: skip
 
 
-def predict(overrides: list[str]) -> dict:
-    """In a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--predict", *overrides], capture_output=True, text=True)
+def predict(overrides: list[str], drawn: bool = False) -> dict:
+    """In a process of its own; nothing, if it is `drawn` and clearly of no size that is measured here."""
+    what = "--predict-drawn" if drawn else "--predict"
+    done = subprocess.run([sys.executable, __file__, what, *overrides], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def predict_here(overrides: list[str]) -> dict:
+def predict_here(overrides: list[str], drawn: bool) -> dict:
     import estimators
     from hydra import compose, initialize_config_dir
 
     from leanlm.config import FOLDER, check
+    from leanlm.planning.candidates import Estimate
     from leanlm.planning.device import this_machine
     from leanlm.planning.predict import predict
     from leanlm.prepare import tokens
@@ -86,6 +88,9 @@ def predict_here(overrides: list[str]) -> dict:
     with initialize_config_dir(FOLDER, version_base="1.3"):
         settings = check(compose("train", overrides=overrides))
     vocabulary = tokens(settings).tokenizer.vocabulary
+    rough = Estimate(settings, vocabulary, this_machine())(settings.plan)
+    if drawn and (rough.seconds > 2 * LONGEST or not SMALLEST / 2 < rough.bytes < 2 * LARGEST / settings.plan.world):
+        return {}
     found = predict(settings, vocabulary, this_machine())
     others = {name: estimate(settings, vocabulary) for name, estimate in estimators.ALL.items()}
     ranks = [{"rank": need.rank, "peak": need.peak, "parts": need.parts} for need in found.needs]
@@ -121,11 +126,13 @@ def main() -> None:
         while done < asked.draws:
             overrides = draw(rng)
             try:
-                predicted = predict(overrides + common)
+                predicted = predict(overrides + common, drawn=True)
             except RuntimeError as error:
                 if "UserError" in str(error):
                     continue  # cannot work
                 predicted = {"error": str(error)}
+            if not predicted:
+                continue
             growth = [rank["peak"] - rank["parts"]["process"] for rank in predicted.get("ranks", [])] or [SMALLEST]
             ranks = int(dict(part.split("=", 1) for part in overrides).get("devices", 1))
             if predicted.get("seconds", 0) > LONGEST or not SMALLEST <= max(growth) <= LARGEST / ranks:
@@ -164,7 +171,7 @@ def report(records: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--predict"]:
-        print(json.dumps(predict_here(sys.argv[2:])))
+    if sys.argv[1].startswith("--predict"):
+        print(json.dumps(predict_here(sys.argv[2:], drawn=sys.argv[1] == "--predict-drawn")))
     else:
         main()

@@ -22,10 +22,11 @@ from plan_accuracy import whole_run
 from torchmetrics.functional import spearman_corrcoef
 
 from leanlm.config import FOLDER, Settings, check
+from leanlm.planning.candidates import Estimate, Rough, families
 from leanlm.planning.device import this_machine
 from leanlm.planning.predict import predict
 from leanlm.planning.report import arguments
-from leanlm.planning.search import Rough, _Estimate, families, search
+from leanlm.planning.search import search
 from leanlm.planning.simulate import stages
 from leanlm.prepare import tokens
 from leanlm.strategies.plan import Plan
@@ -44,10 +45,10 @@ PROBLEMS = [
 def spread(settings: Settings, vocabulary: int, devices: int, count: int) -> list[Plan]:
     """Plans that fit, one of each family, evenly over the rough order."""
     device = this_machine()
-    rough = _Estimate(settings, vocabulary, device)
-    recurrent = stages(settings.config, Plan(), vocabulary).recurrent
+    rough = Estimate(settings, vocabulary, device)
+    whole = stages(settings.config, Plan(), vocabulary)
     ordered: list[tuple[Rough, Plan]] = []
-    for plans in families(settings, devices, recurrent, ()):
+    for plans in families(settings, devices, whole, device, ()):
         feasible = [(rough(plan), plan) for plan in plans if rough(plan).bytes < device.share(devices).memory]
         ordered += feasible[:1]
     ordered.sort(key=lambda pair: pair[0].seconds)

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanlm import build
 from leanlm.config import check
-from leanlm.memory import loss, offload
-from leanlm.memory.kernels import without_onednn
+from leanlm.memory import kernels, loss, offload
 from leanlm.memory.recompute import levels
 
 GPT2 = ["model=gpt2", "model.heads=4"]
@@ -191,8 +190,7 @@ def test_the_native_kernel_keeps_less(text: Path) -> None:
     for kernel in ("onednn", "native"):
         torch.manual_seed(0)
         layer = nn.LSTM(64, 64, batch_first=True)
-        if kernel == "native":
-            without_onednn(layer)
+        kernels.choose(layer, kernel)
         held: dict[int, int] = {}
         weights = {part.untyped_storage().data_ptr() for part in layer.parameters()}
 
@@ -210,3 +208,26 @@ def test_the_native_kernel_keeps_less(text: Path) -> None:
     assert kept["native"][0] < 0.75 * kept["onednn"][0]
     for ours, theirs in zip(kept["native"][1:], kept["onednn"][1:], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_mixed_precision_keeps_no_weights_of_a_recurrence_for_each_token() -> None:
+    """torch's own kernels of GRUs and Elman networks read the weights at every token, autocast would copy them there."""
+    found = []
+    for mixed in (False, True):
+        torch.manual_seed(0)
+        layer = nn.GRU(64, 64, batch_first=True)
+        kernels.choose(layer, "onednn")
+        held: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, held: dict = held) -> torch.Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(2, 50, 64, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", enabled=mixed):
+            out = layer(x)[0]
+        out.float().square().sum().backward()
+        found.append((sum(held.values()), out.detach(), layer.weight_hh_l0.grad))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][2], found[1][2])

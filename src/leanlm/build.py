@@ -37,8 +37,7 @@ def model(config: Config, plan: Plan, vocabulary: int) -> Model:
         net = instantiate(config.model, vocabulary=vocabulary, sequence=config.sequence)
     finally:
         torch.set_default_dtype(before)
-    if plan.rnn_kernel == "native":
-        kernels.without_onednn(net)
+    kernels.choose(net, plan.rnn_kernel)
     return net
 
 

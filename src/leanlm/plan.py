@@ -42,32 +42,27 @@ def plan(asked: Ask, overrides: list[str] | None = None) -> dict[str, Any]:
     Raises:
         UserError: with every problem found.
     """
-    from leanlm.planning.search import MARGIN, search
+    from leanlm.planning.search import search
 
-    device = devices_.of_config(asked.device)
+    device, count = devices_.of_config(asked.device, asked.devices), devices_.count(asked.device, asked.devices)
     node = {key: value for key, value in vars(asked).items() if key not in OWN}
     node["device"] = {"accelerator": "cpu"}
     settings = check(OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config(**node)))))  # type: ignore[arg-type]
     vocabulary = asked.vocabulary or tokens(settings).tokenizer.vocabulary
-    count = asked.devices or 1
     overrides = overrides or []
     answer = search(settings, vocabulary, device, count, asked.allow, asked.show)
-    budget, size = device.share(count).memory, asked.global_batch * asked.sequence
-    fits, does_not = (
-        [report.as_dict(found, size, budget, overrides) for found in some] for some in (answer.fitting, answer.others)
-    )
+    mine, size = device.share(count), asked.global_batch * asked.sequence
+    fits, does_not = ([report.as_dict(found, size, overrides) for found in some] for some in (answer.fitting, answer.others))
     result = {
         "device": device.name,
         "devices": count,
         "vocabulary": vocabulary,
-        "budget_bytes": budget,
+        "budget_bytes": list(mine.memories) or mine.memory,
         "candidates": answer.candidates,
         "simulated": answer.simulated,
         "fits": fits,
-        "does_not_fit": [
-            {**one, "reason": report.reason(found, budget)} for one, found in zip(does_not, answer.others, strict=True)
-        ],
-        "least_bytes": round(answer.least.fullest.peak / (1 - MARGIN)),
+        "does_not_fit": [{**one, "reason": report.reason(found)} for one, found in zip(does_not, answer.others, strict=True)],
+        "least_bytes": report.enough(answer.least) if mine.memories else max(report.enough(answer.least)),
     }
     if asked.json:
         print(json.dumps(result, indent=2))
@@ -77,7 +72,7 @@ def plan(asked: Ask, overrides: list[str] | None = None) -> dict[str, Any]:
     )
     report.show(answer, device, count, size, overrides)
     if asked.picture:
-        report.draw(answer, device, count, Path(asked.picture))
+        report.draw(answer, Path(asked.picture))
         print(f"picture: {asked.picture}")
     return result
 
@@ -95,15 +90,14 @@ def choose(settings: Settings, scale: float = 1.0) -> tuple[Settings, list[str]]
     from leanlm.planning.search import search
 
     config = settings.config
-    device = devices_.of_config(config.device)
-    device = replace(device, memory=round(device.memory * scale))
-    count = settings.devices or 1
+    count = devices_.count(config.device, settings.devices)
+    device = devices_.of_config(config.device, count).scaled(scale)
     vocabulary = tokens(settings).tokenizer.vocabulary
     answer = search(settings, vocabulary, device, count, config.allow, wanted=3)
-    budget = device.share(count).memory
+    budget = report.budgets(device, count)
     if not answer.fitting:
         raise UserError(
-            f"strategy=auto: no plan fits {report.mib(budget)} on each of {count}: the smallest that was looked at needs "
+            f"strategy=auto: no plan fits {budget}: the smallest that was looked at needs "
             f"{report.mib(answer.least.fullest.peak)} ({report.arguments(answer.least.plan)}); write device.memory=..., more "
             "devices, allow=[optimizer_state,precision], or a smaller model or sequence"
         )
@@ -116,7 +110,7 @@ def choose(settings: Settings, scale: float = 1.0) -> tuple[Settings, list[str]]
     peak = report.mib(best.fullest.peak)
     lines = [
         f"strategy=auto: {best.plan.describe()}",
-        f"  predicted peak {peak} of {report.mib(budget)} for each of {count} processes, {best.seconds:.3g} s a step",
+        f"  predicted peak {peak} of {budget}, {best.seconds:.3g} s a step",
         f"  the fastest that fits of {answer.simulated} plans simulated, the likeliest of {answer.candidates}{after}",
     ]
     prediction = {"peak_memory_bytes": predicted, "seconds_per_step": best.seconds}

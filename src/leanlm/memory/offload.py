@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from leanlm.memory.malloc import LARGE
 from leanlm.spread import layout, local, with_layout
 
 CHOICES = ("none", "activations", "optimizer", "all")
-SMALLEST = 1 << 16  # bytes of a tensor that is worth moving
+SMALLEST = LARGE  # bytes of an activation that is worth moving: smaller ones share pages with others, which stay
 
 
 class Scratch:

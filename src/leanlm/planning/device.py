@@ -18,6 +18,8 @@ from leanlm.errors import UserError
 from leanlm.launch import launch, process_group
 from leanlm.runs import write
 
+LISTS = ("memory", "speed")  # of a config, what may be given for each device
+MARGIN = 0.05  # of a budget that is left free: predictions have errors
 UNITS = {"": 1, "B": 1}
 for power, letter in enumerate("KMGT", 1):
     UNITS |= {f"{letter}iB": 1024**power, f"{letter}B": 1000**power}
@@ -40,6 +42,8 @@ class Device:
         process: bytes of a process that trains alone before it has built anything, of one of several, and of what starts them.
         paging: bytes per second of new pages; a GPU's allocator keeps what was freed.
         shared: whether `memory` and the rates are of a machine and divided among its processes.
+        memories: bytes of each device, in the order of ranks, where they differ; `memory` is then the least of them.
+        speeds: of each device, as multiples of `flops`, `bandwidth` and `paging`; none: all alike.
     """
 
     name: str
@@ -54,6 +58,31 @@ class Device:
     process: tuple[int, int, int] = (0, 0, 0)
     paging: float = math.inf
     shared: bool = False
+    memories: tuple[int, ...] = ()
+    speeds: tuple[float, ...] = ()
+
+    @property
+    def alike(self) -> bool:
+        """Whether it does not matter which of several devices is meant."""
+        return len({*self.memories}) < 2 and len({*self.speeds}) < 2
+
+    def least(self, ranks: range) -> "Device":
+        """What each of these has at least: work that is cut evenly waits for the slowest."""
+        speed = min((self.speeds[rank] for rank in ranks), default=1.0) if self.speeds else 1.0
+        return replace(
+            self,
+            memory=min(self.memories[rank] for rank in ranks) if self.memories else self.memory,
+            flops={kind: rate * speed for kind, rate in self.flops.items()},
+            bandwidth=self.bandwidth * speed,
+            paging=self.paging * speed,
+            memories=(),
+            speeds=(),
+        )
+
+    def scaled(self, by: float) -> "Device":
+        """With another amount of memory."""
+        memories = tuple(round(memory * by) for memory in self.memories)
+        return replace(self, memory=round(self.memory * by), memories=memories)
 
     def share(self, processes: int) -> "Device":
         """What each of several processes gets of a machine."""
@@ -84,14 +113,38 @@ def size(text: Any) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def of_config(node: dict[str, Any]) -> Device:
+def count(node: dict[str, Any], devices: int | None) -> int:
+    """How many devices: as asked for, or as many as a list of memories or speeds has, or one."""
+    return devices or max((len(node[key]) for key in LISTS if isinstance(node.get(key), list)), default=1)
+
+
+def of_config(node: dict[str, Any], devices: int | None = None) -> Device:
     """The device of a config group; what it leaves open is measured on this machine.
 
+    Args:
+        node: of `conf/device`; `memory` and `speed` may be lists, of one value for each device.
+        devices: how many there are; None: as many as the lists have.
+
     Raises:
-        UserError: `memory` cannot be read, or the device is a GPU without a data sheet.
+        UserError: `memory` or `speed` cannot be read or does not fit the number of devices, or the device is a GPU without a
+            data sheet.
     """
+    lists = {key: tuple(node[key]) if isinstance(node.get(key), list) else () for key in LISTS}
+    problems = [
+        f"device.{key} has {len(values)} values for {count(node, devices)} devices: write one for each, in the order of ranks"
+        for key, values in lists.items()
+        if values and len(values) != count(node, devices)
+    ]
+    if any(lists.values()) and "flops" not in node:
+        problems.append("device: processes of one machine share it; write one value, or take a data sheet, such as device=l4")
+    if not all(isinstance(speed, int | float) and speed > 0 for speed in lists["speed"]):
+        problems.append(f"device.speed={node['speed']}: write positive numbers, 1 for a device as its data sheet says")
+    if problems:
+        raise UserError(*problems)
     if "flops" in node:
-        return Device(**{**node, "memory": size(node["memory"])})
+        memories = tuple(map(size, lists["memory"]))
+        known = {key: value for key, value in node.items() if key not in LISTS}
+        return Device(**known, memory=min(memories or (size(node["memory"]),)), memories=memories, speeds=lists["speed"])
     if node["accelerator"] != "cpu":
         import torch
 

@@ -7,16 +7,17 @@ import torch
 
 from leanlm.config import Settings
 from leanlm.memory.malloc import LARGE
-from leanlm.planning.device import Device
+from leanlm.planning.device import MARGIN, Device
 from leanlm.planning.simulate import BEFORE, Stages, Step, ends, simulate, stages
 from leanlm.planning.trace import PARTS, Trace, Work, peaks
+from leanlm.strategies import balance
 from leanlm.strategies.plan import PRECISIONS, Plan
 from leanlm.strategies.schedules import SCHEDULES, stages_of
 
 MICROS = 2  # micro-batches that are simulated; the others are as the last of these (a pipeline's: see _fewer_micro_batches)
 BUFFERS_ALONE = ("1f1b", "interleaved")  # schedules under which a micro-batch more takes its buffers; others keep more of each
 # bytes of what a process that trains touches of its libraries, and makes of them; fitted to runs of scripts/plan_accuracy.py
-ONE_PROCESS, SEVERAL, DTENSOR, PIPELINE, BF16 = 64 << 20, 20 << 20, 33 << 20, 13 << 20, 20 << 20
+ONE_PROCESS, SEVERAL, DTENSOR, PIPELINE, STAGES, BF16 = 64 << 20, 20 << 20, 33 << 20, 13 << 20, 50 << 20, 20 << 20
 OVERLAP = 0.7  # share of the computation beside which gradients and weights can be sent
 # of small tensors' bytes: what glibc's heap holds beyond them, in holes; a recurrence fills its holes with the same few sizes
 HEAP, HEAP_RECURRENT = 0.35, 0.12
@@ -32,17 +33,24 @@ class Need:
             driver), and on a CPU `process` (Python and what it has imported).
         seconds: of one optimizer step as far as it was simulated, if no rank waits for another.
         optimizer: of these, the update of the weights.
+        memory: bytes that its device has.
     """
 
     rank: int
     parts: dict[str, int]
     seconds: float
     optimizer: float
+    memory: int
 
     @property
     def peak(self) -> int:
         """Bytes."""
         return sum(self.parts.values())
+
+    @property
+    def over(self) -> int:
+        """Bytes beyond what a plan may take of the device; negative if it fits."""
+        return self.peak - round((1 - MARGIN) * self.memory)
 
 
 @dataclass
@@ -61,22 +69,27 @@ class Prediction:
 
     @property
     def fullest(self) -> Need:
-        """The rank with the largest peak."""
-        return max(self.needs, key=lambda need: need.peak)
+        """The rank with the largest peak; of unequal devices, the one that exceeds its own the most."""
+        return max(self.needs, key=lambda need: need.over)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank's peak leaves the margin of its device's memory free."""
+        return self.fullest.over <= 0
 
     def of_rank(self, rank: int) -> Need:
         """Of a rank like it, or of one that has more."""
         return next(need for need in reversed(self.needs) if need.rank <= rank)
 
 
-def kinds_of_ranks(plan: Plan, whole: Stages) -> list[int]:
-    """The ranks that can be the fullest.
+def kinds_of_ranks(plan: Plan, whole: Stages, alike: bool = True) -> list[int]:
+    """The ranks that can be the fullest, on devices that are all alike or not.
 
     Along axes that are not a pipeline the first rank holds the most. Of a pipeline, the later a rank in the middle the fewer
     micro-batches it holds, unless the schedule splits backward: only one with more blocks than those before it counts.
     """
     places = [place * (plan.world // plan.pipeline) for place in range(plan.pipeline)]
-    if plan.pipeline == 1 or SCHEDULES[plan.schedule].splits_backward:
+    if plan.pipeline == 1 or SCHEDULES[plan.schedule].splits_backward or not alike:
         return places
     found: list[int] = []
     most = 0
@@ -93,19 +106,26 @@ def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
     small, micros = _fewer_micro_batches(settings)
     few = small.plan.accumulate_grad_batches
     whole = stages(settings.config, plan, vocabulary)
-    needs, waits = [], 0.0
+    needs, order = [], dict[int, list[tuple[str, int, int]]]()
     share, copies = device.share(plan.world), device.accelerator == "cpu"
-    for rank in kinds_of_ranks(plan, whole):
-        view, waits = _view_of(small, vocabulary, rank, whole, copies)
+    alike = plan.world // plan.pipeline  # ranks in a row that hold the same blocks
+    for rank in kinds_of_ranks(plan, whole, device.alike):
+        view, order = _view_of(small, vocabulary, rank, whole, copies)
         if micros > few and plan.pipeline > 1 and plan.schedule not in BUFFERS_ALONE:
             more, _ = _view_of(_with(settings, few + plan.pipeline), vocabulary, rank, whole, copies)
             view = replace(_between(view, more, (micros - few) / plan.pipeline), work=view.work)
-        need = _need(rank, view, micros, plan, share, whole.recurrent)
+        need = _need(rank, view, micros, plan, share.least(range(rank, rank + alike)), whole.recurrent)
         if plan.schedule in BUFFERS_ALONE:
             need.parts["buffers"] += (micros - few) * received(settings, rank, whole)
         needs.append(need)
     if plan.pipeline == 1:
         return Prediction(plan, needs, needs[0].seconds)
+    speeds = [share.least(range(first, first + alike)).bandwidth for first in range(0, plan.world, alike)]
+    cost = balance.stage_costs(whole.cost, whole.split)
+    for place, speed in enumerate(speeds):
+        for stage in stages_of(place, plan.pipeline, len(cost), SCHEDULES[plan.schedule].v_shape):
+            cost[stage] /= speed
+    waits = balance.bubble(order, cost)
     # the pipeline fills and empties once; every micro-batch more takes as long as the slowest rank
     flowing = [need.seconds - need.optimizer for need in needs]
     seconds = sum(flowing) / len(flowing) / (1 - waits) + (micros / few - 1) * max(flowing)
@@ -158,19 +178,19 @@ class _View:
     work: dict[str, Counter[Work]]
 
 
-def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, copies: bool) -> tuple["_View", float]:
-    """A rank with all its blocks, and the share of the time that a pipeline waits."""
+def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, copies: bool) -> tuple["_View", dict]:
+    """A rank with all its blocks, and the order of a pipeline's work."""
     plan = settings.plan
     even = whole.alike and plan.recompute in ("none", "blocks", "operators")
     ended = 2 * ends(plan)  # so many blocks of a stage are simulated, and one more: what the others add is the difference
     if not even or max(map(len, whole.split)) <= ended + 1:
         step = simulate(settings, vocabulary, rank, copies=copies)
-        return _view(step), step.waits
+        return _view(step), step.order
     few, more = (simulate(settings, vocabulary, rank, blocks, copies) for blocks in (ended, ended + 1))
     if few.blocks == more.blocks:  # this rank's stages are shorter than others'
-        return _view(more), more.waits
+        return _view(more), more.order
     times = (blocks_held(plan, rank, whole) - few.blocks) / (more.blocks - few.blocks)
-    return _between(_view(few), _view(more), times), more.waits
+    return _between(_view(few), _view(more), times), more.order
 
 
 def _view(step: Step) -> _View:
@@ -204,7 +224,7 @@ def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device, recur
     update = {phase: step.pop(phase) for phase in list(step) if phase.endswith("optimizer")}
     again = max(1, micros - 1) if plan.pipeline == 1 else 1
     optimizer = _seconds(update, 1, plan, device)
-    return Need(rank, parts, _seconds(step, again, plan, device) + optimizer, optimizer)
+    return Need(rank, parts, _seconds(step, again, plan, device) + optimizer, optimizer, device.memory)
 
 
 def with_overhead(parts: dict[str, int], heap: int, plan: Plan, device: Device, recurrent: bool) -> dict[str, int]:
@@ -221,6 +241,7 @@ def _libraries(plan: Plan) -> int:
         (plan.world > 1, SEVERAL),
         (plan.shard * plan.tensor > 1, DTENSOR),
         (plan.pipeline > 1, PIPELINE),
+        (plan.pipeline > 1 and plan.stages > plan.pipeline, STAGES),  # large tensors that take holes of the heap
         (plan.precision.startswith("bf16"), BF16),
     )
     return sum(size for applies, size in wanted if applies)

@@ -35,7 +35,7 @@ def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
     """Within it, what is built and run is that of one rank of a plan, without storage, and the trace records it."""
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a question whether there is one
     with contextlib.ExitStack() as stack:
-        for context in (ranks(rank, plan.world), meshes_with_numbers(), resizing(trace, plan), few_chunks(trace),
+        for context in (ranks(rank, plan.world), meshes_with_numbers(), resizing(trace, plan), few_chunks(trace), sending(plan),
                         file_of_pages(trace), FakeTensorMode(allow_non_fake_inputs=True), trace):  # fmt: skip
             stack.enter_context(context)
         yield
@@ -111,6 +111,34 @@ def resizing(trace: Trace, plan: Plan) -> Iterator[None]:
         ):
             if hasattr(module, name):
                 patches.enter_context(mock.patch.object(module, name, told(getattr(module, name))))
+        yield
+
+
+class _Sent:
+    """What gloo's handle of something sent does: it holds the tensor for as long as someone holds the handle."""
+
+    def __init__(self, work: Any, tensors: list[Tensor]) -> None:
+        self.work, self.tensors = work, tensors
+
+    def wait(self, *args: Any) -> Any:
+        return self.work.wait(*args)
+
+
+@contextlib.contextmanager
+def sending(plan: Plan) -> Iterator[None]:
+    """Several of torch's schedules keep the handles of all that they send until the step ends."""
+    if plan.pipeline == 1:
+        yield
+        return
+    from torch.distributed.pipelining import schedules
+
+    every = schedules._batch_p2p
+
+    def held(ops: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        tensors = [op.tensor for op in ops if op.op is dist.isend]
+        return [_Sent(work, tensors) for work in every(ops, *args, **kwargs)]
+
+    with mock.patch.object(schedules, "_batch_p2p", held):
         yield
 
 

@@ -1,11 +1,13 @@
 """What a search found, for people and for programs."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from leanlm.planning.device import Device
-from leanlm.planning.search import MARGIN, Answer
-from leanlm.strategies.plan import LEVERS, Plan
+from leanlm.planning.device import MARGIN, Device
+from leanlm.strategies.plan import AXES, LEVERS, Plan
+
+if TYPE_CHECKING:
+    from leanlm.planning.search import Answer
 
 FREES = {  # part -> what makes it smaller
     "weights": "strategy.shard or strategy.tensor over more devices",
@@ -22,9 +24,9 @@ FREES = {  # part -> what makes it smaller
 
 def arguments(plan: Plan) -> str:
     """The overrides that write a plan."""
-    keys = ("accumulate_grad_batches", "pipeline", "replicate", "shard", "tensor", "schedule", *LEVERS, "precision")
+    keys = ("accumulate_grad_batches", *AXES, "schedule", "stage_blocks", *LEVERS, "precision")
     return " ".join(
-        f"strategy.{key}={str(value).lower() if isinstance(value, bool) else value}"
+        f"strategy.{key}={str(value).lower().replace(' ', '') if isinstance(value, bool | list) else value}"
         for key in keys
         if (value := getattr(plan, key)) != getattr(Plan, key)
     )
@@ -35,46 +37,56 @@ def command(plan: Plan, overrides: list[str]) -> str:
     return " ".join(["python -m leanlm.train", *overrides, arguments(plan)]).strip()
 
 
-def reason(found: Any, budget: int) -> str:
+def reason(found: Any) -> str:
     """Why a plan does not fit: by how much, its largest part, and what would make that smaller."""
     need = found.fullest
     largest = max(need.parts, key=need.parts.__getitem__)
-    over = need.peak - round(budget * (1 - MARGIN))
-    return f"{mib(over)} too much; {largest} take {mib(need.parts[largest])}: {FREES[largest]}"
+    return f"{mib(need.over)} too much; {largest} take {mib(need.parts[largest])}: {FREES[largest]}"
+
+
+def budgets(device: Device, devices: int) -> str:
+    """Bytes of each of several devices."""
+    mine = device.share(devices)
+    return ", ".join(map(mib, mine.memories)) if mine.memories else f"{devices} x {mib(mine.memory)}"
+
+
+def enough(found: Any) -> list[int]:
+    """Bytes that each device would need for a plan, margin included."""
+    return [round(found.of_rank(rank).peak / (1 - MARGIN)) for rank in range(found.plan.world)]
 
 
 def mib(size: float) -> str:
     return f"{size / 2**20:,.0f} MiB" if size < 10 * 2**30 else f"{size / 2**30:,.1f} GiB"
 
 
-def as_dict(found: Any, tokens: int, budget: int, overrides: list[str]) -> dict[str, Any]:
+def as_dict(found: Any, tokens: int, overrides: list[str]) -> dict[str, Any]:
     """A prediction with plain types: bytes, seconds, tokens/s."""
     return {
         "plan": found.plan.asdict(),
         "exactness": found.plan.exactness,
         "peak_memory_bytes": {need.rank: need.peak for need in found.needs},
         "parts_bytes": found.fullest.parts,
-        "headroom_bytes": budget - found.fullest.peak,
+        "headroom_bytes": found.fullest.memory - found.fullest.peak,
         "seconds": found.seconds,
         "tokens_per_second": tokens / found.seconds,
         "command": command(found.plan, overrides),
     }
 
 
-def show(answer: Answer, device: Device, devices: int, tokens: int, overrides: list[str]) -> None:
+def show(answer: "Answer", device: Device, devices: int, tokens: int, overrides: list[str]) -> None:
     """Print the table."""
     from rich.console import Console
     from rich.table import Table
 
-    console, budget = Console(highlight=False, soft_wrap=True), device.share(devices).memory
-    table = Table(title=f"plans that fit, fastest first: {devices} x {mib(budget)} on {device.name}", title_justify="left")
+    console, budget = Console(highlight=False, soft_wrap=True), budgets(device, devices)
+    table = Table(title=f"plans that fit, fastest first: {budget} on {device.name}", title_justify="left")
     parts = list(answer.least.fullest.parts)
     for name in ("", "peak", "headroom", *parts, "step s", "tokens/s", "exactness"):
         table.add_column(name, justify="right")
     for number, found in enumerate(answer.fitting, 1):
         need = found.fullest
         sizes = [f"{need.parts[part] / 2**20:,.0f}" for part in parts]
-        table.add_row(str(number), mib(need.peak), mib(budget - need.peak), *sizes, f"{found.seconds:.3g}",
+        table.add_row(str(number), mib(need.peak), mib(need.memory - need.peak), *sizes, f"{found.seconds:.3g}",
                       f"{tokens / found.seconds:,.0f}", found.plan.exactness)  # fmt: skip
     wide = Console(width=max(console.width, 165), highlight=False)
     if answer.fitting:
@@ -83,23 +95,22 @@ def show(answer: Answer, device: Device, devices: int, tokens: int, overrides: l
         for number, found in enumerate(answer.fitting, 1):
             console.print(f"{number}: {command(found.plan, overrides)}", markup=False)
     else:
-        console.print(f"no plan fits {devices} x {mib(budget)} ({MARGIN:.0%} of it is kept free)")
+        console.print(f"no plan fits {budget} ({MARGIN:.0%} of it is kept free)")
     console.print(f"{answer.simulated} of {answer.candidates} plans were simulated, the likeliest first")
     if answer.others:
         console.print("\nplans that do not fit:")
     for found in answer.others:
-        console.print(f"{arguments(found.plan)}: needs {mib(found.fullest.peak)}, {reason(found, budget)}", markup=False)
+        console.print(f"{arguments(found.plan)}: needs {mib(found.fullest.peak)}, {reason(found)}", markup=False)
     least = answer.least
+    needed = f"{mib(max(enough(least)))} per device" if device.alike else ", ".join(map(mib, enough(least)))
     console.print(
-        f"\nthe smallest budget that would do, of the plans looked at: {mib(least.fullest.peak / (1 - MARGIN))} per device, "
-        "with "
-        f"{arguments(least.plan) or 'one device'}",
+        f"\nthe smallest budget that would do, of the plans looked at: {needed}, with {arguments(least.plan) or 'one device'}",
         markup=False,
     )
 
 
-def draw(answer: Answer, device: Device, devices: int, path: Path) -> None:
-    """Bars of the parts of each plan, and a line at the budget."""
+def draw(answer: "Answer", path: Path) -> None:
+    """Bars of the parts of each plan on its fullest rank, and a line at the budget of that."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -111,7 +122,9 @@ def draw(answer: Answer, device: Device, devices: int, path: Path) -> None:
         sizes = [found.fullest.parts[part] / 2**30 for found in plans]
         axes.barh(range(len(plans)), sizes, left=ends, label=part)
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
-    axes.axvline(device.share(devices).memory / 2**30, color="black", linestyle="--", label="budget")
+    limits = [found.fullest.memory / 2**30 for found in plans]
+    rows = [row + edge for row in range(len(plans)) for edge in (-0.5, 0.5)]
+    axes.plot([limit for limit in limits for _ in range(2)], rows, color="black", linestyle="--", label="budget")
     names = [arguments(found.plan).replace("strategy.", "").replace("_grad_batches", "") or "one device" for found in plans]
     labels = [f"{name}  ({found.seconds:.3g} s)" for name, found in zip(names, plans, strict=True)]
     axes.set_yticks(range(len(plans)), labels)

@@ -35,12 +35,12 @@ class Step:
     Attributes:
         trace: of all steps.
         blocks: that this rank holds, as far as they were built.
-        waits: share of the time that the devices of a pipeline wait, with the work of the whole model.
+        order: of a pipeline, device -> its work in order, see `balance.bubble`.
     """
 
     trace: Trace
     blocks: int
-    waits: float
+    order: dict[int, list[tuple[str, int, int]]]
 
 
 def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | None = None, copies: bool = False) -> Step:
@@ -74,11 +74,10 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
         trainer.strategy.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]
         with contextlib.redirect_stdout(None), pretend.no_moves(module):
             trainer.fit(module, _Batches(settings, steps))
-    waits = 0.0
+    order = {}
     if module.pipeline is not None:
         order = balance.order_of(module.pipeline.schedule, plan.accumulate_grad_batches)
-        waits = balance.bubble(order, balance.stage_costs(whole.cost, whole.split))
-    return Step(trace, sum(len(stage.blocks) for stage in cut.stages.values()), waits)
+    return Step(trace, sum(len(stage.blocks) for stage in cut.stages.values()), order)
 
 
 @dataclass(frozen=True)

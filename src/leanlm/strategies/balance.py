@@ -76,16 +76,25 @@ def stage_costs(cost: dict[str, float], blocks: list[list[str]]) -> list[float]:
     return each
 
 
-def _costliest_stage_least(cost: dict[str, float], names: list[str], stages: int) -> list[int]:
+def by_weight(cost: dict[str, float], weights: list[float]) -> list[int]:
+    """Blocks of each stage so that the largest cost of a stage over its weight, such as its device's speed, is least."""
+    names = [name for name in cost if name not in ("embed", "head")]
+    return [end - begin for begin, end in pairwise(_costliest_stage_least(cost, names, len(weights), weights))]
+
+
+def _costliest_stage_least(
+    cost: dict[str, float], names: list[str], stages: int, weights: list[float] | None = None
+) -> list[int]:
     """Where stages begin and end, as counts of blocks."""
     sums = [0.0, *accumulate(cost[name] for name in names)]
     # best[n]: lowest cost of the costliest stage when the stages so far hold n blocks, and where they end
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [0])}
     for stage in range(stages):
         extra = cost["embed"] * (stage == 0) + cost["head"] * (stage == stages - 1)
+        weight = weights[stage] if weights else 1.0
         best = {
             end: min(
-                (max(most, sums[end] - sums[begin] + extra), [*ends, end])
+                (max(most, (sums[end] - sums[begin] + extra) / weight), [*ends, end])
                 for begin, (most, ends) in best.items()
                 if begin < end
             )

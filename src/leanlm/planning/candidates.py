@@ -1,0 +1,141 @@
+"""Every plan that could be taken, and the rough figures by which they are ordered before any is simulated."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from leanlm.config import Settings, cuts
+from leanlm.memory import offload
+from leanlm.planning.device import MARGIN, Device
+from leanlm.planning.simulate import Stages, stages
+from leanlm.strategies import balance
+from leanlm.strategies.plan import Plan
+from leanlm.strategies.resolve import of_optimizer, resolve
+
+
+@dataclass(frozen=True)
+class Rough:
+    """What orders candidates before anything is simulated: seconds of a step and bytes on the fullest rank."""
+
+    seconds: float
+    bytes: float
+
+
+def meshes(devices: int) -> Iterator[tuple[int, int, int, int]]:
+    """Every (pipeline, replicate, shard, tensor) whose product is the number of devices."""
+    sizes = [n for n in range(1, devices + 1) if devices % n == 0]
+    return (sizes for sizes in product(sizes, repeat=4) if sizes[0] * sizes[1] * sizes[2] * sizes[3] == devices)  # type: ignore[misc]
+
+
+def families(settings: Settings, devices: int, whole: Stages, device: Device, allow: Iterable[str]) -> list[list[Plan]]:
+    """Plans that can work and keep the curve, grouped by all but their micro-batches, of which the fewest come first.
+
+    Args:
+        settings: `plan` gives what is not searched: number types, state of the optimizer.
+        devices: all of them are used.
+        whole: the model as one stage.
+        device: of which unequal ones get unequal stages of a pipeline under 1F1B.
+        allow: levers labelled `changes` that may be used: optimizer_state, precision.
+    """
+    config, base = settings.config, replace(settings.plan, auto=False)
+    levers: list[dict[str, Any]] = [{}, {"recompute": "blocks"}]
+    levers += [{"recompute_window": -1}, {"rnn_kernel": "native"}] if whole.recurrent else [{"recompute": "operators"}]
+    changes: list[dict[str, Any]] = [{}]
+    if "precision" in allow:
+        changes += [{"precision": "bf16-mixed"}]
+    if "optimizer_state" in allow:
+        changes += [{**change, "optimizer_state": kind} for change in changes for kind in ("int8",)]
+    found = []
+    for pipeline, replicate, shard, tensor in meshes(devices):
+        axes: dict[str, Any] = {"pipeline": pipeline, "replicate": replicate, "shard": shard, "tensor": tensor}
+        schedules = ("1f1b", "interleaved", "zero-bubble") if pipeline > 1 else ("1f1b",)
+        zero1 = (False, True) if replicate > 1 and shard == tensor == 1 else (False,)
+        offloads = offload.CHOICES if devices == 1 else ("none", "all")
+        uneven = [("1f1b", blocks) for blocks in _uneven(whole, device, pipeline, devices)]
+        orders = [*((schedule, None) for schedule in schedules), *uneven]
+        for lever, change, (schedule, blocks), divided, away in product(levers, changes, orders, zero1, offloads):
+            plans = []
+            for micros in range(1, config.global_batch // (replicate * shard) + 1):
+                if config.global_batch % (replicate * shard * micros):
+                    continue
+                plan = replace(base, **axes, **lever, **change, schedule=schedule, zero1=divided, offload=away,
+                               accumulate_grad_batches=micros, stages_per_device=None, stage_blocks=blocks)  # fmt: skip
+                if plan.step_in_backward and micros > 1:
+                    continue
+                if schedule == "zero-bubble" and (plan.recompute, away) != ("none", "none"):  # slower, frees little
+                    continue
+                plan, problems = resolve(plan, devices, config.global_batch)
+                if not problems and not of_optimizer(plan, config.optim.name, config.clip):
+                    plans.append(plan)
+            if plans and not cuts(config, plans[0]):
+                found.append(plans)
+    return found
+
+
+def _uneven(whole: Stages, device: Device, pipeline: int, devices: int) -> list[list[int]]:
+    """Blocks of each stage that suit the speeds of unequal devices, and their memories."""
+    if pipeline == 1 or device.alike or len(whole.split[0]) < pipeline:
+        return []
+    each = devices // pipeline
+    places = [device.least(range(first, first + each)) for first in range(0, devices, each)]
+    parts = {name: float(count) for name, count in whole.elements.items()}
+    weights = (whole.cost, [place.bandwidth for place in places]), (parts, [float(place.memory) for place in places])
+    found = [balance.by_weight(cost, shares) for cost, shares in weights]
+    return [found[0]] + found[1:] * (found[1] != found[0])
+
+
+class Estimate:
+    """Rough figures of plans of one model."""
+
+    def __init__(self, settings: Settings, vocabulary: int, device: Device) -> None:
+        self.config, self.device = settings.config, device
+        one = stages(settings.config, Plan(), vocabulary)
+        self.flops, self.parameters, self.blocks = sum(one.cost.values()), one.parameters, len(one.split[0])
+        width = max(1.0, (one.elements[one.split[0][0]] / 12) ** 0.5)
+        self.kept = 16 * width * settings.config.sequence * 4  # bytes of a block and row, as of GPT-2's
+        self.hidden = width * settings.config.sequence * 4
+        self.averages = {"adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0}[settings.config.optim.name]
+
+    def room(self, plan: Plan) -> float:
+        """Bytes that the fullest rank may take beside its process and driver; along a pipeline, the mean of unequal ones."""
+        device = self.device.share(plan.world)
+        memories = device.memories if plan.pipeline > 1 else ()
+        memory = sum(memories) / len(memories) if memories else device.memory
+        return memory * (1 - MARGIN) - device.context - device.process[int(plan.world > 1)]
+
+    def __call__(self, plan: Plan) -> Rough:
+        config, device = self.config, self.device.share(plan.world)
+        speeds = device.speeds or (1.0,)
+        speed = sum(speeds) / len(speeds) if plan.pipeline > 1 else min(speeds)
+        held = self.parameters * 4 / (plan.pipeline * plan.shard * plan.tensor)
+        state = held * self.averages * (0.25 if plan.optimizer_state == "int8" else 1) / (plan.replicate if plan.zero1 else 1)
+        rows = plan.micro_batch(config.global_batch)
+        ahead = {"1f1b": plan.pipeline, "interleaved": 1.3 * plan.pipeline}.get(plan.schedule, 1.5 * plan.pipeline)
+        flying = min(plan.accumulate_grad_batches, ahead) if plan.pipeline > 1 else 1
+        each = {"none": self.kept, "operators": 0.6 * self.kept, "blocks": self.hidden}.get(plan.recompute, self.kept)
+        kept = each * rows * flying * self.blocks / plan.pipeline / plan.tensor**0.8
+        if plan.recompute != "none":
+            kept += self.kept * rows / plan.tensor**0.8  # of the block that is run again
+        if plan.recompute_window:
+            kept /= 8
+        if plan.offload in ("activations", "all"):
+            kept = self.kept * rows / plan.tensor**0.8
+        if plan.offload in ("optimizer", "all"):
+            state = 0
+        extra = 4 / 3 if plan.recompute == "blocks" or plan.recompute_window else 1.08 if plan.recompute == "operators" else 1
+        rate = device.flops["bfloat16" if plan.precision.startswith("bf16") else "float32"]
+        seconds = 3 * extra * self.flops * config.global_batch / plan.world / (rate * speed)
+        if plan.pipeline > 1:
+            part = {"interleaved": 0.5, "zero-bubble": 0.3}.get(plan.schedule, 1.0)
+            seconds *= 1 + part * (plan.pipeline - 1) / plan.accumulate_grad_batches
+        micros, bytes_ = plan.accumulate_grad_batches, self.parameters * 4
+        sent = 2.0 * bytes_ / (plan.pipeline * plan.tensor) * (plan.readers > 1)
+        if plan.shard > 1:
+            sent = bytes_ * 3 * micros / (plan.pipeline * plan.tensor)
+        if plan.tensor > 1:
+            sent += 8 * self.hidden * rows * micros * self.blocks / plan.pipeline
+        seconds += sent / device.link + micros * self.blocks * 120 * device.overhead
+        if plan.offload != "none":
+            seconds *= 1.5
+        return Rough(seconds, 2 * held + state + kept)

@@ -1,0 +1,111 @@
+"""Devices that a plan is made for: sizes, limits, unequal ones."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import composed
+
+from leanlm.config import Settings, check
+from leanlm.errors import UserError
+from leanlm.planning.candidates import families
+from leanlm.planning.device import Device, count, memory_limit, of_config, size
+from leanlm.planning.predict import predict
+from leanlm.planning.search import search
+from leanlm.planning.simulate import stages
+from leanlm.strategies import balance
+from leanlm.strategies.plan import Plan
+
+CARD = {"accelerator": "cuda", "name": "a card", "memory": "8GB", "flops": {"float32": 1e13}, "bandwidth": 1e11,
+        "link": 1e10, "latency": 1e-5, "overhead": 1e-5}  # fmt: skip
+
+
+def settings(text: Path, *overrides: str) -> Settings:
+    model = ["model=gpt2", "model.width=64", "model.heads=2", "model.depth=12", "data.tokenizer=byte"]
+    return check(composed("data=text", f"data.path={text}", *model, "global_batch=8", "sequence=32", "clip=1.0", *overrides))
+
+
+def test_sizes_and_limits() -> None:
+    assert (size("6GiB"), size("500 MB"), size(1024)) == (6 << 30, 500_000_000, 1024)
+    with pytest.raises(UserError, match="6GiB"):
+        size("much")
+    assert 0 < memory_limit() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    card = of_config(CARD)
+    assert card.share(4).memory == 8_000_000_000  # each has its own
+    machine = replace(card, shared=True, process=(1, 2, 1000))
+    assert machine.share(4).memory == (8_000_000_000 - 1000) // 4
+
+
+def test_unequal_devices_are_as_many_as_their_list() -> None:
+    node = CARD | {"memory": ["8GB", "4GB", "2GB"], "speed": [1, 0.5, 2]}
+    assert count(node, None) == 3
+    card = of_config(node)
+    assert card.memories == (8_000_000_000, 4_000_000_000, 2_000_000_000)
+    two = card.least(range(2))  # work that these share evenly
+    assert (two.memory, two.flops["float32"], two.bandwidth) == (4_000_000_000, 0.5e13, 0.5e11)
+    assert card.scaled(0.5).memories == (4_000_000_000, 2_000_000_000, 1_000_000_000)
+    with pytest.raises(UserError, match="3 values for 4 devices") as caught:
+        of_config(node | {"speed": [1, -1, 1]}, 4)
+    assert "positive numbers" in str(caught.value)  # with it, in one message
+    with pytest.raises(UserError, match="one machine share"):
+        of_config({"accelerator": "cpu", "memory": ["8GB", "4GB"]})
+
+
+def test_blocks_go_by_weight() -> None:
+    even = {"embed": 0.0, **{str(i): 1.0 for i in range(12)}, "head": 0.0}
+    assert balance.by_weight(even, [2.0, 1.0]) == [8, 4]
+    assert balance.by_weight(even | {"head": 3.0}, [2.0, 1.0]) == [10, 2]
+
+
+def test_equal_lists_change_nothing(text: Path) -> None:
+    asked = settings(text, "strategy=pipeline", "devices=2", "strategy.accumulate_grad_batches=4")
+    one, listed = of_config(CARD), of_config(CARD | {"memory": ["8GB", "8GB"], "speed": [1, 1]})
+    plain, other = (predict(asked, 256, device) for device in (one, listed))
+    assert [need.parts for need in plain.needs] == [need.parts for need in other.needs]
+    assert plain.seconds == other.seconds
+    assert plain.fullest.memory == other.fullest.memory
+
+
+def test_a_pipeline_waits_for_the_slower_device_unless_it_has_fewer_blocks(text: Path) -> None:
+    device = of_config(CARD | {"speed": [1, 0.5]})
+    base = settings(text, "strategy=pipeline", "devices=2", "strategy.accumulate_grad_batches=8")
+
+    def seconds(blocks: list[int], device: Device) -> float:
+        plan = replace(base.plan, stage_blocks=blocks)
+        return predict(replace(base, plan=plan), 256, replace(device, overhead=0.0, latency=0.0, link=1e30)).seconds
+
+    even, uneven, alike = seconds([6, 6], device), seconds([8, 4], device), seconds([6, 6], of_config(CARD))
+    assert alike < uneven < even
+    assert 1.7 < even / alike < 2  # the slower one takes twice as long; updates and the pipeline's ends are less
+
+
+def test_what_fits_unequal_devices_fits_each(text: Path) -> None:
+    """A pipeline whose larger device holds more blocks needs less than two of the smaller devices would have to have."""
+    asked = settings(text, "model.width=256")
+    whole = stages(asked.config, Plan(), 256)
+    device = replace(of_config(CARD), memory=60 << 20, memories=(140 << 20, 60 << 20))
+    plans = [plan for family in families(asked, 2, whole, device, ()) for plan in family]
+    assert any(plan.stage_blocks and plan.stage_blocks[0] > plan.stage_blocks[1] for plan in plans)
+    assert not any(plan.stage_blocks for family in families(asked, 2, whole, of_config(CARD), ()) for plan in family)
+    plan = next(
+        plan for plan in plans
+        if plan.stage_blocks and plan.accumulate_grad_batches == 8 and (plan.recompute, plan.offload) == ("none", "none")
+        and plan.stage_blocks[0] > plan.stage_blocks[1]
+    )  # fmt: skip
+    found = predict(replace(asked, plan=plan), 256, device)
+    assert [need.memory for need in found.needs] == [140 << 20, 60 << 20]
+    assert found.fits == all(need.peak <= 0.95 * need.memory for need in found.needs)
+    assert found.fits
+    turned = predict(replace(asked, plan=plan), 256, replace(device, memories=device.memories[::-1]))
+    assert not turned.fits
+    assert turned.fullest.rank == 0
+
+
+def test_a_search_over_unequal_devices(text: Path) -> None:
+    asked = settings(text, "model.width=256")
+    device = of_config(CARD | {"memory": ["150MiB", "75MiB"]})
+    answer = search(asked, 256, device, 2, wanted=2)
+    assert answer.fitting
+    assert all(need.peak <= 0.95 * need.memory for found in answer.fitting for need in found.needs)
+    assert {need.memory for found in answer.fitting if found.plan.pipeline == 1 for need in found.needs} <= {75 << 20}
