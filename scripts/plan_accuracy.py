@@ -1,12 +1,14 @@
 """How well the planner and others predict: random configurations, each predicted before it is run in real processes.
 
 python scripts/plan_accuracy.py --draws 48 --seed 1 --into runs/accuracy.jsonl     adds to the file, and prints the errors
+python scripts/plan_accuracy.py --draws 12 --seed 2 --untuned --into runs/untuned.jsonl   of models that it was not fitted to
 python scripts/plan_accuracy.py --draws 0 --into runs/accuracy.jsonl               prints them again
 python scripts/plan_accuracy.py --again scripts/results/plan_accuracy.jsonl        predicts stored runs anew, after the fact
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -26,6 +28,15 @@ MODELS = {  # name -> overrides that may be drawn
     "gru": {"model.width": [512, 1024, 1536], "model.depth": [2, 4]},
     "elman": {"model.width": [512, 1024], "model.depth": [2, 4, 6]},
 }
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+UNTUNED = {  # models of which no run had been seen when the planner's constants were fitted
+    "gated": {"model.width": [512, 768, 1024], "model.depth": [6, 12], "model.kernel": [3, 5], "model.tied": ["true", "false"]},
+    "transformer": {"model.positions": ["learned"], "model.norm": ["layernorm"], "model.norm_weight": ["true"],
+                    "model.activation": ["swiglu", "gelu"], "model.kv_heads": [2], "model.width": [512, 768],
+                    "model.heads": [8], "model.depth": [6, 12], "model.bias": ["true", "false"]},
+    "lstm": {"model.embedding": [128, 256], "model.cutoffs": ["[1000]", "[500,4000]"], "model.width": [768, 1280],
+             "model.depth": [1, 3], "model.locked": ["false"], "model.dropout": [0.2]},
+}  # fmt: skip
 PLANS = [
     "strategy=single", "strategy=accumulate", "strategy=ddp devices=2", "strategy=ddp devices=2 strategy.zero1=true",
     "strategy=fsdp devices=2", "strategy=fsdp devices=2 strategy.reshard_after_forward=false",
@@ -42,10 +53,10 @@ LEVERS = {
 }
 
 
-def draw(rng: random.Random) -> list[str]:
+def draw(rng: random.Random, models: dict[str, dict[str, list]]) -> list[str]:
     """Overrides of a configuration; it may be one that cannot work."""
-    model = rng.choice(list(MODELS))
-    found = [f"model={model}", *(f"{key}={rng.choice(values)}" for key, values in MODELS[model].items())]
+    model = rng.choice(list(models))
+    found = [f"model={model}", *(f"{key}={rng.choice(values)}" for key, values in models[model].items())]
     found += rng.choice(PLANS).split() + [f"{key}={rng.choice(values)}" for key, values in LEVERS.items()]
     found += [f"global_batch={rng.choice([8, 16, 32, 64])}", f"sequence={rng.choice([128, 256, 512])}"]
     found += [f"optim={rng.choice(['adamw', 'adamw', 'muon', 'adafactor', 'sgd'])}"]
@@ -63,7 +74,7 @@ def text(folder: Path) -> Path:
 def whole_run(folder: Path, steps: int) -> list[str]:
     """Overrides of a short run on that text, with a checkpoint and a validation."""
     return ["data=text", f"data.path={text(folder)}", f"max_steps={steps}", f"val_every={steps}", "checkpoint_every=1",
-            "logger=csv", "sample_tokens=0", "val_lanes=8"]  # fmt: skip
+            "logger=csv", "sample_tokens=0", "val_lanes=8", f"hydra.searchpath=[file://{TESTS}/conf]"]  # fmt: skip
 
 
 def predict(overrides: list[str], drawn: bool = False) -> dict:
@@ -113,7 +124,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--into", type=Path, default=Path("runs/accuracy.jsonl"))
     parser.add_argument("--again", type=Path)
+    parser.add_argument("--untuned", action="store_true", help="of other models")
     asked = parser.parse_args()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     if asked.again is not None:
         with tempfile.TemporaryDirectory() as folder:
             common, known = whole_run(Path(folder), STEPS), map(json.loads, asked.again.read_text().splitlines())
@@ -124,7 +137,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         common = whole_run(Path(folder), STEPS)
         while done < asked.draws:
-            overrides = draw(rng)
+            overrides = draw(rng, UNTUNED if asked.untuned else MODELS)
             try:
                 predicted = predict(overrides + common, drawn=True)
             except RuntimeError as error:

@@ -9,6 +9,7 @@ from conftest import composed
 
 from leanlm.config import Settings, check
 from leanlm.errors import UserError
+from leanlm.planning import cards
 from leanlm.planning.candidates import families
 from leanlm.planning.device import Device, count, memory_limit, of_config, size
 from leanlm.planning.predict import predict
@@ -109,3 +110,26 @@ def test_a_search_over_unequal_devices(text: Path) -> None:
     assert answer.fitting
     assert all(need.peak <= 0.95 * need.memory for found in answer.fitting for need in found.needs)
     assert {need.memory for found in answer.fitting if found.plan.pipeline == 1 for need in found.needs} <= {75 << 20}
+
+
+def test_gpus_of_this_machine_by_their_data_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe", "NVIDIA GeForce RTX 4090", "Tesla T4",
+             "NVIDIA L4", "NVIDIA H200")  # fmt: skip
+    found = [cards.sheet(name)["name"] for name in names]
+    assert found == ["NVIDIA H100 SXM", "NVIDIA A100 40GB", "NVIDIA A100 80GB", "NVIDIA GeForce RTX 4090", "NVIDIA T4",
+                     "NVIDIA L4", "NVIDIA H200 SXM"]  # fmt: skip
+    with pytest.raises(UserError, match="no data sheet"):
+        cards.sheet("NVIDIA L40S")
+
+    auto = {"accelerator": "auto", "memory": None}
+    monkeypatch.setattr(cards, "here", lambda: (("NVIDIA L4", 23_000_000_000), ("NVIDIA L4", 22_900_000_000)))
+    assert count(auto, None) == 2
+    two = of_config(auto)
+    assert (two.memory, two.memories, two.speeds, two.bandwidth) == (22_900_000_000, (), (), 300e9)
+    assert of_config(auto | {"memory": "8GiB"}, 1).memory == 8 << 30
+    with pytest.raises(UserError, match="has 2 GPUs"):
+        of_config(auto, 4)
+    monkeypatch.setattr(cards, "here", lambda: (("NVIDIA GeForce RTX 4090", 24 << 30), ("Tesla T4", 15 << 30)))
+    mixed = of_config(auto)
+    assert mixed.memories == (24 << 30, 15 << 30)
+    assert mixed.speeds == pytest.approx((1.0, 320 / 1008), rel=0.01)

@@ -16,6 +16,7 @@ from typing import Any
 from leanlm.data.corpus import cache_folder
 from leanlm.errors import UserError
 from leanlm.launch import launch, process_group
+from leanlm.planning import cards
 from leanlm.runs import write
 
 LISTS = ("memory", "speed")  # of a config, what may be given for each device
@@ -114,8 +115,14 @@ def size(text: Any) -> int:
 
 
 def count(node: dict[str, Any], devices: int | None) -> int:
-    """How many devices: as asked for, or as many as a list of memories or speeds has, or one."""
-    return devices or max((len(node[key]) for key in LISTS if isinstance(node.get(key), list)), default=1)
+    """How many devices: as asked for, or as many as a list of memories or speeds has, or the GPUs here, or one."""
+    listed = max((len(node[key]) for key in LISTS if isinstance(node.get(key), list)), default=0)
+    return devices or listed or (len(cards.here()) if _of_this_machine(node) else 0) or 1
+
+
+def _of_this_machine(node: dict[str, Any]) -> bool:
+    """Whether it asks for GPUs without a data sheet."""
+    return "flops" not in node and node["accelerator"] != "cpu"
 
 
 def of_config(node: dict[str, Any], devices: int | None = None) -> Device:
@@ -123,12 +130,13 @@ def of_config(node: dict[str, Any], devices: int | None = None) -> Device:
 
     Args:
         node: of `conf/device`; `memory` and `speed` may be lists, of one value for each device.
-        devices: how many there are; None: as many as the lists have.
+        devices: how many there are; None: as many as the lists have, or GPUs are here.
 
     Raises:
-        UserError: `memory` or `speed` cannot be read or does not fit the number of devices, or the device is a GPU without a
-            data sheet.
+        UserError: `memory` or `speed` cannot be read or does not fit the number of devices, or a GPU here has no data sheet.
     """
+    if _of_this_machine(node):
+        node = cards.as_node(node.get("memory"), devices) or node
     lists = {key: tuple(node[key]) if isinstance(node.get(key), list) else () for key in LISTS}
     problems = [
         f"device.{key} has {len(values)} values for {count(node, devices)} devices: write one for each, in the order of ranks"
@@ -145,14 +153,6 @@ def of_config(node: dict[str, Any], devices: int | None = None) -> Device:
         memories = tuple(map(size, lists["memory"]))
         known = {key: value for key, value in node.items() if key not in LISTS}
         return Device(**known, memory=min(memories or (size(node["memory"]),)), memories=memories, speeds=lists["speed"])
-    if node["accelerator"] != "cpu":
-        import torch
-
-        if torch.cuda.is_available():
-            raise UserError(
-                f"device={node['accelerator']}: the planner does not measure the {torch.cuda.get_device_name()} here yet; "
-                "write the data sheet that is nearest, such as device=h100 device.memory=80GiB, or device=cpu"
-            )
     here = this_machine()
     return replace(here, memory=size(node["memory"])) if node.get("memory") else here
 

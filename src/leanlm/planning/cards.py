@@ -1,0 +1,78 @@
+"""GPUs of this machine: how much of their memory is free, and the data sheets that have their rates."""
+
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from leanlm.config import FOLDER
+from leanlm.errors import UserError
+
+ALIKE = 0.02  # share by which free memory may differ among devices that count as equal
+# asked of another process: CUDA, once begun here, would take memory and could not be forked
+QUESTION = """
+import json, torch
+gpus = range(torch.cuda.device_count())
+print(json.dumps([(torch.cuda.get_device_name(i), torch.cuda.mem_get_info(i)[0]) for i in gpus]))
+"""
+
+
+@cache
+def here() -> tuple[tuple[str, int], ...]:
+    """Name and free bytes of each GPU that torch can use, as of the first call."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    done = subprocess.run([sys.executable, "-c", QUESTION], capture_output=True, text=True, check=True)
+    return tuple((name, free) for name, free in json.loads(done.stdout.splitlines()[-1]))
+
+
+def as_node(memory: Any, devices: int | None) -> dict[str, Any] | None:
+    """The first so many GPUs here, None: all, as a device of the config group; None if there is none.
+
+    Args:
+        memory: that may be used of each; None: what is free.
+        devices: how many.
+
+    Raises:
+        UserError: there are fewer, or none of `conf/device` is the data sheet of one.
+    """
+    cards = here()[:devices]
+    if not cards:
+        return None
+    if len(cards) < (devices or 1):
+        raise UserError(
+            f"devices={devices}: this machine has {len(cards)} GPUs; write a data sheet to plan for others, such as device=l4"
+        )
+    sheets, free = [sheet(name) for name, _ in cards], [size for _, size in cards]
+    equal = max(free) - min(free) <= ALIKE * max(free)
+    speeds = [each["bandwidth"] / sheets[0]["bandwidth"] for each in sheets]
+    return {
+        **sheets[0],
+        "name": f"this machine's {cards[0][0]}",
+        "memory": memory or (min(free) if equal else free),
+        "speed": speeds if len({*speeds}) > 1 else None,
+    }
+
+
+def sheet(name: str) -> dict[str, Any]:
+    """The data sheet of `conf/device` whose file's name stands in a GPU's.
+
+    Raises:
+        UserError: there is none.
+    """
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    known = {*words, *(first + second for first, second in zip(words, words[1:], strict=False))}  # RTX 4090 is rtx4090
+    for file in sorted(Path(FOLDER, "device").glob("*.yaml")):
+        node: Any = OmegaConf.to_container(OmegaConf.load(file))
+        if "flops" in node and {*file.stem.split("-")} <= known:
+            return node
+    raise UserError(
+        f"{name}: conf/device has no data sheet of it; write the nearest and its memory: device=h100 device.memory=80GiB"
+    )
