@@ -99,9 +99,10 @@ def predict_here(overrides: list[str], drawn: bool) -> dict:
     with initialize_config_dir(FOLDER, version_base="1.3"):
         settings = check(compose("train", overrides=overrides))
     vocabulary = tokens(settings).tokenizer.vocabulary
-    rough = Estimate(settings, vocabulary, this_machine())(settings.plan)
-    if drawn and (rough.seconds > 2 * LONGEST or not SMALLEST / 2 < rough.bytes < 2 * LARGEST / settings.plan.world):
-        return {}
+    if drawn:
+        rough = Estimate(settings, vocabulary, this_machine())(settings.plan)
+        if rough.seconds > 2 * LONGEST or not SMALLEST / 2 < rough.bytes < 2 * LARGEST / settings.plan.world:
+            return {}
     found = predict(settings, vocabulary, this_machine())
     others = {name: estimate(settings, vocabulary) for name, estimate in estimators.ALL.items()}
     ranks = [{"rank": need.rank, "peak": need.peak, "parts": need.parts} for need in found.needs]
@@ -184,7 +185,7 @@ def report(records: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1].startswith("--predict"):
+    if sys.argv[1:2] in (["--predict"], ["--predict-drawn"]):
         print(json.dumps(predict_here(sys.argv[2:], drawn=sys.argv[1] == "--predict-drawn")))
     else:
         main()

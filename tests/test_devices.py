@@ -49,6 +49,8 @@ def test_unequal_devices_are_as_many_as_their_list() -> None:
     with pytest.raises(UserError, match="3 values for 4 devices") as caught:
         of_config(node | {"speed": [1, -1, 1]}, 4)
     assert "positive numbers" in str(caught.value)  # with it, in one message
+    with pytest.raises(UserError, match="a list of positive numbers"):
+        of_config(CARD | {"speed": 0.5})
     with pytest.raises(UserError, match="one machine share"):
         of_config({"accelerator": "cpu", "memory": ["8GB", "4GB"]})
 
@@ -78,6 +80,7 @@ def test_a_pipeline_waits_for_the_slower_device_unless_it_has_fewer_blocks(text:
 
     even, uneven, alike = seconds([6, 6], device), seconds([8, 4], device), seconds([6, 6], of_config(CARD))
     assert alike < uneven < even
+    assert uneven / alike == pytest.approx(8 / 6, rel=0.024)  # embedding and head are beside the blocks
     assert 1.7 < even / alike < 2  # the slower one takes twice as long; updates and the pipeline's ends are less
 
 

@@ -231,3 +231,13 @@ def test_mixed_precision_keeps_no_weights_of_a_recurrence_for_each_token() -> No
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
     assert torch.equal(found[0][2], found[1][2])
+
+
+def test_only_what_has_pages_of_its_own_is_offloaded() -> None:
+    """A small tensor shares pages of the heap with others: they would stay."""
+    layer, others = nn.Linear(256, 256), len(offload.scratch().mapped)
+    for rows, moved in ((1024, 0), (4096, 1)):  # 1 and 4 MiB
+        with offload.activations(layer, torch.device("cpu")):
+            out = layer(torch.randn(rows, 256))
+        assert len(offload.scratch().mapped) - others == moved
+        del out

@@ -145,8 +145,11 @@ def of_config(node: dict[str, Any], devices: int | None = None) -> Device:
     ]
     if any(lists.values()) and "flops" not in node:
         problems.append("device: processes of one machine share it; write one value, or take a data sheet, such as device=l4")
-    if not all(isinstance(speed, int | float) and speed > 0 for speed in lists["speed"]):
-        problems.append(f"device.speed={node['speed']}: write positive numbers, 1 for a device as its data sheet says")
+    single = node.get("speed") is not None and not lists["speed"]
+    if single or not all(isinstance(speed, int | float) and speed > 0 for speed in lists["speed"]):
+        problems.append(
+            f"device.speed={node['speed']}: write a list of positive numbers, 1 for a device as its data sheet says"
+        )
     if problems:
         raise UserError(*problems)
     if "flops" in node:

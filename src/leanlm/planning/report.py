@@ -91,7 +91,7 @@ def show(answer: "Answer", device: Device, devices: int, tokens: int, overrides:
     wide = Console(width=max(console.width, 165), highlight=False)
     if answer.fitting:
         wide.print(table)
-        wide.print("parts in MiB, of the fullest rank")
+        wide.print("parts in MiB, of the rank with the least room")
         for number, found in enumerate(answer.fitting, 1):
             console.print(f"{number}: {command(found.plan, overrides)}", markup=False)
     else:
@@ -129,6 +129,6 @@ def draw(answer: "Answer", path: Path) -> None:
     labels = [f"{name}  ({found.seconds:.3g} s)" for name, found in zip(names, plans, strict=True)]
     axes.set_yticks(range(len(plans)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel("GiB on the fullest rank")
+    axes.set_xlabel("GiB on the rank with the least room")
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=120)
