@@ -16,10 +16,11 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import Any
 
 STEPS = 3
 SMALLEST, LARGEST = 512 << 20, 14 << 30  # bytes: of the fullest rank (below, it is libraries that are measured); of all
-LONGEST = 6  # seconds of a step
+LONGEST = 2.5  # seconds of a step
 MODELS = {  # name -> overrides that may be drawn
     "transformer": {"model.width": [512, 768, 1024], "model.depth": [4, 6, 12], "model.tied": ["true", "false"]},
     "gpt2": {"model.width": [384, 768, 1024], "model.depth": [6, 12], "model.dropout": [0.0, 0.1]},
@@ -77,32 +78,47 @@ def whole_run(folder: Path, steps: int) -> list[str]:
             "logger=csv", "sample_tokens=0", "val_lanes=8", f"hydra.searchpath=[file://{TESTS}/conf]"]  # fmt: skip
 
 
-def predict(overrides: list[str], drawn: bool = False) -> dict:
-    """In a process of its own; nothing, if it is `drawn` and clearly of no size that is measured here."""
-    what = "--predict-drawn" if drawn else "--predict"
-    done = subprocess.run([sys.executable, __file__, what, *overrides], capture_output=True, text=True)
+def predict(overrides: list[str]) -> dict:
+    """In a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "--predict", *overrides], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def predict_here(overrides: list[str], drawn: bool) -> dict:
-    import estimators
+def settled(overrides: list[str]) -> tuple[Any, int]:
+    """Settings, and the types of tokens that their text has."""
     from hydra import compose, initialize_config_dir
 
     from leanlm.config import FOLDER, check
-    from leanlm.planning.candidates import Estimate
-    from leanlm.planning.device import this_machine
-    from leanlm.planning.predict import predict
     from leanlm.prepare import tokens
 
     with initialize_config_dir(FOLDER, version_base="1.3"):
         settings = check(compose("train", overrides=overrides))
-    vocabulary = tokens(settings).tokenizer.vocabulary
-    if drawn:
-        rough = Estimate(settings, vocabulary, this_machine())(settings.plan)
-        if rough.seconds > 2 * LONGEST or not SMALLEST / 2 < rough.bytes < 2 * LARGEST / settings.plan.world:
-            return {}
+    return settings, tokens(settings).tokenizer.vocabulary
+
+
+def may_do(overrides: list[str]) -> bool:
+    """Whether a configuration can work, and is roughly of a size that is measured here."""
+    from leanlm.errors import UserError
+    from leanlm.planning.candidates import Estimate
+    from leanlm.planning.device import this_machine
+
+    try:
+        settings, vocabulary = settled(overrides)
+    except UserError:
+        return False
+    rough = Estimate(settings, vocabulary, this_machine())(settings.plan)
+    return rough.seconds < 2 * LONGEST and SMALLEST / 2 < rough.bytes < 2 * LARGEST / settings.plan.world
+
+
+def predict_here(overrides: list[str]) -> dict:
+    import estimators
+
+    from leanlm.planning.device import this_machine
+    from leanlm.planning.predict import predict
+
+    settings, vocabulary = settled(overrides)
     found = predict(settings, vocabulary, this_machine())
     others = {name: estimate(settings, vocabulary) for name, estimate in estimators.ALL.items()}
     ranks = [{"rank": need.rank, "peak": need.peak, "parts": need.parts} for need in found.needs]
@@ -128,6 +144,7 @@ def main() -> None:
     parser.add_argument("--untuned", action="store_true", help="of other models")
     asked = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    sys.path.append(str(TESTS))
     if asked.again is not None:
         with tempfile.TemporaryDirectory() as folder:
             common, known = whole_run(Path(folder), STEPS), map(json.loads, asked.again.read_text().splitlines())
@@ -139,14 +156,12 @@ def main() -> None:
         common = whole_run(Path(folder), STEPS)
         while done < asked.draws:
             overrides = draw(rng, UNTUNED if asked.untuned else MODELS)
-            try:
-                predicted = predict(overrides + common, drawn=True)
-            except RuntimeError as error:
-                if "UserError" in str(error):
-                    continue  # cannot work
-                predicted = {"error": str(error)}
-            if not predicted:
+            if not may_do(overrides + common):
                 continue
+            try:
+                predicted = predict(overrides + common)
+            except RuntimeError as error:
+                predicted = {"error": str(error)}
             growth = [rank["peak"] - rank["parts"]["process"] for rank in predicted.get("ranks", [])] or [SMALLEST]
             ranks = int(dict(part.split("=", 1) for part in overrides).get("devices", 1))
             if predicted.get("seconds", 0) > LONGEST or not SMALLEST <= max(growth) <= LARGEST / ranks:
@@ -185,7 +200,7 @@ def report(records: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] in (["--predict"], ["--predict-drawn"]):
-        print(json.dumps(predict_here(sys.argv[2:], drawn=sys.argv[1] == "--predict-drawn")))
+    if sys.argv[1:2] == ["--predict"]:
+        print(json.dumps(predict_here(sys.argv[2:])))
     else:
         main()

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from leanlm.config import Settings
-from leanlm.memory.malloc import LARGE
 from leanlm.planning.device import MARGIN, Device
 from leanlm.planning.simulate import BEFORE, Stages, Step, ends, simulate, stages
 from leanlm.planning.trace import PARTS, Trace, Work, peaks
@@ -251,7 +250,7 @@ def heap_of(trace: Trace) -> int:
     """Most bytes at a time of tensors that live in the C library's heap."""
     now = most = 0
     for _, size in trace.events:
-        if abs(size) < LARGE:
+        if abs(size) < trace.own:
             now += size
             most = max(most, now)
     return most

@@ -19,6 +19,7 @@ from torch import Tensor
 from leanlm import build
 from leanlm.config import Settings
 from leanlm.data.batches import Batch
+from leanlm.memory import malloc
 from leanlm.models.contract import without_storage
 from leanlm.planning import pretend
 from leanlm.planning.trace import Trace
@@ -55,7 +56,8 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
     """
     plan = replace(settings.plan, compile=False)  # what a compiler fuses is not known before; it holds no more
     config = replace(settings.config, device={"accelerator": "cpu"})
-    trace, whole = Trace(vocabulary, copies), stages(config, plan, vocabulary)
+    whole = stages(config, plan, vocabulary)
+    trace = Trace(vocabulary, copies, malloc.own_pages(plan.weights(whole.parameters)))
     built = [len(names[:blocks]) for names in whole.split]
     if plan.pipeline > 1:
         plan = replace(plan, stage_blocks=built)

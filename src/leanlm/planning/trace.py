@@ -54,6 +54,7 @@ class Trace(TorchDispatchMode):
     Args:
         vocabulary: token types; what has so many rows or columns is called logits.
         copies: count the copy that gloo makes of what it gathers or scatters (measured: all of the payload, until it is done).
+        own: bytes from which on a tensor has pages of its own.
 
     Attributes:
         events: (number of a storage, its bytes; negative when it goes), in order.
@@ -61,9 +62,9 @@ class Trace(TorchDispatchMode):
         work: phase -> how often each kind of operation ran in it.
     """
 
-    def __init__(self, vocabulary: int, copies: bool = False) -> None:
+    def __init__(self, vocabulary: int, copies: bool = False, own: int = LARGE) -> None:
         super().__init__()
-        self.vocabulary, self.copies = vocabulary, copies
+        self.vocabulary, self.copies, self.own = vocabulary, copies, own
         self.in_flight = (0, 0)  # number and bytes of such a copy
         self.events: list[tuple[int, int]] = []
         self.phases: list[tuple[int, str]] = [(0, "build")]
@@ -217,7 +218,7 @@ class Trace(TorchDispatchMode):
             int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else _recurrent(kind, inputs)
         )
         moved = sum(map(_bytes, {id(part): part for part in [*inputs, *fresh]}.values()))
-        pages = sum(size for size in map(_bytes, fresh) if size >= LARGE)
+        pages = sum(size for size in map(_bytes, fresh) if size >= self.own)
         dtype = str(writes[0].dtype if writes and isinstance(writes[0], Tensor) else inputs[0].dtype).removeprefix("torch.")
         self.work[self.phase][Work(flops, moved, pages, dtype)] += self.times
 

@@ -44,12 +44,12 @@ class Cut:
     def __init__(self, net: Model, plan: Plan, seed: int, device: torch.device, cost: dict[str, float] | None = None) -> None:
         """`net` has no storage yet if the plan cuts it; `cost` is that of its parts, for a pipeline."""
         self.net, self.plan, self.device = net, plan, device
-        if plan.return_freed_memory:
-            malloc.return_freed_memory()
         cost = cost or dict.fromkeys(["embed", *net.blocks, "head"], 0.0)
         self.split = split = balance.split(cost, plan)
         self.costs = balance.stage_costs(cost, split)
         self.parameters = sum(parameter.numel() for parameter in net.parameters())
+        if plan.return_freed_memory:
+            malloc.return_freed_memory(malloc.own_pages(plan.weights(self.parameters)))
         self.ties, self.width = ties(net), net.width
         self.vocabulary, self.dtype = net.vocabulary, next(net.parameters()).dtype
         self.mesh: DeviceMesh | None = None
