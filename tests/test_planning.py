@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from conftest import composed
 
+from leanlm import build
 from leanlm.config import Settings, check
 from leanlm.errors import UserError
 from leanlm.launch import WorkerFailed, launch, process_group
-from leanlm.memory import loss, offload
+from leanlm.memory import loss, malloc, offload
 from leanlm.planning import pretend, reading
 from leanlm.planning.candidates import families, meshes
 from leanlm.planning.device import Device, of_config
@@ -223,6 +224,17 @@ def test_evaluation_takes_as_many_rows_as_its_budget_has_room_for(model: str, te
     assert reading.rows_that_fit(within(8, needs[8] - 1), 256).config.global_batch == 4
     with pytest.raises(UserError, match="with one row needs"):
         reading.rows_that_fit(within(8, needs[1] - 1), 256)
+
+
+@pytest.mark.parametrize("size", [["model.width=512", "model.depth=5"], ["model.width=512", "model.depth=2"]])
+def test_small_tensors_share_the_heap_in_the_simulation_as_in_training(text: Path, size: list[str]) -> None:
+    """Of 5 blocks of 3 million weights and of 2, of which a simulation builds fewer."""
+    wanted = settings(text, *size)
+    with mock.patch.object(malloc, "return_freed_memory") as asked:
+        build.cut(wanted.config, wanted.plan, 256)
+    assert (
+        simulate(wanted, 256, blocks=1).trace.own == asked.call_args.args[0] == (512 if "model.depth=5" in size else 2048) << 10
+    )
 
 
 LSTM = """

@@ -1,6 +1,7 @@
 """AdamW whose averages take fewer bytes: against torch's, and against its definition written out."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -235,6 +236,85 @@ print(full - resident())
     done = subprocess.run([sys.executable, "-c", code, str(returns)], capture_output=True, text=True, check=True, timeout=100)
     freed = int(done.stdout)  # of 240 MiB
     assert freed > 200 if returns else freed < 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+@pytest.mark.parametrize("large", [True, False])
+def test_in_a_large_model_smaller_tensors_leave_the_process_too(large: bool) -> None:
+    code = """
+import sys, torch
+from leanlm.memory.malloc import MODEL, own_pages, return_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+return_freed_memory(own_pages(MODEL if sys.argv[1] == "True" else MODEL - 1))
+kept = [(torch.ones(1 << 20, dtype=torch.uint8), torch.ones(1 << 16, dtype=torch.uint8)) for _ in range(200)]
+full = resident()
+kept = [small for _, small in kept]
+print(full - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(large)], capture_output=True, text=True, check=True, timeout=100)
+    freed = int(done.stdout)  # of 200 MiB
+    assert freed > 180 if large else freed < 50
+
+
+CHECKPOINT = """
+import sys, torch, leanlm
+from pathlib import Path
+from leanlm.memory import malloc
+from leanlm.memory.offload import scratch
+from leanlm.memory.state import AdamW
+from leanlm.strategies import checkpoint
+
+def status(key):
+    return int([line for line in open("/proc/self/status") if line.startswith(key)][0].split()[1]) >> 10
+
+def peak(run):
+    malloc.trim()
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")
+    run()
+    return status("VmHWM") - before
+
+malloc.return_freed_memory(malloc.SMALL)
+torch.manual_seed(0)
+folder, offloaded = Path(sys.argv[1]), sys.argv[2] == "True"
+named = [(str(i), torch.nn.Parameter(torch.randn(1024, 1024))) for i in range(17)]
+
+def made():
+    return AdamW([{"params": [p for _, p in named]}], "fp32", scratch=scratch() if offloaded else None, lr=1e-3,
+                 betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+optimizer = made()
+for _, parameter in named:
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    parameter.grad = None
+first = [optimizer.state[p]["exp_avg_sq"].sum().item() for _, p in named]
+scratch().release_all()
+checkpoint.save(folder, named[:1], optimizer, {}, {"step": 1}, 2)  # imports
+saving = peak(lambda: checkpoint.save(folder, named, optimizer, {}, {"step": 2}, 2))
+del optimizer
+optimizer = made()
+loading = peak(lambda: checkpoint.load(folder / "step-00000002", named, optimizer))
+assert first == [optimizer.state[p]["exp_avg_sq"].sum().item() for _, p in named]
+print(saving, loading)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory as Linux counts it")
+@pytest.mark.parametrize("offloaded", [True, False])
+def test_a_checkpoint_does_not_bring_back_all_that_is_offloaded(tmp_path: Path, offloaded: bool) -> None:
+    """Of 136 MiB of averages, a few of 4 MiB at a time."""
+    command = [sys.executable, "-c", CHECKPOINT, str(tmp_path), str(offloaded)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, env={**os.environ, "LEANLM_DATA": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
+    saving, loading = map(int, done.stdout.split())
+    assert saving < 40
+    assert loading < 40 if offloaded else loading > 120
 
 
 def overrides(text: Path, kind: str, plan: list[str], steps: int) -> list[str]:

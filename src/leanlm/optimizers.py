@@ -159,7 +159,7 @@ class Combined(torch.optim.Optimizer):
             if isinstance(part, AdamW):
                 self.kind = part.kind
             if isinstance(part, AdamW | Muon):
-                self.owned = part.owned
+                self.owned, self.scratch = part.owned, part.scratch
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):

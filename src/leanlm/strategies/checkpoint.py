@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from leanlm.errors import UserError
 from leanlm.memory import offload
-from leanlm.memory.state import convert, empty_like, owned
+from leanlm.memory.state import convert, empty_like, owned, put_away
 
 FORMAT = 1
 
@@ -59,10 +59,17 @@ def save(
     tensors |= {f"rng.{_rank()}": torch.get_rng_state()}
     import torch.distributed.checkpoint as dcp
 
+    class OneAtATime(dcp.DefaultSavePlanner):
+        """What is offloaded comes back to be written: all of it together is what may not fit."""
+
+        def resolve_data(self, write_item: Any) -> Any:
+            offload.release_all()
+            return super().resolve_data(write_item)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dcp warns that it runs without a process group, which is what we ask for
-        dcp.save(tensors, checkpoint_id=part, no_dist=not _distributed())
-    offload.release_all()  # it has read what was not in memory
+        dcp.save(tensors, checkpoint_id=part, planner=OneAtATime(), no_dist=not _distributed())
+    offload.release_all()
     if _rank() == 0:
         _write(part / "state.json", {"format": FORMAT, **state})
         files = sorted(file for file in part.iterdir() if file.is_file())
@@ -110,11 +117,24 @@ def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) ->
                 tensors[name] = empty_like(owned(optimizer, parameter), meta.size, meta.properties.dtype)
             else:
                 tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype, device=parameter.device)
+            if (file := getattr(optimizer, "scratch", None)) is not None:
+                place = {name: tensors[name]}
+                put_away(place, file)
+                tensors |= place
         elif kind == "carried" or name == f"rng.{_rank()}":
             tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype)
+
+    class OneAtATime(dcp.DefaultLoadPlanner):
+        """As in `save`."""
+
+        def resolve_tensor(self, read_item: Any) -> Tensor:
+            offload.release_all()
+            return super().resolve_tensor(read_item)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=reader, no_dist=not _distributed())
+        dcp.load(tensors, storage_reader=reader, planner=OneAtATime(), no_dist=not _distributed())
+    offload.release_all()
     for name, parameter in named:
         if parameter is not parameters[name]:
             parameter.detach().copy_(parameters[name].detach())
