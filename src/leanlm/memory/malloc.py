@@ -13,7 +13,8 @@ KEPT = 32 << 20  # bytes at the end of the heap that may stay for what comes nex
 def own_pages(weights: float) -> int:
     """Bytes from which on a tensor gets pages of its own, in a process that holds so many bytes of weights.
 
-    Getting pages takes time, of which the arithmetic of small models has little: `make train` would take 1.7 to 1.9 times as long.
+    Getting pages takes time, of which the arithmetic of small models has little: the default model's steps would take 1.7 to 1.9
+    times as long.
     """
     return SMALL if weights >= MODEL else LARGE
 
@@ -22,7 +23,7 @@ def return_freed_memory(size: int = LARGE) -> None:
     """Let the pages of tensors of at least `size` bytes leave the process as soon as they are freed.
 
     As a rule glibc keeps them for reuse, in pieces that do not fit what comes next: a training step then peaks above what it
-    holds (GPT-2, 384 wide, in two stages: 490 MiB, of which tensors are 302; 341 MiB with pages from 512 KiB on).
+    holds (GPT-2, 384 wide, in two stages: 497 MiB, of which tensors are 302; 341 MiB with pages from 512 KiB on).
     """
     with suppress(AttributeError, OSError):
         library = ctypes.CDLL(None)
