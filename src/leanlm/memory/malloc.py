@@ -13,8 +13,8 @@ KEPT = 32 << 20  # bytes at the end of the heap that may stay for what comes nex
 def own_pages(weights: float) -> int:
     """Bytes from which on a tensor gets pages of its own, in a process that holds so many bytes of weights.
 
-    Getting pages takes time, of which the arithmetic of small models has little: the default model's steps would take 1.7 to 1.9
-    times as long.
+    Getting pages takes time, of which the arithmetic of small models has little: the steps of the default model would take 1.7
+    to 1.9 times as long.
     """
     return SMALL if weights >= MODEL else LARGE
 
