@@ -24,7 +24,7 @@ def run_all(jobs: dict[Path, list[str]], processes: int = 1) -> None:
 
     They are forked from a server that has imported everything and done nothing.
     """
-    multiprocessing.set_forkserver_preload(["runner"])
+    multiprocessing.set_forkserver_preload(["runner", "torch._dynamo"])  # the optimizers import it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("leanlm.launch.START_METHOD", "forkserver")
         for first in range(0, len(jobs), MANY):

@@ -25,8 +25,8 @@ from leanlm.strategies.plan import Plan
 
 HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
 LATER = {"interleaved": 1.03, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
-SECONDS = 8.0  # after which no plan is begun
-PATIENCE, LONGEST = 2.5, 20.0  # seconds more for those that were; as long as there is no answer at all
+SECONDS = 8.0  # after which no plan is begun, once two fit
+PATIENCE, LONGEST = 2.5, 20.0  # seconds more for those that were; while there is no answer, or one that fits and none to compare
 
 
 @dataclass
@@ -89,6 +89,10 @@ def search(
     fitting: list[Any] = []
     others: list[Any] = []
     until = time.monotonic() + SECONDS
+
+    def more() -> bool:
+        return len(fitting) < wanted and time.monotonic() < until + (LONGEST if len(fitting) == 1 else 0)
+
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
     waiting = [_Worker(settings, vocabulary, device) for _ in range(workers)]
     running: dict[Any, tuple[_Worker, list[Plan]]] = {}
@@ -100,11 +104,11 @@ def search(
 
     try:
         start(smallest, [])
-        while running or (queue and len(fitting) < wanted and time.monotonic() < until):
-            while queue and waiting and len(fitting) < wanted and time.monotonic() < until:
+        while running or (queue and more()):
+            while queue and waiting and more():
                 *_, plans = queue.pop(0)
                 start(plans[0], plans[1:])
-            patience = PATIENCE if fitting or others else LONGEST
+            patience = PATIENCE if len(fitting) > 1 or (others and not fitting) else LONGEST
             ready = connection.wait(list(running), max(0.0, until + patience - time.monotonic()))
             if not ready:
                 break
