@@ -26,7 +26,7 @@ from leanlm.strategies.plan import Plan
 HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
 LATER = {"interleaved": 1.03, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
 SECONDS = 8.0  # after which no plan is begun, once two fit
-PATIENCE, LONGEST = 2.5, 20.0  # seconds more for those that were; while there is no answer, or one that fits and none to compare
+PATIENCE, LONGEST = 2.5, 20.0  # seconds more for those that were; as long as there is no answer, or one that fits alone
 
 
 @dataclass
