@@ -3,8 +3,9 @@
 python scripts/plan_times.py --into runs/times.jsonl               runs the problems that the file has not, and prints the table
 python scripts/plan_times.py --plans 4 --only 0 2 --into ...       fewer plans, some problems
 
-Of each problem: the plan that `strategy=auto` takes, and others spread evenly over the rough order, one of each family. Step
-times are the shortest of a run but its first; the rank correlation is Spearman's.
+Of each problem: the plan that `strategy=auto` takes, and others spread evenly over the rough order, one of each family. All of
+them are run in rounds, so that a machine that is slower for a while is so for all; a plan's time is that of its fastest step.
+The rank correlation is Spearman's.
 """
 
 import argparse
@@ -74,13 +75,14 @@ def measure(overrides: list[str], folder: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plans", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", type=int, nargs="*", default=range(len(PROBLEMS)))
     parser.add_argument("--into", type=Path, default=Path("runs/times.jsonl"))
     asked = parser.parse_args()
     asked.into.parent.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for line in asked.into.read_text().splitlines()] if asked.into.exists() else []
     with tempfile.TemporaryDirectory() as folder:
-        common = [*whole_run(Path(folder), STEPS), "log_every=1"]
+        common = [*whole_run(Path(folder), STEPS), "log_every=1", f"checkpoint_every={STEPS}"]
         for number in asked.only:
             if PROBLEMS[number] in [record["problem"] for record in known]:
                 continue
@@ -92,17 +94,16 @@ def main() -> None:
             vocabulary = tokens(settings).tokenizer.vocabulary
             chosen = search(settings, vocabulary, this_machine(), devices, wanted=3).fitting[0].plan
             plans = [chosen, *(plan for plan in spread(settings, vocabulary, devices, asked.plans) if plan != chosen)]
+            size = settings.config.global_batch * settings.config.sequence
             record: dict = {"problem": PROBLEMS[number], "plans": []}
-            for i, plan in enumerate(plans):
+            for plan in plans:
                 predicted = predict(replace(settings, plan=plan), vocabulary, this_machine()).seconds
-                size = settings.config.global_batch * settings.config.sequence
-                try:
-                    seconds = size * measure(overrides + arguments(plan).split(), Path(folder, f"{number}-{i}"))
-                except (RuntimeError, subprocess.TimeoutExpired) as error:
-                    print(f"{arguments(plan)}: {error}", flush=True)
-                    continue
-                record["plans"].append({"plan": arguments(plan), "predicted": predicted, "measured": seconds})
-                print(f"predicted {predicted:.3f} s, measured {seconds:.3f} s: {arguments(plan)}", flush=True)
+                record["plans"].append({"plan": arguments(plan), "predicted": predicted, "runs": []})
+            for turn in range(asked.rounds):
+                for i, plan in enumerate(record["plans"]):
+                    run = Path(folder, f"{number}-{i}-{turn}")
+                    plan["runs"].append(size * measure(overrides + plan["plan"].split(), run))
+                    print(f"predicted {plan['predicted']:.3f} s, measured {plan['runs'][-1]:.3f} s: {plan['plan']}", flush=True)
             known.append(record)
             with open(asked.into, "a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -111,7 +112,8 @@ def main() -> None:
 
 def report(records: list[dict]) -> None:
     for record in records:
-        predicted, measured = (torch.tensor([plan[key] for plan in record["plans"]]) for key in ("predicted", "measured"))
+        predicted = torch.tensor([plan["predicted"] for plan in record["plans"]])
+        measured = torch.tensor([min(plan["runs"]) for plan in record["plans"]])
         print(f"{record['problem']}: {len(measured)} plans, rank correlation {spearman_corrcoef(predicted, measured):.2f}, "
               f"auto's {measured[0] / measured.min():.2f} times the fastest")  # fmt: skip
 

@@ -20,11 +20,13 @@ from leanlm.config import Settings, check
 from leanlm.errors import UserError
 from leanlm.launch import WorkerFailed, launch, process_group
 from leanlm.memory import loss, malloc, offload
+from leanlm.plan import choose
 from leanlm.planning import pretend, reading
 from leanlm.planning.candidates import families, meshes
 from leanlm.planning.device import Device, of_config
 from leanlm.planning.predict import _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
-from leanlm.planning.search import _Worker
+from leanlm.planning.report import reason
+from leanlm.planning.search import Answer, _Worker
 from leanlm.planning.simulate import ends, simulate, stages
 from leanlm.planning.trace import Trace, peaks
 from leanlm.runs import Run
@@ -386,6 +388,26 @@ def test_what_a_pipeline_has_sent_stays_as_with_gloo(text: Path) -> None:
     with mock.patch.object(pretend, "_Sent", lambda work, tensors: work):
         less = max(sum(parts.values()) for parts in peaks(simulate(asked, 256, 1).trace).values())
     assert most - less >= 2 * rows * hidden
+
+
+def test_auto_tries_what_may_fit_if_nothing_leaves_the_margin_and_nothing_larger(text: Path) -> None:
+    asked = settings(text)
+    peak = predict(asked, 256, HERE).fullest.peak
+
+    def chosen(memory: int) -> tuple[Settings, list[str]]:
+        found = predict(asked, 256, replace(HERE, memory=memory))
+        with (
+            mock.patch("leanlm.planning.search.search", return_value=Answer([], [found], found, 1, 1)),
+            mock.patch("leanlm.planning.device.of_config", return_value=replace(HERE, memory=memory)),
+        ):
+            return choose(asked)
+
+    plan, lines = chosen(peak)
+    assert plan.plan == asked.plan
+    assert "none leaves 5% of it free" in lines[2]
+    assert "0 MiB are left" in reason(predict(asked, 256, replace(HERE, memory=peak)))
+    with pytest.raises(UserError, match="no plan fits"):
+        chosen(peak - 1)
 
 
 def test_a_planner_that_is_ended_says_so(text: Path) -> None:

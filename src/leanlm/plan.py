@@ -80,6 +80,8 @@ def plan(asked: Ask, overrides: list[str] | None = None) -> dict[str, Any]:
 def choose(settings: Settings, scale: float = 1.0) -> tuple[Settings, list[str]]:
     """Settings with the fastest exact plan that fits the configured device, and three lines that say why.
 
+    If none leaves the margin free, the one that leaves most is tried, should it fit at all.
+
     Args:
         settings: whose plan says `auto`.
         scale: of the budget; below 1 after a run has met the end of memory.
@@ -95,23 +97,28 @@ def choose(settings: Settings, scale: float = 1.0) -> tuple[Settings, list[str]]
     vocabulary = tokens(settings).tokenizer.vocabulary
     answer = search(settings, vocabulary, device, count, config.allow, wanted=3)
     budget = report.budgets(device, count)
-    if not answer.fitting:
+    if not answer.fitting and not answer.least.tight:
         raise UserError(
             f"strategy=auto: no plan fits {budget}: the smallest that was looked at needs "
             f"{report.mib(answer.least.fullest.peak)} ({report.arguments(answer.least.plan)}); write device.memory=..., more "
             "devices, allow=[optimizer_state,precision], or a smaller model or sequence"
         )
-    best = answer.fitting[0]
+    best = answer.fitting[0] if answer.fitting else answer.least
     predicted = [best.of_rank(rank).peak for rank in range(best.plan.world)]
     rest = answer.fitting[1:] or answer.others
     after = "".join(
         f"; next {one.seconds:.3g} s, {report.mib(one.fullest.peak)}: {report.arguments(one.plan)}" for one in rest[:1]
     )
     peak = report.mib(best.fullest.peak)
+    kind = (
+        "the fastest that fits"
+        if answer.fitting
+        else f"none leaves {devices_.MARGIN:.0%} of it free, this may fit: the smallest"
+    )
     lines = [
         f"strategy=auto: {best.plan.describe()}",
         f"  predicted peak {peak} of {budget}, {best.seconds:.3g} s a step",
-        f"  the fastest that fits of {answer.simulated} plans simulated, the likeliest of {answer.candidates}{after}",
+        f"  {kind} of {answer.simulated} plans simulated, the likeliest of {answer.candidates}{after}",
     ]
     prediction = {"peak_memory_bytes": predicted, "seconds_per_step": best.seconds}
     return replace(settings, plan=best.plan, predicted=prediction), lines

@@ -76,6 +76,11 @@ class Prediction:
         """Whether every rank's peak leaves the margin of its device's memory free."""
         return self.fullest.over <= 0
 
+    @property
+    def tight(self) -> bool:
+        """Whether it fits only if the prediction is right: some rank has less than the margin left."""
+        return not self.fits and all(need.peak <= need.memory for need in self.needs)
+
     def of_rank(self, rank: int) -> Need:
         """Of a rank like it, or of one that has more."""
         return next(need for need in reversed(self.needs) if need.rank <= rank)

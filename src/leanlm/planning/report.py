@@ -41,6 +41,8 @@ def reason(found: Any) -> str:
     """Why a plan does not fit: by how much, its largest part, and what would make that smaller."""
     need = found.fullest
     largest = max(need.parts, key=need.parts.__getitem__)
+    if found.tight:
+        return f"{mib(need.memory - need.peak)} are left, less than the {MARGIN:.0%} that are kept free: it may fit"
     return f"{mib(need.over)} too much; {largest} take {mib(need.parts[largest])}: {FREES[largest]}"
 
 
