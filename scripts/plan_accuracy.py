@@ -159,9 +159,9 @@ def main() -> None:
             if not may_do(overrides + common):
                 continue
             try:
-                predicted = predict(overrides + common)
-            except RuntimeError as error:
-                predicted = {"error": str(error)}
+                predicted = predict_here(overrides + common)
+            except Exception as error:
+                predicted = {"error": repr(error)}
             growth = [rank["peak"] - rank["parts"]["process"] for rank in predicted.get("ranks", [])] or [SMALLEST]
             ranks = int(dict(part.split("=", 1) for part in overrides).get("devices", 1))
             if predicted.get("seconds", 0) > LONGEST or not SMALLEST <= max(growth) <= LARGEST / ranks:

@@ -33,13 +33,14 @@ from leanlm.prepare import tokens
 from leanlm.strategies.plan import Plan
 
 STEPS = 5
+# small: a virtual machine may lend its host the pages that were free for seconds, and getting them back takes long
 PROBLEMS = [
-    "model=gpt2 model.width=384 model.depth=6 global_batch=16 sequence=256",
+    "model=gpt2 model.width=384 model.depth=6 global_batch=8 sequence=128",
     "model=lstm model.width=512 model.depth=2 global_batch=32 sequence=64",
-    "model=llama model.width=384 model.depth=4 global_batch=16 sequence=256 data.tokenizer=word data.vocabulary=8000",
-    "model=gpt2 model.width=384 model.depth=6 global_batch=16 sequence=256 devices=2",
-    "model=lstm model.width=512 model.depth=4 global_batch=32 sequence=64 devices=2 data.tokenizer=word data.vocabulary=8000",
-    "model=transformer model.width=256 model.depth=8 global_batch=32 sequence=128 devices=4",
+    "model=llama model.width=384 model.depth=4 global_batch=8 sequence=128 data.tokenizer=word data.vocabulary=8000",
+    "model=gpt2 model.width=384 model.depth=6 global_batch=8 sequence=128 devices=2",
+    "model=lstm model.width=512 model.depth=4 global_batch=32 sequence=32 devices=2 data.tokenizer=word data.vocabulary=8000",
+    "model=transformer model.width=256 model.depth=8 global_batch=16 sequence=128 devices=4",
 ]
 
 

@@ -5,18 +5,14 @@ import math
 import os
 import platform
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from leanlm.data.corpus import cache_folder
 from leanlm.errors import UserError
-from leanlm.launch import launch, process_group
 from leanlm.planning import cards
+from leanlm.planning.probe import probe
 from leanlm.runs import write
 
 LISTS = ("memory", "speed")  # of a config, what may be given for each device
@@ -41,10 +37,10 @@ class Device:
         overhead: seconds of an operation without work.
         context: bytes that the driver, cuBLAS and NCCL take before the first tensor.
         process: bytes of a process that trains alone before it has built anything, of one of several, and of what starts them.
-        paging: bytes per second of new pages; a GPU's allocator keeps what was freed.
+        paging, small_paging: bytes per second of new pages of 2 MiB, and of 4 KiB; a GPU's allocator keeps what was freed.
         shared: whether `memory` and the rates are of a machine and divided among its processes.
         memories: bytes of each device, in the order of ranks, where they differ; `memory` is then the least of them.
-        speeds: of each device, as multiples of `flops`, `bandwidth` and `paging`; none: all alike.
+        speeds: of each device, as multiples of `flops`, `bandwidth` and both pagings; none: all alike.
     """
 
     name: str
@@ -58,6 +54,7 @@ class Device:
     context: int = 0
     process: tuple[int, int, int] = (0, 0, 0)
     paging: float = math.inf
+    small_paging: float = math.inf
     shared: bool = False
     memories: tuple[int, ...] = ()
     speeds: tuple[float, ...] = ()
@@ -76,6 +73,7 @@ class Device:
             flops={kind: rate * speed for kind, rate in self.flops.items()},
             bandwidth=self.bandwidth * speed,
             paging=self.paging * speed,
+            small_paging=self.small_paging * speed,
             memories=(),
             speeds=(),
         )
@@ -96,6 +94,7 @@ class Device:
             flops={kind: rate / processes for kind, rate in self.flops.items()},
             bandwidth=self.bandwidth / processes,
             paging=self.paging / processes,
+            small_paging=self.small_paging / processes,
             link=self.link / processes,
             overhead=self.overhead * max(1, processes / cores),
             latency=self.latency * max(1, processes / cores),
@@ -171,7 +170,7 @@ def this_machine(again: bool = False) -> Device:
     file = cache_folder() / "device.json"
     key = f"{platform.node()} {platform.machine()} {len(_cores())} cores, torch {torch.__version__}"
     stored = json.loads(file.read_text()) if file.is_file() else {}
-    if again or key not in stored:
+    if again or "small_paging" not in stored.get(key, ()):  # earlier versions did not measure it
         stored[key] = probe()
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, json.dumps(stored, indent=1))
@@ -187,6 +186,7 @@ def this_machine(again: bool = False) -> Device:
         overhead=rates["overhead"],
         process=tuple(rates["process"]),
         paging=rates["paging"],
+        small_paging=rates["small_paging"],
         shared=True,
     )
 
@@ -230,54 +230,3 @@ def _cgroups() -> list[Path]:
         inner = root / path.lstrip("/")
         found += [folder for folder in (inner, *inner.parents) if folder == root or root in folder.parents]
     return found
-
-
-def probe() -> dict[str, Any]:
-    """Rates of this machine, and what its processes weigh; measured in about fifteen seconds."""
-    import torch
-
-    def rate(run: Callable[[], Any], seconds: float = 0.3) -> float:
-        """Times per second, the best of several."""
-        run()
-        best, until = 0.0, time.perf_counter() + seconds
-        while time.perf_counter() < until:
-            begin = time.perf_counter()
-            run()
-            best = max(best, 1 / (time.perf_counter() - begin))
-        return best
-
-    n = 1024
-    flops = {}
-    for kind in ("float32", "bfloat16", "float64"):
-        a, b = (torch.randn(n, n).to(getattr(torch, kind)) for _ in range(2))
-        out = torch.empty_like(a)
-        flops[kind] = 2 * n**3 * rate(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
-    large = torch.randn(1 << 25)
-    other = torch.empty_like(large)
-    small = torch.zeros(8)
-    return {
-        "flops": flops,
-        # of an operation as models have them: it computes a little for each number
-        "bandwidth": 2 * large.nbytes * rate(lambda: torch.ops.aten.gelu.out(large, out=other)),
-        "paging": large.nbytes * rate(lambda: torch.ones(1 << 25)),
-        "overhead": 1 / rate(lambda: small + small) * 4,  # with Python, autograd and modules around it
-        "process": [launch(_resident, (), processes, isolate=True) for processes in (1, 2)] + [_launcher()],
-    }
-
-
-def _resident() -> int:
-    """Bytes of this process, one that will train, before it has built anything."""
-    import leanlm.fit  # noqa: F401
-    from leanlm.callbacks.record import memory_now
-
-    with process_group("cpu"):
-        return memory_now()
-
-
-def _launcher() -> int:
-    """Bytes of a process that starts others and waits for them, without the pages of libraries, which are theirs too."""
-    code = (
-        "import leanlm.train, torch.distributed.launcher.api, torch.distributed.elastic.multiprocessing\n"
-        "from leanlm.callbacks.record import memory_now\nprint(memory_now(shared=False))"
-    )
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])

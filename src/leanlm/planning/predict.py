@@ -285,4 +285,5 @@ def _cost(kind: Work, device: Device) -> float:
         times = {"all-reduce": 2 * share, "all-gather": share, "reduce-scatter": share}.get(kind.collective, 1)  # as rings send
         return device.latency + kind.size * times / device.link
     rate = device.flops.get(kind.dtype, device.flops["float32"])
-    return device.overhead + max(kind.flops / rate, kind.moved / device.bandwidth) + kind.fresh / device.paging
+    pages = kind.fresh / device.paging + kind.small / device.small_paging
+    return device.overhead + max(kind.flops / rate, kind.moved / device.bandwidth) + pages

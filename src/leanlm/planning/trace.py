@@ -3,24 +3,21 @@
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from leanlm.memory.malloc import LARGE
+from leanlm.planning.kernels import flops_of, lstm_scratch, lstm_workspace
 
 PARTS = ("weights", "gradients", "state", "activations", "logits", "buffers", "temporaries")
 COLLECTIVES = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
                "reduce_scatter": "reduce-scatter", "send": "send", "recv": "recv", "broadcast": "broadcast"}  # fmt: skip
-# of its workspace oneDNN's LSTM writes a part forward, and more backward; the pages of the rest are never there (mincore)
-TOUCHED = {torch.float32: (0.34, 0.63), torch.bfloat16: (0.26, 0.66)}
 DEVICE = torch.ops.prim.device.default
 
 
@@ -30,7 +27,8 @@ class Work(NamedTuple):
     Attributes:
         flops: floating-point operations in matrix products, attention and recurrences.
         moved: bytes that it reads and writes.
-        fresh: of these, bytes of new pages; on a CPU what is freed goes back to the system.
+        fresh: of these, bytes of new pages of 2 MiB; on a CPU what is freed goes back to the system.
+        small: bytes of new pages of 4 KiB: of tensors below 2 MiB, and on average half of that at the end of larger ones.
         dtype: of its result.
         collective: kind of communication; empty: none.
         size: bytes of the payload.
@@ -40,6 +38,7 @@ class Work(NamedTuple):
     flops: int = 0
     moved: int = 0
     fresh: int = 0
+    small: int = 0
     dtype: str = ""
     collective: str = ""
     size: int = 0
@@ -149,12 +148,12 @@ class Trace(TorchDispatchMode):
         if name == "aten::mkldnn_rnn_layer" and kwargs.get("train", args[-1]):  # torch's fake kernel leaves the workspace empty
             out = (
                 *out[:3],
-                args[0].new_empty(_lstm_workspace(*args[0].shape, len(args[2]) // 4, args[0].dtype), dtype=torch.uint8),
+                args[0].new_empty(lstm_workspace(*args[0].shape, len(args[2]) // 4, args[0].dtype), dtype=torch.uint8),
             )
         found = [part for part in tree_leaves(out) if isinstance(part, Tensor)]
         fresh = [part for part in found if self._see(part, name)]
         if "mkldnn_rnn_layer" in name:
-            self._passing(_lstm_scratch(name.endswith("backward"), args))
+            self._passing(lstm_scratch(name.endswith("backward"), args))
         self._count(func, name, args, kwargs, out, inputs, fresh)
         return out
 
@@ -213,41 +212,12 @@ class Trace(TorchDispatchMode):
         writes = fresh or ([args[0]] if kind.rstrip("_") != kind and inputs else [])
         if not writes and "out" not in kwargs:
             return  # a view
-        packet = func._overloadpacket
-        flops = (
-            int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else _recurrent(kind, inputs)
-        )
+        flops = flops_of(func, args, kwargs, out)
         moved = sum(map(_bytes, {id(part): part for part in [*inputs, *fresh]}.values()))
-        pages = sum(size for size in map(_bytes, fresh) if size >= self.own)
+        pages = [size for size in map(_bytes, fresh) if size >= self.own]
+        small = sum(size if size < LARGE else LARGE // 2 for size in pages)
         dtype = str(writes[0].dtype if writes and isinstance(writes[0], Tensor) else inputs[0].dtype).removeprefix("torch.")
-        self.work[self.phase][Work(flops, moved, pages, dtype)] += self.times
-
-
-@cache
-def _lstm_workspace(tokens: int, rows: int, size: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes that oneDNN's LSTM writes forward for backward; how much it asks for is measured at one and at two tokens."""
-
-    def measured(tokens: int) -> int:
-        with _disable_current_modes():
-            shapes = (tokens, rows, size), (4 * width, size), (4 * width, width), (4 * width,), (4 * width,)
-            parts = (torch.zeros(shape, dtype=dtype) for shape in (*shapes, (rows, width), (rows, width)))
-            out = torch.ops.aten.mkldnn_rnn_layer(*parts, False, [], 2, width, 1, True, False, False, True)
-        return out[3].nbytes
-
-    first, second = measured(1), measured(2)
-    asked = first + (tokens - 1) * (second - first)
-    return asked if asked < 2 * LARGE else round(TOUCHED.get(dtype, (1.0, 1.0))[0] * asked) + LARGE
-
-
-def _lstm_scratch(backward: bool, args: Any) -> int:
-    """Bytes that oneDNN's LSTM takes beside its results, and gives back: its weights laid out anew, backward their gradients
-    too, the gates of all tokens, and what backward writes of the workspace (fitted to the peaks of processes)."""
-    source, weights, dtype = args[0], sum(map(_bytes, args[1:3])), args[0].dtype
-    gates = source.shape[0] * source.shape[1] * args[2].numel() // args[2].shape[1] * source.element_size()
-    if not backward:
-        return weights + (gates if dtype == torch.float32 else 0)
-    used, later = TOUCHED.get(dtype, (1.0, 1.0))
-    return 2 * weights + gates + round(_bytes(args[-1]) * (later / used - 1))
+        self.work[self.phase][Work(flops, moved, sum(pages) - small, small, dtype)] += self.times
 
 
 def peaks(trace: Trace) -> dict[str, dict[str, int]]:
@@ -291,12 +261,3 @@ def _ranks(args: Any) -> int:
 
             return dist.ProcessGroup.unbox(part).size()
     return 1
-
-
-def _recurrent(kind: str, inputs: list[Tensor]) -> int:
-    """torch's counter knows no recurrent layers: each number of a weight is used once for each token, twice in backward."""
-    if "rnn_layer" not in kind:
-        return 0
-    tokens = inputs[0].shape[0] * inputs[0].shape[1]
-    matrices = sum(part.numel() for part in inputs[1:3])
-    return 2 * tokens * matrices * (2 if kind.endswith("backward") else 1)

@@ -1,0 +1,60 @@
+"""What torch's counters and fake kernels do not know: the arithmetic of some kernels, and what oneDNN's LSTM takes."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import flop_registry
+
+from leanlm.memory.malloc import LARGE
+
+aten = torch.ops.aten
+ATTENTION = (
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward,
+)
+RECURRENT = aten.mkldnn_rnn_layer, aten.mkldnn_rnn_layer_backward
+# of its workspace oneDNN's LSTM writes a part forward, and more backward; the pages of the rest are never there (mincore)
+TOUCHED = {torch.float32: (0.34, 0.63), torch.bfloat16: (0.26, 0.66)}
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Floating-point operations of a call in matrix products, attention and recurrences."""
+    packet, backward = func._overloadpacket, str(func._schema.name).endswith("backward")
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    if packet in ATTENTION:  # as if no position were masked: what a causal mask saves, small products cost (measured)
+        query, key = args[1:3] if backward else args[:2]
+        return (10 if backward else 4) * query.numel() * key.shape[-2]
+    if packet in RECURRENT:  # each number of a weight is used once for each token, twice in backward
+        weights = sum(part.numel() for part in args[1:3])
+        return (4 if backward else 2) * args[0].shape[0] * args[0].shape[1] * weights
+    return 0
+
+
+@cache
+def lstm_workspace(tokens: int, rows: int, size: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes that oneDNN's LSTM writes forward for backward; how much it asks for is measured at one and at two tokens."""
+
+    def measured(tokens: int) -> int:
+        with _disable_current_modes():
+            shapes = (tokens, rows, size), (4 * width, size), (4 * width, width), (4 * width,), (4 * width,)
+            parts = (torch.zeros(shape, dtype=dtype) for shape in (*shapes, (rows, width), (rows, width)))
+            out = torch.ops.aten.mkldnn_rnn_layer(*parts, False, [], 2, width, 1, True, False, False, True)
+        return out[3].nbytes
+
+    first, second = measured(1), measured(2)
+    asked = first + (tokens - 1) * (second - first)
+    return asked if asked < 2 * LARGE else round(TOUCHED.get(dtype, (1.0, 1.0))[0] * asked) + LARGE
+
+
+def lstm_scratch(backward: bool, args: Any) -> int:
+    """Bytes that oneDNN's LSTM takes beside its results, and gives back: its weights laid out anew, backward their gradients
+    too, the gates of all tokens, and what backward writes of the workspace (fitted to the peaks of processes)."""
+    source, weights, dtype = args[0], sum(part.nbytes for part in args[1:3]), args[0].dtype
+    gates = source.shape[0] * source.shape[1] * args[2].numel() // args[2].shape[1] * source.element_size()
+    if not backward:
+        return weights + (gates if dtype == torch.float32 else 0)
+    used, later = TOUCHED.get(dtype, (1.0, 1.0))
+    return 2 * weights + gates + round(args[-1].nbytes * (later / used - 1))
