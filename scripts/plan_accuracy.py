@@ -20,7 +20,7 @@ from typing import Any
 
 STEPS = 3
 SMALLEST, LARGEST = 512 << 20, 14 << 30  # bytes: of the fullest rank (below, it is libraries that are measured); of all
-LONGEST = 6  # seconds of a step
+LONGEST = 4  # seconds of a step
 MODELS = {  # name -> overrides that may be drawn
     "transformer": {"model.width": [512, 768, 1024], "model.depth": [4, 6, 12], "model.tied": ["true", "false"]},
     "gpt2": {"model.width": [384, 768, 1024], "model.depth": [6, 12], "model.dropout": [0.0, 0.1]},

@@ -32,7 +32,7 @@ from leanlm.planning.simulate import stages
 from leanlm.prepare import tokens
 from leanlm.strategies.plan import Plan
 
-STEPS = 5
+STEPS = 8
 # small: a virtual machine may lend its host the pages that were free for seconds, and getting them back takes long
 PROBLEMS = [
     "model=gpt2 model.width=384 model.depth=6 global_batch=8 sequence=128",

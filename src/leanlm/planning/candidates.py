@@ -95,6 +95,9 @@ class Estimate:
         width = max(1.0, (one.elements[one.split[0][0]] / 12) ** 0.5)
         self.kept = 16 * width * settings.config.sequence * 4  # bytes of a block and row, as of GPT-2's
         self.hidden = width * settings.config.sequence * 4
+        # 5 iterations of Newton and Schulz, of which each multiplies three times; not divided but along a pipeline
+        matrices = self.blocks * one.elements[one.split[0][0]]
+        self.update = 30 * width * matrices if settings.config.optim.name == "muon" else 0.0
         self.averages = {"adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0}[settings.config.optim.name]
 
     def room(self, plan: Plan) -> float:
@@ -138,4 +141,6 @@ class Estimate:
         seconds += sent / device.link + micros * self.blocks * 120 * device.overhead
         if plan.offload != "none":
             seconds *= 1.5
+        half = device.flops.get("bfloat16", device.flops["float32"])
+        seconds += self.update / plan.pipeline / (half * speed) + 40 * held / (device.bandwidth * speed)
         return Rough(seconds, 2 * held + state + kept)
