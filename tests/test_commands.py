@@ -224,3 +224,10 @@ def test_compare(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "validation loss" in done.stdout
     assert command("leanlm.compare", tmp_path, cwd=tmp_path).returncode == 1
+
+
+def test_a_peak_is_of_the_process_itself_and_not_of_the_one_that_started_it() -> None:
+    large = b"x" * (1 << 30)
+    code = "from leanlm.callbacks.record import peak_memory; print(peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
+    assert 50e6 < int(done.stdout) < len(large)
