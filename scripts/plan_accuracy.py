@@ -109,7 +109,7 @@ def may_do(overrides: list[str]) -> bool:
     except UserError:
         return False
     rough = Estimate(settings, vocabulary, this_machine())(settings.plan)
-    return rough.seconds < LONGEST and SMALLEST / 2 < rough.bytes < 2 * LARGEST / settings.plan.world
+    return rough.seconds < 2 * LONGEST and SMALLEST / 2 < rough.bytes < 2 * LARGEST / settings.plan.world
 
 
 def predict_here(overrides: list[str]) -> dict:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import composed
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leanlm import build
 from leanlm.config import Settings, check
@@ -388,6 +389,21 @@ def test_what_a_pipeline_has_sent_stays_as_with_gloo(text: Path) -> None:
     with mock.patch.object(pretend, "_Sent", lambda work, tensors: work):
         less = max(sum(parts.values()) for parts in peaks(simulate(asked, 256, 1).trace).values())
     assert most - less >= 2 * rows * hidden
+
+
+def test_a_trace_counts_the_arithmetic_of_attention() -> None:
+    """Scores and values forward; scores again and four gradients backward (Dao et al. 2022, algorithms 1 and 4)."""
+    rows, heads, length, size = 2, 3, 16, 8
+    query, key, value = (torch.randn(rows, heads, length, size, requires_grad=True) for _ in range(3))
+    trace = Trace(vocabulary=1000)
+    with trace, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        trace.enter("forward")
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        trace.enter("backward")
+        out.sum().backward()
+    product = 2 * rows * heads * length * length * size
+    counted = {phase: sum(kind.flops * times for kind, times in work.items()) for phase, work in trace.work.items()}
+    assert counted == {"forward": 2 * product, "backward": 5 * product}
 
 
 def test_auto_tries_what_may_fit_if_nothing_leaves_the_margin_and_nothing_larger(text: Path) -> None:
