@@ -103,8 +103,13 @@ def main() -> None:
             for turn in range(asked.rounds):
                 for i, plan in enumerate(record["plans"]):
                     run = Path(folder, f"{number}-{i}-{turn}")
-                    plan["runs"].append(size * measure(overrides + plan["plan"].split(), run))
+                    try:
+                        plan["runs"].append(size * measure(overrides + plan["plan"].split(), run))
+                    except (RuntimeError, subprocess.TimeoutExpired) as error:
+                        print(f"{plan['plan']}: {error}", flush=True)
+                        continue
                     print(f"predicted {plan['predicted']:.3f} s, measured {plan['runs'][-1]:.3f} s: {plan['plan']}", flush=True)
+            record["plans"] = [plan for plan in record["plans"] if plan["runs"]]
             known.append(record)
             with open(asked.into, "a") as file:
                 file.write(json.dumps(record) + "\n")

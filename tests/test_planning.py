@@ -27,7 +27,7 @@ from leanlm.planning.candidates import families, meshes
 from leanlm.planning.device import Device, of_config
 from leanlm.planning.predict import _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
 from leanlm.planning.report import reason
-from leanlm.planning.search import Answer, _Worker
+from leanlm.planning.search import Answer, _Worker, search
 from leanlm.planning.simulate import ends, simulate, stages
 from leanlm.planning.trace import Trace, peaks
 from leanlm.runs import Run
@@ -389,6 +389,13 @@ def test_what_a_pipeline_has_sent_stays_as_with_gloo(text: Path) -> None:
     with mock.patch.object(pretend, "_Sent", lambda work, tensors: work):
         less = max(sum(parts.values()) for parts in peaks(simulate(asked, 256, 1).trace).values())
     assert most - less >= 2 * rows * hidden
+
+
+def test_a_search_whose_time_is_up_goes_on_until_two_plans_can_be_compared(text: Path) -> None:
+    with mock.patch("leanlm.planning.search.SECONDS", 0.0):
+        answer = search(settings(text), 256, replace(HERE, memory=4 << 30), 2, wanted=6)
+    assert len(answer.fitting) >= 2
+    assert answer.simulated < answer.candidates
 
 
 def test_a_trace_counts_the_arithmetic_of_attention() -> None:
