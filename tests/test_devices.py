@@ -36,6 +36,7 @@ def test_sizes_and_limits() -> None:
     assert card.share(4).memory == 8_000_000_000  # each has its own
     machine = replace(card, shared=True, process=(1, 2, 1000))
     assert machine.share(4).memory == (8_000_000_000 - 1000) // 4
+    assert replace(machine, common=400).share(4).memory == (8_000_000_000 - 1000 + 3 * 400) // 4
 
 
 def test_unequal_devices_are_as_many_as_their_list() -> None:

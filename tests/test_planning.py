@@ -1,6 +1,5 @@
 """The planner's memory against real tensors, its shortcuts against the full simulation, its search."""
 
-import json
 import subprocess
 import sys
 import weakref
@@ -19,18 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from leanlm import build
 from leanlm.config import Settings, check
 from leanlm.errors import UserError
-from leanlm.launch import WorkerFailed, launch, process_group
+from leanlm.launch import launch, process_group
 from leanlm.memory import loss, malloc, offload
-from leanlm.plan import choose
 from leanlm.planning import pretend, reading
-from leanlm.planning.candidates import families, meshes
 from leanlm.planning.device import Device, of_config
-from leanlm.planning.predict import _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
-from leanlm.planning.report import reason
-from leanlm.planning.search import Answer, _Worker, search
+from leanlm.planning.predict import ONE_PROCESS, _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
 from leanlm.planning.simulate import ends, simulate, stages
 from leanlm.planning.trace import Trace, peaks
-from leanlm.runs import Run
 from leanlm.strategies.plan import Plan
 
 MODEL = [
@@ -279,7 +273,7 @@ def test_generation_that_does_not_fit_is_refused(text: Path) -> None:
     weights = 4 * stages(config, Plan(), 256).parameters
     cache = 7 * 2 * 512 * 64 * 4  # keys and values of 512 tokens in 7 blocks
     base = of_config({"accelerator": "cpu"}).process[0]
-    for memory, fits in ((base + (64 << 20) + 2 * (weights + 2 * cache), True), (base + (64 << 20) + weights, False)):
+    for memory, fits in ((base + ONE_PROCESS + 2 * (weights + 2 * cache), True), (base + ONE_PROCESS + weights, False)):
         config.device = {"accelerator": "cpu", "memory": memory}
         with nullcontext() if fits else pytest.raises(UserError, match="generate needs"):
             reading.check_generation(config, Plan(), 256, 400, 200)
@@ -297,71 +291,6 @@ def test_a_model_the_planner_has_not_seen(text: Path) -> None:
         found = predict(check(composed(*base, *overrides)), 256, HERE)
         assert found.fullest.parts["weights"] > 0
         assert found.seconds > 0
-
-
-def test_every_mesh_and_only_plans_that_keep_the_curve(text: Path) -> None:
-    assert len(list(meshes(8))) == 20  # ways to write 8 as an ordered product of four numbers
-    asked = settings(text)
-    for allow, changes in ((), False), (("optimizer_state",), True):
-        plans = [plan for group in families(asked, 2, stages(asked.config, Plan(), 256), HERE, allow) for plan in group]
-        assert {plan.world for plan in plans} == {2}
-        assert {plan.pipeline for plan in plans} == {1, 2}
-        assert all(8 % (plan.readers * plan.accumulate_grad_batches) == 0 for plan in plans)
-        assert any(plan.exactness == "changes" for plan in plans) == changes
-
-
-def test_the_command_prints_plans_that_can_be_run(text: Path, tmp_path: Path) -> None:
-    arguments = ["data=text", f"data.path={text}", *MODEL, "devices=2", "show=2", "device.memory=4GiB"]
-    command = [sys.executable, "-m", "leanlm.plan", *arguments]
-    done = subprocess.run([*command, "json=true"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
-    found = json.loads(done.stdout)
-    assert len(found["fits"]) >= 2
-    assert [one["seconds"] for one in found["fits"]] == sorted(one["seconds"] for one in found["fits"])
-    for one in found["fits"]:
-        peak = max(one["peak_memory_bytes"].values())
-        assert sum(one["parts_bytes"].values()) == peak == found["budget_bytes"] - one["headroom_bytes"]
-        python, dash, module, *overrides = one["command"].split()
-        assert (python, dash, module) == ("python", "-m", "leanlm.train")
-        assert check(composed(*overrides)).plan.asdict() == one["plan"]
-    none = subprocess.run([*command, "device.memory=700MiB"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
-    assert "no plan fits 2 x" in none.stdout
-    assert "too much;" in none.stdout
-    assert (tmp_path / "plan.png").stat().st_size > 10_000
-
-
-def test_a_run_that_meets_the_end_of_memory_goes_on_with_a_plan_for_less(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first process is killed after its checkpoint of step 2, as the system would; the curve is one of a run left alone."""
-    from leanlm import train as module
-
-    common = ["data=text", f"data.path={text}", "model=gpt2", "model.width=32", "model.heads=2", "model.depth=2",
-              "global_batch=8", "sequence=16", "val_every=4", "checkpoint_every=2", "log_every=1", "logger=csv",
-              "sample_tokens=0"]  # fmt: skip
-    common.append("optim.schedule=constant")  # a run of two steps, which the first is, then has the same rates
-    module.train(composed(*common, "max_steps=4", f"run_dir={tmp_path}/alone"), isolate=True)
-    asked, real = [], module.launch
-
-    def choose(settings: Settings, scale: float) -> tuple[Settings, list[str]]:
-        asked.append((scale, settings.config.resume))
-        return replace(settings, plan=replace(settings.plan, auto=False, accumulate_grad_batches=len(asked))), []
-
-    def killed_once(function: Any, arguments: tuple, *rest: Any) -> Any:
-        if len(asked) == 1:
-            shorter = replace(arguments[0], config=replace(arguments[0].config, max_steps=2))
-            real(function, (shorter, *arguments[1:]), *rest)
-            raise WorkerFailed("rank 0 of 1 failed\nits process was ended by SIGKILL")
-        return real(function, arguments, *rest)
-
-    monkeypatch.setattr(module, "choose", choose)
-    monkeypatch.setattr(module, "launch", killed_once)
-    path = tmp_path / "auto"
-    result = module.train(composed(*common, "max_steps=4", "strategy=auto", f"run_dir={path}"))
-    assert asked == [(1.0, None), (0.85, str(path))]
-    assert result["steps"] == 4
-    curves = [[row["train_loss"] for row in Run(each).rows()] for each in (tmp_path / "alone", path)]
-    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
-    assert len(curves[1]) == 4
 
 
 def _holds_what_it_sent() -> bool:
@@ -391,13 +320,6 @@ def test_what_a_pipeline_has_sent_stays_as_with_gloo(text: Path) -> None:
     assert most - less >= 2 * rows * hidden
 
 
-def test_a_search_whose_time_is_up_goes_on_until_two_plans_can_be_compared(text: Path) -> None:
-    with mock.patch("leanlm.planning.search.SECONDS", 0.0):
-        answer = search(settings(text), 256, replace(HERE, memory=4 << 30), 2, wanted=6)
-    assert len(answer.fitting) >= 2
-    assert answer.simulated < answer.candidates
-
-
 def test_a_trace_counts_the_arithmetic_of_attention() -> None:
     """Scores and values forward; scores again and four gradients backward (Dao et al. 2022, algorithms 1 and 4)."""
     rows, heads, length, size = 2, 3, 16, 8
@@ -411,47 +333,3 @@ def test_a_trace_counts_the_arithmetic_of_attention() -> None:
     product = 2 * rows * heads * length * length * size
     counted = {phase: sum(kind.flops * times for kind, times in work.items()) for phase, work in trace.work.items()}
     assert counted == {"forward": 2 * product, "backward": 5 * product}
-
-
-def test_auto_tries_what_may_fit_if_nothing_leaves_the_margin_and_nothing_larger(text: Path) -> None:
-    asked = settings(text)
-    peak = predict(asked, 256, HERE).fullest.peak
-
-    def chosen(memory: int) -> tuple[Settings, list[str]]:
-        found = predict(asked, 256, replace(HERE, memory=memory))
-        with (
-            mock.patch("leanlm.planning.search.search", return_value=Answer([], [found], found, 1, 1)),
-            mock.patch("leanlm.planning.device.of_config", return_value=replace(HERE, memory=memory)),
-        ):
-            return choose(asked)
-
-    plan, lines = chosen(peak)
-    assert plan.plan == asked.plan
-    assert "none leaves 5% of it free" in lines[2]
-    assert "0 MiB are left" in reason(predict(asked, 256, replace(HERE, memory=peak)))
-    with pytest.raises(UserError, match="no plan fits"):
-        chosen(peak - 1)
-
-
-def test_a_planner_that_is_ended_says_so(text: Path) -> None:
-    worker = _Worker(settings(text), 256, HERE)
-    worker.process.kill()
-    with pytest.raises(UserError, match="exit status -9"):
-        worker.answer()
-
-
-def test_auto_trains_within_its_budget_as_the_plan_it_chose_would(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from leanlm.train import train
-
-    common = ["data=text", f"data.path={text}", "model=gpt2", "model.width=32", "model.heads=2", "model.depth=2",
-              "global_batch=8", "sequence=16", "max_steps=3", "val_every=3", "logger=csv", "sample_tokens=0"]  # fmt: skip
-    auto = train(composed(*common, "strategy=auto", "device.memory=2GiB", f"run_dir={tmp_path}/auto"))
-    assert auto["predicted_peak_memory_bytes"][0] < 2 << 30
-    assert auto["plan"]["auto"] is False
-    alone = train(composed(*common, f"run_dir={tmp_path}/single"), isolate=True)
-    assert auto["loss"] == pytest.approx(alone["loss"], abs=1e-4)
-    assert json.loads((tmp_path / "auto" / "result.json").read_text())["predicted_seconds_per_step"] > 0
-    with pytest.raises(UserError, match="no plan fits"):
-        train(composed(*common, "strategy=auto", "device.memory=300MiB", f"run_dir={tmp_path}/none"))

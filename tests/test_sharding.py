@@ -61,6 +61,34 @@ def test_each_rank_holds_its_share(text: Path, tmp_path: Path) -> None:
             assert held["optimizer_state"] == pytest.approx(8 * number, abs=4 * 64), name  # and a step count for each parameter
 
 
+def _gradient_storages(overrides: list[str]) -> list[list[int]]:
+    """On each rank, bytes of the storages that gradients are in, after each micro-batch of two steps."""
+    import lightning.pytorch as pl
+
+    from leanlm.planning.simulate import _Batches
+
+    class Look(pl.Callback):
+        def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            storages = {p.grad.untyped_storage()._cdata: p.grad.untyped_storage().nbytes() for p in module.net.parameters()}
+            self.found.append(max(storages.values()))
+
+        found: list[int] = []
+
+    settings, look = check(composed(*overrides)), Look()
+    with process_group("cpu"):
+        cut = build.cut(settings.config, settings.plan, VOCABULARY)
+        module = build.module(settings, cut)
+        build.trainer(settings, [look], [], 2).fit(module, _Batches(settings, 2))
+        return of_ranks(look.found)
+
+
+def test_micro_batches_add_to_the_buckets_of_ddp(text: Path) -> None:
+    """All gradients of this model are in one bucket, from the first micro-batch on: none is a tensor of its own beside it."""
+    plan = {"replicate": 2, "accumulate_grad_batches": 2}
+    whole = 4 * (2 * HEAD + DEPTH * BLOCK)
+    assert launch(_gradient_storages, (overrides(text, plan),), 2) == [[whole] * 4] * 2
+
+
 def test_muon_divides_its_momentum(text: Path, tmp_path: Path) -> None:
     """ZeRO-1: the same bits as without, also where a run with it goes on from one without and back."""
     common = [*overrides(text, {"replicate": 2}), "optim=muon", "strategy.precision=fp64", "log_every=1", "max_steps=6"]

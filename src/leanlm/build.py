@@ -3,7 +3,8 @@
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -141,8 +142,26 @@ def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Seque
 def strategy(plan: Plan) -> Strategy | str:
     if plan.world == 1:
         return "auto"
-    kind = CutStrategy if plan.cuts_model else DDPStrategy
+    kind = CutStrategy if plan.cuts_model else BucketsOnly
     return kind(gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+class BucketsOnly(DDPStrategy):
+    """Lightning's DDP, of which micro-batches add to the buckets from the first on.
+
+    Gradients that begin without a sum over the ranks are tensors of their own beside the buckets. So the first micro-batch of
+    all is summed at once: the mean that the step's last one takes leaves what is a mean already as it is. `zero_grad` must
+    keep the gradients (`module.py`).
+    """
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        assert self.model is not None
+        if any(parameter.requires_grad and parameter.grad is None for parameter in self.model.parameters()):
+            yield
+            return
+        with super().block_backward_sync():
+            yield
 
 
 class CutStrategy(DDPStrategy):

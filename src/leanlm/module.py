@@ -115,7 +115,11 @@ class LanguageModel(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        optimizer.zero_grad()  # Lightning would hold the gradients through the next forward pass
+        # Lightning would hold the gradients through the next forward pass; those that are views of DDP's buckets stay
+        optimizer.zero_grad(set_to_none=self.plan.world == 1 or self.plan.cuts_model)
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Nothing: they are zero, or gone, since the last step."""
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None

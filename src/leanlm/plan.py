@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -77,8 +77,22 @@ def plan(asked: Ask, overrides: list[str] | None = None) -> dict[str, Any]:
     return result
 
 
-def choose(settings: Settings, scale: float = 1.0) -> tuple[Settings, list[str]]:
-    """Settings with the fastest exact plan that fits the configured device, and three lines that say why.
+class Choice(NamedTuple):
+    """What `strategy=auto` has chosen.
+
+    Attributes:
+        settings: with the plan.
+        lines: that say why.
+        alone: whether it fits only without another process beside it, which could begin again should memory end.
+    """
+
+    settings: Settings
+    lines: list[str]
+    alone: bool
+
+
+def choose(settings: Settings, scale: float = 1.0) -> Choice:
+    """The fastest exact plan that fits the configured device.
 
     If none leaves the margin free, the one that leaves most is tried, should it fit at all.
 
@@ -96,8 +110,9 @@ def choose(settings: Settings, scale: float = 1.0) -> tuple[Settings, list[str]]
     device = devices_.of_config(config.device, count).scaled(scale)
     vocabulary = tokens(settings).tokenizer.vocabulary
     answer = search(settings, vocabulary, device, count, config.allow, wanted=3)
-    budget = report.budgets(device, count)
-    if not answer.fitting and not answer.least.tight:
+    alone = not answer.fitting and count == 1 and answer.least.fullest.peak <= (1 - devices_.MARGIN) * device.memory
+    budget = report.mib(device.memory) if alone else report.budgets(device, count)
+    if not answer.fitting and not answer.least.tight and not alone:
         raise UserError(
             f"strategy=auto: no plan fits {budget}: the smallest that was looked at needs "
             f"{report.mib(answer.least.fullest.peak)} ({report.arguments(answer.least.plan)}); write device.memory=..., more "
@@ -109,19 +124,18 @@ def choose(settings: Settings, scale: float = 1.0) -> tuple[Settings, list[str]]
     after = "".join(
         f"; next {one.seconds:.3g} s, {report.mib(one.fullest.peak)}: {report.arguments(one.plan)}" for one in rest[:1]
     )
-    peak = report.mib(best.fullest.peak)
-    kind = (
-        "the fastest that fits"
-        if answer.fitting
-        else f"none leaves {devices_.MARGIN:.0%} of it free, this may fit: the smallest"
-    )
+    kind = "the fastest that fits"
+    if alone:
+        kind = "it fits only without a process beside it, which could begin again should memory end: the smallest"
+    elif not answer.fitting:
+        kind = f"none leaves {devices_.MARGIN:.0%} of it free, this may fit: the smallest"
     lines = [
         f"strategy=auto: {best.plan.describe()}",
-        f"  predicted peak {peak} of {budget}, {best.seconds:.3g} s a step",
+        f"  predicted peak {report.mib(best.fullest.peak)} of {budget}, {best.seconds:.3g} s a step",
         f"  {kind} of {answer.simulated} plans simulated, the likeliest of {answer.candidates}{after}",
     ]
     prediction = {"peak_memory_bytes": predicted, "seconds_per_step": best.seconds}
-    return replace(settings, plan=best.plan, predicted=prediction), lines
+    return Choice(replace(settings, plan=best.plan, predicted=prediction), lines, alone)
 
 
 def main() -> None:

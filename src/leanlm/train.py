@@ -54,11 +54,11 @@ def train(config: DictConfig, path: Path | None = None, isolate: bool = False) -
 def _train_within_memory(settings: Settings, plain: dict[str, Any], path: Path) -> dict[str, Any]:
     """Let the planner choose; should memory end all the same, go on from the last checkpoint with a plan for less."""
     for scale in SCALES:
-        chosen, lines = choose(settings, scale)
+        chosen, lines, alone = choose(settings, scale)
         say("\n".join(lines))
         config = plain | {"strategy": chosen.plan.asdict()}
         try:  # in a process of its own, so that this one can begin again
-            return launch(work, (chosen, config, path), chosen.plan.world, True, settings.config.restarts)
+            return launch(work, (chosen, config, path), chosen.plan.world, not alone, settings.config.restarts)
         except WorkerFailed as failure:
             if scale == SCALES[-1] or not failure.out_of_memory:
                 raise
@@ -77,7 +77,7 @@ def work(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, An
         settings = replace(settings, config=replace(settings.config, resume=str(path)))
     with process_group(settings.config.device["accelerator"]):
         if settings.plan.auto:  # under torchrun: one rank chooses for all
-            settings = agreed(lambda: choose(settings)[0])
+            settings = agreed(lambda: choose(settings).settings)
             config = {**config, "strategy": settings.plan.asdict()}
         return fit(settings, config, path)
 

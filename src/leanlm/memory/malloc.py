@@ -6,17 +6,17 @@ from contextlib import suppress
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE = 2 << 20  # bytes of a tensor for which torch asks for pages of this size: new ones then cost little
 SMALL = 512 << 10  # of a tensor that gets pages of its own in a large model
-MODEL = 32 << 20  # bytes of weights from which on a model is large
+MODEL = 8_000_000  # parameters from which on a model is large
 KEPT = 32 << 20  # bytes at the end of the heap that may stay for what comes next
 
 
-def own_pages(weights: float) -> int:
-    """Bytes from which on a tensor gets pages of its own, in a process that holds so many bytes of weights.
+def own_pages(parameters: int) -> int:
+    """Bytes from which on a tensor gets pages of its own, of a model with so many parameters, however it is cut.
 
     Getting pages takes time, of which the arithmetic of small models has little: the steps of the default model would take 1.7
     to 1.9 times as long.
     """
-    return SMALL if weights >= MODEL else LARGE
+    return SMALL if parameters >= MODEL else LARGE
 
 
 def return_freed_memory(size: int = LARGE) -> None:

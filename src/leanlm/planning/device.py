@@ -33,10 +33,13 @@ class Device:
         flops: name of a number type -> floating-point operations per second in matrix products.
         bandwidth: bytes per second to and from its memory.
         link: bytes per second from one device to another, in one direction.
+        links: the same by the kind of communication, where kinds differ (gloo's do).
         latency: seconds of a collective operation without payload.
         overhead: seconds of an operation without work.
         context: bytes that the driver, cuBLAS and NCCL take before the first tensor.
-        process: bytes of a process that trains alone before it has built anything, of one of several, and of what starts them.
+        process: bytes of a process that trains alone before it has built anything, of one of several, and of what starts them
+            without the pages that they share.
+        common: bytes of the pages of libraries, which several processes share.
         paging, small_paging: bytes per second of new pages of 2 MiB, and of 4 KiB; a GPU's allocator keeps what was freed.
         shared: whether `memory` and the rates are of a machine and divided among its processes.
         memories: bytes of each device, in the order of ranks, where they differ; `memory` is then the least of them.
@@ -53,6 +56,8 @@ class Device:
     overhead: float
     context: int = 0
     process: tuple[int, int, int] = (0, 0, 0)
+    common: int = 0
+    links: dict[str, float] = field(default_factory=dict, hash=False)
     paging: float = math.inf
     small_paging: float = math.inf
     shared: bool = False
@@ -84,21 +89,26 @@ class Device:
         return replace(self, memory=round(self.memory * by), memories=memories)
 
     def share(self, processes: int) -> "Device":
-        """What each of several processes gets of a machine."""
+        """What each of several processes gets of a machine; pages that they share count in each, and once for the machine."""
         if not self.shared:
             return self
-        cores = os.cpu_count() or 1
+        crowd = self.crowd(processes)
         return replace(
             self,
-            memory=(self.memory - self.process[2]) // processes,
+            memory=(self.memory - self.process[2] + (processes - 1) * self.common) // processes,
             flops={kind: rate / processes for kind, rate in self.flops.items()},
             bandwidth=self.bandwidth / processes,
             paging=self.paging / processes,
             small_paging=self.small_paging / processes,
             link=self.link / processes,
-            overhead=self.overhead * max(1, processes / cores),
-            latency=self.latency * max(1, processes / cores),
+            links={kind: rate / processes for kind, rate in self.links.items()},
+            overhead=self.overhead * crowd,
+            latency=self.latency * crowd,
         )
+
+    def crowd(self, processes: int) -> float:
+        """How many of so many processes share a core; 1 if each has one of its own."""
+        return max(1.0, processes / cores()) if self.shared else 1.0
 
 
 def size(text: Any) -> int:
@@ -168,31 +178,34 @@ def this_machine(again: bool = False) -> Device:
     import torch
 
     file = cache_folder() / "device.json"
-    key = f"{platform.node()} {platform.machine()} {len(_cores())} cores, torch {torch.__version__}"
+    key = f"{platform.node()} {platform.machine()} {cores()} cores, torch {torch.__version__}"
     stored = json.loads(file.read_text()) if file.is_file() else {}
-    if again or "small_paging" not in stored.get(key, ()):  # earlier versions did not measure it
+    if again or "links" not in stored.get(key, ()):  # earlier versions did not measure them
         stored[key] = probe()
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, json.dumps(stored, indent=1))
     rates = stored[key]
     return Device(
-        name=f"this machine ({len(_cores())} cores)",
+        name=f"this machine ({cores()} cores)",
         accelerator="cpu",
         memory=memory_limit(),
         flops=rates["flops"],
         bandwidth=rates["bandwidth"],
-        link=rates["bandwidth"] / 6,  # gloo copies through sockets
-        latency=3e-4,
+        link=rates["links"]["send"],
+        links=rates["links"],
+        latency=rates["latency"],
         overhead=rates["overhead"],
         process=tuple(rates["process"]),
+        common=rates["common"],
         paging=rates["paging"],
         small_paging=rates["small_paging"],
         shared=True,
     )
 
 
-def _cores() -> Any:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_limit() -> int:

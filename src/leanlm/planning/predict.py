@@ -7,6 +7,7 @@ import torch
 
 from leanlm.config import Settings
 from leanlm.planning.device import MARGIN, Device
+from leanlm.planning.probe import sent
 from leanlm.planning.simulate import BEFORE, Stages, Step, ends, simulate, stages
 from leanlm.planning.trace import PARTS, Trace, Work, peaks
 from leanlm.strategies import balance
@@ -16,7 +17,7 @@ from leanlm.strategies.schedules import SCHEDULES, stages_of
 MICROS = 2  # micro-batches that are simulated; the others are as the last of these (a pipeline's: see _fewer_micro_batches)
 BUFFERS_ALONE = ("1f1b", "interleaved")  # schedules under which a micro-batch more takes its buffers; others keep more of each
 # bytes of what a process that trains touches of its libraries, and makes of them; fitted to runs of scripts/plan_accuracy.py
-ONE_PROCESS, SEVERAL, DTENSOR, PIPELINE, STAGES, BF16 = 64 << 20, 20 << 20, 33 << 20, 13 << 20, 50 << 20, 20 << 20
+ONE_PROCESS, SEVERAL, DTENSOR, PIPELINE, STAGES, BF16 = 86 << 20, 20 << 20, 33 << 20, 13 << 20, 50 << 20, 20 << 20
 OVERLAP = 0.7  # share of the computation beside which gradients and weights can be sent
 # of small tensors' bytes: what glibc's heap holds beyond them, in holes; a recurrence fills its holes with the same few sizes
 HEAP, HEAP_RECURRENT = 0.35, 0.12
@@ -132,7 +133,9 @@ def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
     waits = balance.bubble(order, cost)
     # the pipeline fills and empties once; every micro-batch more takes as long as the slowest rank
     flowing = [need.seconds - need.optimizer for need in needs]
-    seconds = sum(flowing) / len(flowing) / (1 - waits) + (micros / few - 1) * max(flowing)
+    # a rank that waits leaves its core to others, if they share it
+    seconds = sum(flowing) / len(flowing) * max(1.0, 1 / device.crowd(plan.world) / (1 - waits))
+    seconds += (micros / few - 1) * max(flowing)
     return Prediction(plan, needs, seconds + max(need.optimizer for need in needs))
 
 
@@ -281,9 +284,8 @@ def _seconds(work: dict[str, Counter[Work]], micros: int, plan: Plan, device: De
 
 def _cost(kind: Work, device: Device) -> float:
     if kind.collective:
-        share = (kind.ranks - 1) / kind.ranks
-        times = {"all-reduce": 2 * share, "all-gather": share, "reduce-scatter": share}.get(kind.collective, 1)  # as rings send
-        return device.latency + kind.size * times / device.link
+        link = device.links.get(kind.collective, device.link)
+        return device.latency + kind.size * sent(kind.collective, kind.ranks) / link
     rate = device.flops.get(kind.dtype, device.flops["float32"])
     pages = kind.fresh / device.paging + kind.small / device.small_paging
     return device.overhead + max(kind.flops / rate, kind.moved / device.bandwidth) + pages

@@ -45,7 +45,7 @@ def check_generation(config: Config, plan: Plan, vocabulary: int, prompt: int, t
     trace = Trace(vocabulary)
     with pretend.everything(trace, plan, 0):
         cut = build.cut(replace(config, device={"accelerator": "cpu"}), plan, vocabulary)
-        trace.own = malloc.own_pages(plan.weights(cut.parameters))
+        trace.own = malloc.own_pages(cut.parameters)
         trace.mark("weights", cut.net.parameters())
         longest = min(prompt + tokens, cut.net.sequence)  # a context that is full, and the prompt at once
         for first, more in ((prompt, 1), (max(prompt, longest - 2), 2)):
@@ -63,7 +63,7 @@ def _evaluation(settings: Settings, vocabulary: int, rank: int = 0) -> Trace:
 
     with pretend.everything(trace, plan, rank):
         cut = build.cut(config, plan, vocabulary)
-        trace.own = malloc.own_pages(plan.weights(cut.parameters))
+        trace.own = malloc.own_pages(cut.parameters)
         trace.mark("weights", cut.net.parameters())
         module = build.module(settings, cut, training=False)
         trainer = build.trainer(settings, [], [])

@@ -5,11 +5,11 @@ what one block keeps); from the fastest on, plans are simulated until enough of 
 """
 
 import multiprocessing
-import os
 import sys
 import time
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from typing import Any
@@ -19,13 +19,14 @@ import torch
 from leanlm.config import Settings
 from leanlm.errors import UserError
 from leanlm.planning.candidates import Estimate, families
-from leanlm.planning.device import Device
+from leanlm.planning.device import Device, cores, memory_limit
 from leanlm.planning.simulate import stages
 from leanlm.strategies.plan import Plan
 
 HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
 LATER = {"interleaved": 1.03, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
 SECONDS = 8.0  # after which no plan is begun, once two fit
+WORKER = 256 << 20  # bytes that a process which simulates takes (measured: 150 to 280 MiB)
 PATIENCE, LONGEST = 2.5, 20.0  # seconds more for those that were; as long as there is no answer, or one that fits alone
 
 
@@ -93,14 +94,15 @@ def search(
     def more() -> bool:
         return len(fitting) < wanted and time.monotonic() < until + (LONGEST if len(fitting) == 1 else 0)
 
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 8)
+    workers = max(1, min(cores(), 8, memory_limit() // WORKER))
     waiting = [_Worker(settings, vocabulary, device) for _ in range(workers)]
     running: dict[Any, tuple[_Worker, list[Plan]]] = {}
 
     def start(plan: Plan, rest: list[Plan]) -> None:
         worker = waiting.pop()
-        worker.pipe.send(plan)
-        running[worker.pipe] = worker, rest
+        with suppress(BrokenPipeError):  # it has been ended; its answer will say so
+            worker.pipe.send(plan)
+        running[worker.pipe] = worker, [plan, *rest]
 
     try:
         start(smallest, [])
@@ -113,9 +115,12 @@ def search(
             if not ready:
                 break
             for pipe in ready:
-                worker, rest = running.pop(pipe)
+                worker, (plan, *rest) = running.pop(pipe)
+                found = worker.answer(last=not running and not waiting)
+                if found is None:  # the system had not enough memory for all
+                    queue.insert(0, (False, 0.0, [plan, *rest]))
+                    continue
                 waiting.append(worker)
-                found = worker.answer()
                 if found.fits:
                     fitting.append(found)
                     continue
@@ -148,17 +153,19 @@ class _Worker:
         self.process.start()
         theirs.close()
 
-    def answer(self) -> Any:
-        """The prediction that has come.
+    def answer(self, last: bool) -> Any:
+        """The prediction that has come; None: the process is gone.
 
         Raises:
             RuntimeError: the simulation failed; with its traceback.
-            UserError: the process is gone.
+            UserError: the process is gone, and was the last.
         """
         try:
             good, found = self.pipe.recv()
         except EOFError:
             self.process.join(1)
+            if not last:
+                return None
             raise UserError(
                 f"the planner's own process was ended (exit status {self.process.exitcode}), as systems do without memory "
                 "to give: name the plan instead of strategy=auto, or give the machine more memory"

@@ -49,7 +49,7 @@ class Cut:
         self.costs = balance.stage_costs(cost, split)
         self.parameters = sum(parameter.numel() for parameter in net.parameters())
         if plan.return_freed_memory:
-            malloc.return_freed_memory(malloc.own_pages(plan.weights(self.parameters)))
+            malloc.return_freed_memory(malloc.own_pages(self.parameters))
         self.ties, self.width = ties(net), net.width
         self.vocabulary, self.dtype = net.vocabulary, next(net.parameters()).dtype
         self.mesh: DeviceMesh | None = None

@@ -118,10 +118,6 @@ class Plan:
         """Rows in one forward pass."""
         return global_batch // (self.readers * self.accumulate_grad_batches)
 
-    def weights(self, parameters: int) -> float:
-        """Bytes of weights that a device holds of a model with so many parameters."""
-        return parameters * PRECISIONS[self.precision][0].itemsize / (self.pipeline * self.shard * self.tensor)
-
     @property
     def exactness(self) -> str:
         """`rounding`: the same mathematics as one device in fp32, summed in another order; `changes`: the curve may

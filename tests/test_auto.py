@@ -1,0 +1,178 @@
+"""The planner's search, its command, and `strategy=auto`."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from conftest import composed
+from test_planning import HERE, MODEL, settings
+
+from leanlm.config import Settings, check
+from leanlm.errors import UserError
+from leanlm.launch import WorkerFailed
+from leanlm.plan import Choice, choose
+from leanlm.planning import search as searching
+from leanlm.planning.candidates import families, meshes
+from leanlm.planning.device import Device
+from leanlm.planning.predict import predict
+from leanlm.planning.report import reason
+from leanlm.planning.search import Answer, _Worker, search
+from leanlm.planning.simulate import stages
+from leanlm.runs import Run
+from leanlm.strategies.plan import Plan
+
+
+def test_every_mesh_and_only_plans_that_keep_the_curve(text: Path) -> None:
+    assert len(list(meshes(8))) == 20  # ways to write 8 as an ordered product of four numbers
+    asked = settings(text)
+    for allow, changes in ((), False), (("optimizer_state",), True):
+        plans = [plan for group in families(asked, 2, stages(asked.config, Plan(), 256), HERE, allow) for plan in group]
+        assert {plan.world for plan in plans} == {2}
+        assert {plan.pipeline for plan in plans} == {1, 2}
+        assert all(8 % (plan.readers * plan.accumulate_grad_batches) == 0 for plan in plans)
+        assert any(plan.exactness == "changes" for plan in plans) == changes
+
+
+def test_the_command_prints_plans_that_can_be_run(text: Path, tmp_path: Path) -> None:
+    arguments = ["data=text", f"data.path={text}", *MODEL, "devices=2", "show=2", "device.memory=4GiB"]
+    command = [sys.executable, "-m", "leanlm.plan", *arguments]
+    done = subprocess.run([*command, "json=true"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert len(found["fits"]) >= 2
+    assert [one["seconds"] for one in found["fits"]] == sorted(one["seconds"] for one in found["fits"])
+    for one in found["fits"]:
+        peak = max(one["peak_memory_bytes"].values())
+        assert sum(one["parts_bytes"].values()) == peak == found["budget_bytes"] - one["headroom_bytes"]
+        python, dash, module, *overrides = one["command"].split()
+        assert (python, dash, module) == ("python", "-m", "leanlm.train")
+        assert check(composed(*overrides)).plan.asdict() == one["plan"]
+    none = subprocess.run([*command, "device.memory=700MiB"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert "no plan fits 2 x" in none.stdout
+    assert "too much;" in none.stdout
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+
+
+def test_a_run_that_meets_the_end_of_memory_goes_on_with_a_plan_for_less(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process is killed after its checkpoint of step 2, as the system would; the curve is one of a run left alone."""
+    from leanlm import train as module
+
+    common = ["data=text", f"data.path={text}", "model=gpt2", "model.width=32", "model.heads=2", "model.depth=2",
+              "global_batch=8", "sequence=16", "val_every=4", "checkpoint_every=2", "log_every=1", "logger=csv",
+              "sample_tokens=0"]  # fmt: skip
+    common.append("optim.schedule=constant")  # a run of two steps, which the first is, then has the same rates
+    module.train(composed(*common, "max_steps=4", f"run_dir={tmp_path}/alone"), isolate=True)
+    asked, real = [], module.launch
+
+    def choose(settings: Settings, scale: float) -> Choice:
+        asked.append((scale, settings.config.resume))
+        plan = replace(settings.plan, auto=False, accumulate_grad_batches=len(asked))
+        return Choice(replace(settings, plan=plan), [], False)
+
+    def killed_once(function: Any, arguments: tuple, *rest: Any) -> Any:
+        if len(asked) == 1:
+            shorter = replace(arguments[0], config=replace(arguments[0].config, max_steps=2))
+            real(function, (shorter, *arguments[1:]), *rest)
+            raise WorkerFailed("rank 0 of 1 failed\nits process was ended by SIGKILL")
+        return real(function, arguments, *rest)
+
+    monkeypatch.setattr(module, "choose", choose)
+    monkeypatch.setattr(module, "launch", killed_once)
+    path = tmp_path / "auto"
+    result = module.train(composed(*common, "max_steps=4", "strategy=auto", f"run_dir={path}"))
+    assert asked == [(1.0, None), (0.85, str(path))]
+    assert result["steps"] == 4
+    curves = [[row["train_loss"] for row in Run(each).rows()] for each in (tmp_path / "alone", path)]
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    assert len(curves[1]) == 4
+
+
+def test_a_search_whose_time_is_up_goes_on_until_two_plans_can_be_compared(text: Path) -> None:
+    with mock.patch("leanlm.planning.search.SECONDS", 0.0):
+        answer = search(settings(text), 256, replace(HERE, memory=4 << 30), 2, wanted=6)
+    assert len(answer.fitting) >= 2
+    assert answer.simulated < answer.candidates
+
+
+def _chosen(asked: Settings, device: Device) -> Choice:
+    """Where the search has found one plan."""
+    found = predict(asked, 256, device)
+    fitting, others = ([found], []) if found.fits else ([], [found])
+    with (
+        mock.patch("leanlm.planning.search.search", return_value=Answer(fitting, others, found, 1, 1)),
+        mock.patch("leanlm.planning.device.of_config", return_value=device),
+    ):
+        return choose(asked)
+
+
+def test_auto_tries_what_may_fit_if_nothing_leaves_the_margin_and_nothing_larger(text: Path) -> None:
+    asked = settings(text)
+    peak = predict(asked, 256, HERE).fullest.peak
+    found, lines, alone = _chosen(asked, replace(HERE, memory=peak))
+    assert (found.plan, alone) == (asked.plan, False)
+    assert "none leaves 5% of it free" in lines[2]
+    assert "0 MiB are left" in reason(predict(asked, 256, replace(HERE, memory=peak)))
+    with pytest.raises(UserError, match="no plan fits"):
+        _chosen(asked, replace(HERE, memory=peak - 1))
+
+
+def test_auto_does_without_a_process_beside_it_where_only_that_fits(text: Path) -> None:
+    asked = settings(text)
+    beside = 64 << 20
+    machine = replace(HERE, shared=True, process=(0, 0, beside))
+    room = round(predict(asked, 256, HERE).fullest.peak / 0.95) + 1  # with the margin
+    assert not _chosen(asked, replace(machine, memory=room + beside)).alone
+    _, lines, alone = _chosen(asked, replace(machine, memory=room))
+    assert alone
+    assert "only without a process beside it" in lines[2]
+    with pytest.raises(UserError, match="no plan fits"):
+        _chosen(asked, replace(machine, memory=room - 2))
+
+
+def test_a_planner_that_is_ended_says_so(text: Path) -> None:
+    worker = _Worker(settings(text), 256, HERE)
+    worker.process.kill()
+    assert worker.answer(last=False) is None
+    with pytest.raises(UserError, match="exit status -9"):
+        worker.answer(last=True)
+
+
+def test_a_search_goes_on_with_the_workers_that_are_left(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory has room for one of two: the plan of the one that is gone is simulated all the same."""
+    begun: list[_Worker] = []
+
+    def worker(*fixed: Any) -> _Worker:
+        begun.append(_Worker(*fixed))
+        if len(begun) == 2:  # the one that gets the smallest plan
+            begun[1].process.kill()
+            begun[1].process.join()
+        return begun[-1]
+
+    monkeypatch.setattr(searching, "_Worker", worker)
+    monkeypatch.setattr(searching, "cores", lambda: 2)
+    answer = search(settings(text), 256, replace(HERE, memory=4 << 30), 2, wanted=3)
+    assert len(begun) == 2
+    assert len(answer.fitting) >= 2
+
+
+def test_auto_trains_within_its_budget_as_the_plan_it_chose_would(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leanlm.train import train
+
+    common = ["data=text", f"data.path={text}", "model=gpt2", "model.width=32", "model.heads=2", "model.depth=2",
+              "global_batch=8", "sequence=16", "max_steps=3", "val_every=3", "logger=csv", "sample_tokens=0"]  # fmt: skip
+    auto = train(composed(*common, "strategy=auto", "device.memory=2GiB", f"run_dir={tmp_path}/auto"))
+    assert auto["predicted_peak_memory_bytes"][0] < 2 << 30
+    assert auto["plan"]["auto"] is False
+    alone = train(composed(*common, f"run_dir={tmp_path}/single"), isolate=True)
+    assert auto["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+    assert json.loads((tmp_path / "auto" / "result.json").read_text())["predicted_seconds_per_step"] > 0
+    with pytest.raises(UserError, match="no plan fits"):
+        train(composed(*common, "strategy=auto", "device.memory=300MiB", f"run_dir={tmp_path}/none"))
