@@ -151,7 +151,7 @@ class BucketsOnly(DDPStrategy):
 
     Gradients that begin without a sum over the ranks are tensors of their own beside the buckets. So the first micro-batch of
     all is summed at once: the mean that the step's last one takes leaves what is a mean already as it is. `zero_grad` must
-    keep the gradients (`module.py`).
+    then keep the gradients (`module.py`).
     """
 
     @contextmanager

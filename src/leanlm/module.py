@@ -115,8 +115,8 @@ class LanguageModel(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        # Lightning would hold the gradients through the next forward pass; those that are views of DDP's buckets stay
-        optimizer.zero_grad(set_to_none=self.plan.world == 1 or self.plan.cuts_model)
+        # Lightning would hold the gradients through the next forward pass
+        optimizer.zero_grad(set_to_none=not self.plan.adds_to_buckets)
 
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Nothing: they are zero, or gone, since the last step."""

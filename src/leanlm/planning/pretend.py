@@ -196,10 +196,17 @@ def file_of_pages(trace: Trace) -> Iterator[None]:
         yield
 
 
-def with_buckets(trace: Trace, model: nn.Module) -> nn.Module:
-    """DDP's reducer as far as memory goes: gradients are views of flat buckets, which stay."""
+def with_buckets(trace: Trace, plan: Plan, model: nn.Module) -> nn.Module:
+    """DDP's reducer as far as memory goes: gradients are views of flat buckets, which stay. Once, before there is a state, they
+    move into buckets in the order in which they came."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     flat = torch.empty(sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype)
+    if plan.adds_to_buckets:
+        trace.enter("buckets")
+        ordered = torch.empty_like(flat)
+        trace.mark("gradients", [flat, ordered])
+        del ordered
+        trace.enter("build")
     places = dict(zip(parameters, flat.split([parameter.numel() for parameter in parameters]), strict=True))
 
     def into_bucket(parameter: Any) -> None:

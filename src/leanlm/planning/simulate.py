@@ -72,7 +72,7 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
         trace.mark("buffers", cut.net.buffers())
         trainer = build.trainer(settings, [_Phases(trace, ends(plan))], [], steps)
         if plan.world > 1 and not plan.cuts_model:
-            trainer.strategy._setup_model = partial(pretend.with_buckets, trace)  # type: ignore[method-assign]
+            trainer.strategy._setup_model = partial(pretend.with_buckets, trace, plan)  # type: ignore[method-assign]
         trainer.strategy.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]
         with contextlib.redirect_stdout(None), pretend.no_moves(module):
             trainer.fit(module, _Batches(settings, steps))

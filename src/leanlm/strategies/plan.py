@@ -105,6 +105,11 @@ class Plan:
         return self.pipeline * self.shard * self.tensor > 1
 
     @property
+    def adds_to_buckets(self) -> bool:
+        """Whether gradients stay in the buckets of DDP from step to step, and micro-batches add to them there."""
+        return self.world > 1 and not self.cuts_model and self.accumulate_grad_batches > 1
+
+    @property
     def batches_per_step(self) -> int:
         """Batches that the trainer hands over for a step: a pipeline cuts its micro-batches itself."""
         return 1 if self.pipeline > 1 else self.accumulate_grad_batches
