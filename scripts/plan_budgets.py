@@ -105,9 +105,9 @@ def once(overrides: list[str], budget: int, path: Path) -> dict:
         status, out, error = limit.run([*command, "strategy=auto", f"device.memory={budget}"])
         if status == 0:
             result = json.loads((path / "result.json").read_text())
-            again = [line for line in (out + error).splitlines() if "again" in line and "memory" in line]
-            return {"outcome": "trained" + (" after replanning" if again else ""), "peak": max(result["peak_memory_bytes"]),
-                    "predicted": max(result["predicted_peak_memory_bytes"])}  # fmt: skip
+            again = "planning for less" in out + error
+            return {"outcome": "trained" + (" after replanning" if again else ""), "plan": result["plan"],
+                    "peak": max(result["peak_memory_bytes"]), "predicted": max(result["predicted_peak_memory_bytes"])}  # fmt: skip
         refused = re.search(r"no plan fits .*? needs .*? \((.*?)\)", error.replace("\n", " "))
         if status != 2 or refused is None:
             return {"outcome": "died", "error": error[-2000:]}

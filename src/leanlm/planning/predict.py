@@ -17,7 +17,7 @@ from leanlm.strategies.schedules import SCHEDULES, stages_of
 MICROS = 2  # micro-batches that are simulated; the others are as the last of these (a pipeline's: see _fewer_micro_batches)
 BUFFERS_ALONE = ("1f1b", "interleaved")  # schedules under which a micro-batch more takes its buffers; others keep more of each
 # bytes of what a process that trains touches of its libraries, and makes of them; fitted to runs of scripts/plan_accuracy.py
-ONE_PROCESS, SEVERAL, DTENSOR, PIPELINE, STAGES, BF16 = 86 << 20, 20 << 20, 33 << 20, 13 << 20, 50 << 20, 20 << 20
+ONE_PROCESS, SEVERAL, DTENSOR, FSDP, PIPELINE, STAGES, BF16 = (size << 20 for size in (86, 20, 13, 20, 13, 22, 20))
 OVERLAP = 0.7  # share of the computation beside which gradients and weights can be sent
 # of small tensors' bytes: what glibc's heap holds beyond them, in holes; a recurrence fills its holes with the same few sizes
 HEAP, HEAP_RECURRENT = 0.35, 0.12
@@ -247,6 +247,7 @@ def _libraries(plan: Plan) -> int:
         (plan.world == 1, ONE_PROCESS),
         (plan.world > 1, SEVERAL),
         (plan.shard * plan.tensor > 1, DTENSOR),
+        (plan.shard > 1, FSDP),
         (plan.pipeline > 1, PIPELINE),
         (plan.pipeline > 1 and plan.stages > plan.pipeline, STAGES),  # large tensors that take holes of the heap
         (plan.precision.startswith("bf16"), BF16),
