@@ -105,9 +105,9 @@ def once(overrides: list[str], budget: int, path: Path) -> dict:
         status, out, error = limit.run([*command, "strategy=auto", f"device.memory={budget}"])
         if status == 0:
             result = json.loads((path / "result.json").read_text())
-            again = "planning for less" in out + error
-            return {"outcome": "trained" + (" after replanning" if again else ""), "plan": result["plan"],
-                    "peak": max(result["peak_memory_bytes"]), "predicted": max(result["predicted_peak_memory_bytes"])}  # fmt: skip
+            peaks = {key: max(result[f"{key}_memory_bytes"]) for key in ("peak", "predicted_peak")}
+            again = " after replanning" if "planning for less" in out + error else ""
+            return {"outcome": "trained" + again, "plan": result["plan"], **peaks}
         refused = re.search(r"no plan fits .*? needs .*? \((.*?)\)", error.replace("\n", " "))
         if status != 2 or refused is None:
             return {"outcome": "died", "error": error[-2000:]}

@@ -9,7 +9,7 @@ from leanlm.config import Settings
 from leanlm.planning.device import MARGIN, Device
 from leanlm.planning.probe import sent
 from leanlm.planning.simulate import BEFORE, Stages, Step, ends, simulate, stages
-from leanlm.planning.trace import PARTS, Trace, Work, peaks
+from leanlm.planning.trace import FREED, Trace, Work, peaks
 from leanlm.strategies import balance
 from leanlm.strategies.plan import PRECISIONS, Plan
 from leanlm.strategies.schedules import SCHEDULES, stages_of
@@ -17,7 +17,7 @@ from leanlm.strategies.schedules import SCHEDULES, stages_of
 MICROS = 2  # micro-batches that are simulated; the others are as the last of these (a pipeline's: see _fewer_micro_batches)
 BUFFERS_ALONE = ("1f1b", "interleaved")  # schedules under which a micro-batch more takes its buffers; others keep more of each
 # bytes of what a process that trains touches of its libraries, and makes of them; fitted to runs of scripts/plan_accuracy.py
-ONE_PROCESS, SEVERAL, DTENSOR, FSDP, PIPELINE, STAGES, BF16 = (size << 20 for size in (86, 20, 13, 20, 13, 22, 20))
+ONE_PROCESS, SEVERAL, DTENSOR, FSDP, PIPELINE, STAGES, BF16 = (size << 20 for size in (86, 20, 13, 8, 13, 22, 20))
 OVERLAP = 0.7  # share of the computation beside which gradients and weights can be sent
 # of small tensors' bytes: what glibc's heap holds beyond them, in holes; a recurrence fills its holes with the same few sizes
 HEAP, HEAP_RECURRENT = 0.35, 0.12
@@ -213,7 +213,7 @@ def _between(few: _View, more: _View, times: float) -> _View:
         return round(low + times * (high - low))
 
     found = {
-        phase: {part: line(parts[part], more.peaks[phase][part]) for part in PARTS}
+        phase: {part: line(size, more.peaks[phase][part]) for part, size in parts.items()}
         for phase, parts in few.peaks.items()
         if phase in more.peaks
     }
@@ -236,10 +236,12 @@ def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device, recur
 
 def with_overhead(parts: dict[str, int], heap: int, plan: Plan, device: Device, recurrent: bool) -> dict[str, int]:
     """Bytes of tensors by part, and with them what the process, the libraries and the allocator hold."""
+    parts = dict(parts)
+    freed = parts.pop(FREED)
     if device.accelerator != "cpu":
         return parts | {"overhead": device.context}
     holes = round((HEAP_RECURRENT if recurrent else HEAP) * heap)
-    return parts | {"overhead": _libraries(plan) + holes, "process": device.process[int(plan.world > 1)]}
+    return parts | {"overhead": _libraries(plan) + holes + freed, "process": device.process[int(plan.world > 1)]}
 
 
 def _libraries(plan: Plan) -> int:

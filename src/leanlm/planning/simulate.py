@@ -57,7 +57,7 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
     plan = replace(settings.plan, compile=False)  # what a compiler fuses is not known before; it holds no more
     config = replace(settings.config, device={"accelerator": "cpu"})
     whole = stages(config, plan, vocabulary)
-    trace = Trace(vocabulary, copies, malloc.own_pages(whole.parameters))
+    trace = Trace(vocabulary, copies, malloc.own_pages(whole.parameters), pinned=whole.recurrent and copies)
     built = [len(names[:blocks]) for names in whole.split]
     if plan.pipeline > 1:
         plan = replace(plan, stage_blocks=built)

@@ -16,6 +16,7 @@ from leanlm.memory.malloc import LARGE
 from leanlm.planning.kernels import flops_of, lstm_scratch, lstm_workspace
 
 PARTS = ("weights", "gradients", "state", "activations", "logits", "buffers", "temporaries")
+FREED = "freed"
 COLLECTIVES = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
                "reduce_scatter": "reduce-scatter", "send": "send", "recv": "recv", "broadcast": "broadcast"}  # fmt: skip
 DEVICE = torch.ops.prim.device.default
@@ -54,6 +55,7 @@ class Trace(TorchDispatchMode):
         vocabulary: token types; what has so many rows or columns is called logits.
         copies: count the copy that gloo makes of what it gathers or scatters (measured: all of the payload, until it is done).
         own: bytes from which on a tensor has pages of its own.
+        pinned: whether the heap of smaller ones never shrinks: what a recurrence makes last, at its end, goes last too.
 
     Attributes:
         events: (number of a storage, its bytes; negative when it goes), in order.
@@ -61,9 +63,9 @@ class Trace(TorchDispatchMode):
         work: phase -> how often each kind of operation ran in it.
     """
 
-    def __init__(self, vocabulary: int, copies: bool = False, own: int = LARGE) -> None:
+    def __init__(self, vocabulary: int, copies: bool = False, own: int = LARGE, pinned: bool = False) -> None:
         super().__init__()
-        self.vocabulary, self.copies, self.own = vocabulary, copies, own
+        self.vocabulary, self.copies, self.own, self.pinned = vocabulary, copies, own, pinned
         self.in_flight = (0, 0)  # number and bytes of such a copy
         self.events: list[tuple[int, int]] = []
         self.phases: list[tuple[int, str]] = [(0, "build")]
@@ -221,18 +223,22 @@ class Trace(TorchDispatchMode):
 
 
 def peaks(trace: Trace) -> dict[str, dict[str, int]]:
-    """Phase -> bytes of each part at the moment in it when most lived. Of a name that comes again, its largest moment."""
-    live: dict[str, int] = dict.fromkeys(PARTS, 0)
-    now, found = 0, dict[str, tuple[int, dict[str, int]]]()
+    """Phase -> bytes of each part at the moment in it when most lived, and beside them `freed`: what the heap keeps of small
+    tensors that are gone, where it never shrinks. Of a name that comes again, its largest moment."""
+    live: dict[str, int] = dict.fromkeys((*PARTS, FREED), 0)
+    now, heap, most, found = 0, 0, 0, dict[str, tuple[int, dict[str, int]]]()
     borders = [*trace.phases, (len(trace.events), "")]
     for (first, name), (end, _) in zip(borders, borders[1:], strict=False):
-        best = now, dict(live)
+        best = now + live[FREED], dict(live)
         for number, size in trace.events[first:end]:
-            part = trace.parts.get(number, "temporaries")
-            live[part] += size
+            live[trace.parts.get(number, "temporaries")] += size
             now += size
-            if now > best[0]:
-                best = now, dict(live)
+            if trace.pinned and abs(size) < trace.own:
+                heap += size
+                most = max(most, heap)
+                live[FREED] = most - heap
+            if now + live[FREED] > best[0]:
+                best = now + live[FREED], dict(live)
         if best[0] > found.get(name, (-1, {}))[0]:
             found[name] = best
     return {name: parts for name, (_, parts) in found.items()}
