@@ -34,8 +34,8 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 @cache
-def lstm_workspace(tokens: int, rows: int, size: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes that oneDNN's LSTM writes forward for backward; how much it asks for is measured at one and at two tokens."""
+def lstm_workspace(tokens: int, rows: int, size: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that oneDNN's LSTM asks for to keep until backward, measured at one and at two tokens; those that forward writes."""
 
     def measured(tokens: int) -> int:
         with _disable_current_modes():
@@ -46,15 +46,16 @@ def lstm_workspace(tokens: int, rows: int, size: int, width: int, dtype: torch.d
 
     first, second = measured(1), measured(2)
     asked = first + (tokens - 1) * (second - first)
-    return asked if asked < 2 * LARGE else round(TOUCHED.get(dtype, (1.0, 1.0))[0] * asked) + LARGE
+    return asked, asked if asked < 2 * LARGE else round(TOUCHED.get(dtype, (1.0, 1.0))[0] * asked) + LARGE
 
 
-def lstm_scratch(backward: bool, args: Any) -> int:
+def lstm_scratch(backward: bool, args: Any, touched: int) -> int:
     """Bytes that oneDNN's LSTM takes beside its results, and gives back: its weights laid out anew, backward their gradients
-    too, the gates of all tokens, and what backward writes of the workspace (fitted to the peaks of processes)."""
+    too, the gates of all tokens, and what backward writes of the workspace beyond what is touched (fitted to the peaks of
+    processes)."""
     source, weights, dtype = args[0], sum(part.nbytes for part in args[1:3]), args[0].dtype
     gates = source.shape[0] * source.shape[1] * args[2].numel() // args[2].shape[1] * source.element_size()
     if not backward:
         return weights + (gates if dtype == torch.float32 else 0)
-    used, later = TOUCHED.get(dtype, (1.0, 1.0))
-    return 2 * weights + gates + round(args[-1].nbytes * (later / used - 1))
+    _, later = TOUCHED.get(dtype, (1.0, 1.0))
+    return 2 * weights + gates + max(0, round(later * args[-1].nbytes) - touched)

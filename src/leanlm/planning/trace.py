@@ -148,23 +148,24 @@ class Trace(TorchDispatchMode):
         else:
             out = func(*args, **kwargs)
         if name == "aten::mkldnn_rnn_layer" and kwargs.get("train", args[-1]):  # torch's fake kernel leaves the workspace empty
-            out = (
-                *out[:3],
-                args[0].new_empty(lstm_workspace(*args[0].shape, len(args[2]) // 4, args[0].dtype), dtype=torch.uint8),
-            )
+            asked, touched = lstm_workspace(*args[0].shape, len(args[2]) // 4, args[0].dtype)
+            out = *out[:3], args[0].new_empty(asked, dtype=torch.uint8)
+            self._see(out[3], name, touched)
         found = [part for part in tree_leaves(out) if isinstance(part, Tensor)]
         fresh = [part for part in found if self._see(part, name)]
         if "mkldnn_rnn_layer" in name:
-            self._passing(lstm_scratch(name.endswith("backward"), args))
+            backward = name.endswith("backward")
+            touched = self.sizes[self.known[args[-1].untyped_storage()._cdata]] if backward else 0
+            self._passing(lstm_scratch(backward, args, touched))
         self._count(func, name, args, kwargs, out, inputs, fresh)
         return out
 
-    def _see(self, tensor: Tensor, name: str) -> bool:
+    def _see(self, tensor: Tensor, name: str, touched: int | None = None) -> bool:
         storage = _local(tensor).untyped_storage()
         key = storage._cdata
         if key in self.known or tensor.device.type == "meta":
             return False
-        size = storage.nbytes()
+        size = storage.nbytes() if touched is None else touched
         self.count += 1
         self.known[key] = number = self.count
         self.sizes[number] = size
