@@ -35,7 +35,7 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 @cache
 def lstm_workspace(tokens: int, rows: int, size: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that oneDNN's LSTM asks for to keep until backward, measured at one and at two tokens; those that forward writes."""
+    """Bytes that oneDNN's LSTM asks for to keep until backward, measured at one and at two tokens; and that forward writes."""
 
     def measured(tokens: int) -> int:
         with _disable_current_modes():
