@@ -59,6 +59,23 @@ def test_a_trace_counts_what_real_tensors_hold() -> None:
     assert flops == 2 * 16 * 64 * 32
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_heap_that_does_not_shrink_is_counted_beside_what_comes_later(pinned: bool) -> None:
+    """Ten small tensors come and go, then a large one comes. Measured: a GRU of four layers of 1024 needed 773 MiB, 259 of
+    them freed pieces of its heap; 708 had been predicted."""
+    small, large = 4 * 25_000, 4 * 1_000_000
+    trace = Trace(vocabulary=1000, pinned=pinned)
+    with trace:
+        trace.enter("forward")
+        few = [torch.ones(25_000) for _ in range(10)]
+        del few
+        trace.enter("backward")
+        torch.ones(1_000_000)
+    found = peaks(trace)
+    assert sum(found["forward"].values()) == 10 * small
+    assert sum(found["backward"].values()) == (large + 10 * small if pinned else large)
+
+
 def _measured(settings: Settings) -> list[list[int]]:
     """Bytes of parameters and of optimizer state on each rank of a real run."""
     import lightning.pytorch as pl
