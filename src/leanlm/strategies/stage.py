@@ -104,7 +104,8 @@ class Stage(nn.Module):
             hidden, state = again(_drawing(draws, first, run), hidden, states[i] if states else None, level=level)
             after.append(state)
         if self.head is None:
-            return hidden.to(sent).contiguous(), after
+            out = hidden.to(sent).contiguous()
+            return out.clone() if out._is_view() else out, after  # of one row it may be; zero-bubble detaches it in place
         return (self.head(hidden[:, -1:])[0, 0] if targets is None else token_loss(self.head, hidden, targets)), after
 
     def _states(self, rows: Tensor) -> list[Any] | None:
