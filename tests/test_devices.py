@@ -12,9 +12,10 @@ from leanlm.errors import UserError
 from leanlm.planning import cards
 from leanlm.planning.candidates import families
 from leanlm.planning.device import Device, count, memory_limit, of_config, size
-from leanlm.planning.predict import predict
+from leanlm.planning.predict import _cost, predict
 from leanlm.planning.search import search
 from leanlm.planning.simulate import stages
+from leanlm.planning.trace import Work
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
 
@@ -37,6 +38,17 @@ def test_sizes_and_limits() -> None:
     machine = replace(card, shared=True, process=(1, 2, 1000))
     assert machine.share(4).memory == (8_000_000_000 - 1000) // 4
     assert replace(machine, common=400).share(4).memory == (8_000_000_000 - 1000 + 3 * 400) // 4
+
+
+def test_links_differ_by_kind_and_processes_share_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leanlm.planning.device.cores", lambda: 2)
+    card = replace(of_config(CARD), links={"all-gather": 1e9})
+    gather, reduce = (Work(collective=kind, size=8_000_000, ranks=2) for kind in ("all-gather", "all-reduce"))
+    assert _cost(gather, card) == pytest.approx(1e-5 + 4_000_000 / 1e9)  # each of two sends half
+    assert _cost(reduce, card) == pytest.approx(1e-5 + 8_000_000 / 1e10)  # half twice, over the link of all other kinds
+    machine = replace(card, shared=True)
+    assert (machine.crowd(1), machine.crowd(4), card.crowd(4)) == (1, 2, 1)
+    assert _cost(gather, machine.share(4)) == pytest.approx(2e-5 + 4_000_000 / 0.25e9)
 
 
 def test_unequal_devices_are_as_many_as_their_list() -> None:

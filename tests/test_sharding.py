@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from leanlm import build
 from leanlm.callbacks.record import of_ranks, peak_memory
 from leanlm.config import check
+from leanlm.data.batches import Batch
 from leanlm.errors import UserError
 from leanlm.launch import launch, process_group
 from leanlm.runs import Run
@@ -62,31 +63,37 @@ def test_each_rank_holds_its_share(text: Path, tmp_path: Path) -> None:
 
 
 def _gradient_storages(overrides: list[str]) -> list[list[int]]:
-    """On each rank, bytes of the storages that gradients are in, after each micro-batch of two steps."""
+    """On each rank, bytes of the largest storage that gradients are in, after each micro-batch of two steps; and how many
+    gradients were gone when the second step began."""
     import lightning.pytorch as pl
 
     from leanlm.planning.simulate import _Batches
 
     class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
+            self.gone = sum(p.grad is None for p in module.net.parameters()) if index == 2 else self.gone
+
         def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
             storages = {p.grad.untyped_storage()._cdata: p.grad.untyped_storage().nbytes() for p in module.net.parameters()}
             self.found.append(max(storages.values()))
 
         found: list[int] = []
+        gone = -1
 
     settings, look = check(composed(*overrides)), Look()
     with process_group("cpu"):
         cut = build.cut(settings.config, settings.plan, VOCABULARY)
         module = build.module(settings, cut)
         build.trainer(settings, [look], [], 2).fit(module, _Batches(settings, 2))
-        return of_ranks(look.found)
+        return of_ranks([*look.found, look.gone])
 
 
 def test_micro_batches_add_to_the_buckets_of_ddp(text: Path) -> None:
-    """All gradients of this model are in one bucket, from the first micro-batch on: none is a tensor of its own beside it."""
+    """All gradients of this model are in one bucket, from the first micro-batch on: none is a tensor of its own beside it,
+    nor must it be made anew (and summed once more) in each step."""
     plan = {"replicate": 2, "accumulate_grad_batches": 2}
     whole = 4 * (2 * HEAD + DEPTH * BLOCK)
-    assert launch(_gradient_storages, (overrides(text, plan),), 2) == [[whole] * 4] * 2
+    assert launch(_gradient_storages, (overrides(text, plan),), 2) == [[whole] * 4 + [0]] * 2
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="refused: torch cannot split the backward of recurrent layers")

@@ -217,7 +217,7 @@ def test_a_step_in_backward_has_one_gradient_at_a_time(text: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
 @pytest.mark.parametrize(
-    ("weights", "size", "between", "count", "least", "most"),
+    ("parameters", "size", "between", "count", "least", "most"),
     [
         (0, 8 << 20, 1 << 20, 30, 200, 300),
         (None, 8 << 20, 1 << 20, 30, -1, 100),
@@ -226,7 +226,7 @@ def test_a_step_in_backward_has_one_gradient_at_a_time(text: Path) -> None:
     ],
 )
 def test_freed_memory_leaves_the_process(
-    weights: int | None, size: int, between: int, count: int, least: int, most: int
+    parameters: int | None, size: int, between: int, count: int, least: int, most: int
 ) -> None:
     """Tensors of `size` bytes with others `between` them that stay; None: glibc does as it likes."""
     code = f"""
@@ -236,8 +236,8 @@ from leanlm.memory.malloc import own_pages, return_freed_memory
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
 
-if {weights} is not None:
-    return_freed_memory(own_pages({weights}))
+if {parameters} is not None:
+    return_freed_memory(own_pages({parameters}))
 torch.ones(24 << 20, dtype=torch.uint8)  # once freed, glibc keeps all that is smaller
 kept = [(torch.ones({size}, dtype=torch.uint8), torch.ones({between}, dtype=torch.uint8)) for _ in range({count})]
 full = resident()
