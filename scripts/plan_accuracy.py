@@ -7,7 +7,9 @@ python scripts/plan_accuracy.py --again scripts/results/plan_accuracy.jsonl     
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -15,12 +17,13 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 STEPS = 3
 SMALLEST, LARGEST = 512 << 20, 14 << 30  # bytes: of the fullest rank (below, it is libraries that are measured); of all
-LONGEST = 4  # seconds of a step
+LONGEST = 8  # seconds of a step
 MODELS = {  # name -> overrides that may be drawn
     "transformer": {"model.width": [512, 768, 1024], "model.depth": [4, 6, 12], "model.tied": ["true", "false"]},
     "gpt2": {"model.width": [384, 768, 1024], "model.depth": [6, 12], "model.dropout": [0.0, 0.1]},
@@ -151,27 +154,47 @@ def main() -> None:
             report([{**record, "predicted": predict(record["overrides"] + common)} for record in known])
         return
     asked.into.parent.mkdir(parents=True, exist_ok=True)
-    rng, done = random.Random(asked.seed), 0
+    drawn = draws(random.Random(asked.seed), UNTUNED if asked.untuned else MODELS)
     with tempfile.TemporaryDirectory() as folder:
         common = whole_run(Path(folder), STEPS)
-        while done < asked.draws:
-            overrides = draw(rng, UNTUNED if asked.untuned else MODELS)
-            if not may_do(overrides + common):
-                continue
-            try:
-                predicted = predict_here(overrides + common)
-            except Exception as error:
-                predicted = {"error": repr(error)}
-            growth = [rank["peak"] - rank["parts"]["process"] for rank in predicted.get("ranks", [])] or [SMALLEST]
-            ranks = int(dict(part.split("=", 1) for part in overrides).get("devices", 1))
-            if predicted.get("seconds", 0) > LONGEST or not SMALLEST <= max(growth) <= LARGEST / ranks:
-                continue
-            measured = measure(overrides + common, Path(folder, f"run{done}"))
-            done += 1
+        for number, (overrides, predicted) in enumerate(predicted_first(drawn, common, asked.draws)):
+            measured = measure(overrides + common, Path(folder, f"run{number}"))
             with open(asked.into, "a") as file:
                 file.write(json.dumps({"overrides": overrides, "predicted": predicted, "measured": measured}) + "\n")
-            print(f"{done}/{asked.draws} {' '.join(overrides)}", flush=True)
+            print(f"{number + 1}/{asked.draws} {' '.join(overrides)}", flush=True)
     report([json.loads(line) for line in asked.into.read_text().splitlines()])
+
+
+def draws(rng: random.Random, models: dict[str, dict[str, list]]) -> Iterator[list[str]]:
+    while True:
+        yield draw(rng, models)
+
+
+def predicted_first(drawn: Iterator[list[str]], common: list[str], count: int) -> list[tuple[list[str], dict]]:
+    """The first so many configurations that can be measured here, each with its prediction; one simulates on each core."""
+    import torch
+
+    found: list[tuple[list[str], dict]] = []
+    with multiprocessing.Pool(initializer=torch.set_num_threads, initargs=(1,), maxtasksperchild=20) as pool:
+        while len(found) < count:
+            some = list(itertools.islice(drawn, 4 * (os.cpu_count() or 1)))
+            results = pool.imap(_predict_if_measurable, [(overrides, common) for overrides in some])
+            found += [(overrides, result) for overrides, result in zip(some, results, strict=True) if result]
+            print(f"{len(found)} predicted", flush=True)
+    return found[:count]
+
+
+def _predict_if_measurable(asked: tuple[list[str], list[str]]) -> dict | None:
+    overrides, common = asked
+    if not may_do(overrides + common):
+        return None
+    try:
+        predicted = predict_here(overrides + common)
+    except Exception as error:
+        return {"error": repr(error)}
+    growth = [rank["peak"] - rank["parts"]["process"] for rank in predicted["ranks"]]
+    fits = SMALLEST <= max(growth) <= LARGEST / int(dict(part.split("=", 1) for part in overrides).get("devices", 1))
+    return predicted if fits and predicted["seconds"] <= LONGEST else None
 
 
 def report(records: list[dict]) -> None:

@@ -1,8 +1,12 @@
 """The planner's search, its command, and `strategy=auto`."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from test_planning import HERE, MODEL, settings
 from leanlm.config import Settings, check
 from leanlm.errors import UserError
 from leanlm.launch import WorkerFailed
-from leanlm.plan import Choice, choose
+from leanlm.plan import choose
 from leanlm.planning import search as searching
 from leanlm.planning.candidates import families, meshes
 from leanlm.planning.device import Device
@@ -70,10 +74,10 @@ def test_a_run_that_meets_the_end_of_memory_goes_on_with_a_plan_for_less(
     module.train(composed(*common, "max_steps=4", f"run_dir={tmp_path}/alone"), isolate=True)
     asked, real = [], module.launch
 
-    def choose(settings: Settings, scale: float) -> Choice:
+    def choose(settings: Settings, scale: float) -> tuple[Settings, list[str]]:
         asked.append((scale, settings.config.resume))
         plan = replace(settings.plan, auto=False, accumulate_grad_batches=len(asked))
-        return Choice(replace(settings, plan=plan), [], False)
+        return replace(settings, plan=plan), []
 
     def killed_once(function: Any, arguments: tuple, *rest: Any) -> Any:
         if len(asked) == 1:
@@ -100,39 +104,72 @@ def test_a_search_whose_time_is_up_goes_on_until_two_plans_can_be_compared(text:
     assert answer.simulated < answer.candidates
 
 
-def _chosen(asked: Settings, device: Device) -> Choice:
+def _chosen(asked: Settings, device: Device, beside: int | None = None) -> tuple[Settings, list[str]]:
     """Where the search has found one plan."""
-    found = predict(asked, 256, device)
-    fitting, others = ([found], []) if found.fits else ([], [found])
+
+    def one(asked: Settings, vocabulary: int, device: Device, *_: Any, **__: Any) -> Answer:
+        found = predict(asked, vocabulary, device)
+        return Answer([found] * found.fits, [found] * (not found.fits), found, 1, 1)
+
     with (
-        mock.patch("leanlm.planning.search.search", return_value=Answer(fitting, others, found, 1, 1)),
+        mock.patch("leanlm.planning.search.search", one),
         mock.patch("leanlm.planning.device.of_config", return_value=device),
     ):
-        return choose(asked)
+        return choose(asked, beside=beside)
 
 
 def test_auto_tries_what_may_fit_if_nothing_leaves_the_margin_and_nothing_larger(text: Path) -> None:
     asked = settings(text)
     peak = predict(asked, 256, HERE).fullest.peak
-    found, lines, alone = _chosen(asked, replace(HERE, memory=peak))
-    assert (found.plan, alone) == (asked.plan, False)
+    found, lines = _chosen(asked, replace(HERE, memory=peak))
+    assert found.plan == asked.plan
     assert "none leaves 5% of it free" in lines[2]
     assert "0 MiB are left" in reason(predict(asked, 256, replace(HERE, memory=peak)))
     with pytest.raises(UserError, match="no plan fits"):
         _chosen(asked, replace(HERE, memory=peak - 1))
 
 
-def test_auto_does_without_a_process_beside_it_where_only_that_fits(text: Path) -> None:
-    asked = settings(text)
-    beside = 64 << 20
-    machine = replace(HERE, shared=True, process=(0, 0, beside))
-    room = round(predict(asked, 256, HERE).fullest.peak / 0.95) + 1  # with the margin
-    assert not _chosen(asked, replace(machine, memory=room + beside)).alone
-    _, lines, alone = _chosen(asked, replace(machine, memory=room))
-    assert alone
-    assert "only without a process beside it" in lines[2]
+def test_what_waits_for_a_run_counts_in_the_budget_of_one_device(text: Path) -> None:
+    asked, torch, slim = settings(text), 64 << 20, 8 << 20
+    machine = replace(HERE, shared=True, process=(0, 0, torch))
+    peak = predict(asked, 256, HERE).fullest.peak
+    for beside, held in ((None, torch), (slim, slim)):
+        assert _chosen(asked, replace(machine, memory=peak + held), beside)
+        with pytest.raises(UserError, match="no plan fits"):
+            _chosen(asked, replace(machine, memory=peak + held - 1), beside)
+    begins_again = replace(asked, config=replace(asked.config, restarts=1))  # what does that has torch
     with pytest.raises(UserError, match="no plan fits"):
-        _chosen(asked, replace(machine, memory=room - 2))
+        _chosen(begins_again, replace(machine, memory=peak + slim), slim)
+
+
+def test_a_run_that_the_system_kills_is_planned_again_with_the_same_curve(text: Path, tmp_path: Path) -> None:
+    """From the command line, killed after its first checkpoint as the system does without memory to give."""
+    common = ["data=text", f"data.path={text}", "model=gpt2", "model.width=32", "model.heads=2", "model.depth=2",
+              "global_batch=8", "sequence=16", "max_steps=60", "val_every=60", "checkpoint_every=2", "log_every=1",
+              "logger=csv", "sample_tokens=0"]  # fmt: skip
+    train = [sys.executable, "-m", "leanlm.train", *common]
+    path = tmp_path / "a run, its folder's name"
+    quoted = "run_dir='" + str(path).replace("'", "\\'") + "'"
+    auto = subprocess.Popen([*train, "strategy=auto", "device.memory=3GiB", quoted], stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 100
+    while not any((path / "checkpoints").glob("step-*")):
+        assert time.monotonic() < until
+        assert auto.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{auto.pid}/task/{auto.pid}/children").read_text().split()
+    (child,) = (number for number in children if Path(f"/proc/{number}/cmdline").read_text())  # the others have ended
+    assert "torch" not in Path(f"/proc/{auto.pid}/maps").read_text()  # what waits is slim
+    os.kill(int(child), signal.SIGKILL)
+    out, _ = auto.communicate(timeout=100)
+    assert auto.returncode == 0
+    assert "memory ended: planning for less" in out
+    assert "resuming after step" in out
+    budgets = re.findall(r"of 1 x ([0-9,]+) MiB", out)
+    assert [int(budget.replace(",", "")) for budget in budgets] == [3 * 1024 - 8, round(0.85 * 3 * 1024) - 8]
+    subprocess.run([*train, f"run_dir={tmp_path}/alone"], check=True, capture_output=True, timeout=100)
+    curves = [[row["train_loss"] for row in Run(each).rows()] for each in (path, tmp_path / "alone")]
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+    assert Run(path).results()["predicted_peak_memory_bytes"][0] < 3 << 30
 
 
 def test_a_planner_that_is_ended_says_so(text: Path) -> None:

@@ -20,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from leanlm.config import FOLDER, Config, check, leaves, typed
 from leanlm.errors import UserError
-from leanlm.launch import Stopped, WorkerFailed, adopt_slurm, launched, leave, rank, world_size
+from leanlm.launch import Stopped, WorkerFailed, adopt_slurm, launched, leave, memory_ended, rank, world_size
 from leanlm.runs import Run
+from leanlm.supervise import OUT_OF_MEMORY
 
 FREE_TEXT = ("prompt", "text", "sample")
 
@@ -36,7 +37,8 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
     """The command `name`: compose `conf/<name>.yaml` with the command line and call `function`, once for each job.
 
     `function` gets the composed configuration (of the class `schema`, except for `Config`, which it checks itself).
-    The process ends with 2 after a mistake of the user's, 1 after a failure, 128 + n after signal n.
+    The process ends with 2 after a mistake of the user's, 137 where memory ended, 1 after another failure, 128 + n after
+    signal n.
     """
     codes = [0]
 
@@ -54,12 +56,12 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
                 codes.append(_complain(error))
             elif isinstance(error, WorkerFailed):
                 print(f"error: {error}", file=sys.stderr, flush=True)
-                codes.append(1)
+                codes.append(OUT_OF_MEMORY if error.out_of_memory else 1)
             else:
                 traceback.print_exc()
-                codes.append(1)
+                codes.append(OUT_OF_MEMORY if memory_ended(repr(error)) else 1)
 
-    sys.argv[1:] = map(_quoted, sys.argv[1:])
+    sys.argv[1:] = map(_free_text, sys.argv[1:])
     try:
         command_line(sys.argv[1:], name, schema)
         job()
@@ -74,13 +76,18 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
         sys.exit(max(codes))
 
 
-def _quoted(argument: str) -> str:
+def _free_text(argument: str) -> str:
     """Free text may hold whatever it likes: put it between quotes for Hydra's grammar, unless it is."""
     key, equals, value = argument.partition("=")
     if key not in FREE_TEXT or not equals or value == "null" or re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL):
         return argument
+    return f"{key}={quoted(value)}"
+
+
+def quoted(value: str) -> str:
+    """A value as Hydra's grammar reads it, whatever is in it."""
     value = value.replace("${", "\\${")
-    return f"{key}='" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
 
 
 def _complain(error: UserError) -> int:

@@ -36,10 +36,12 @@ class WorkerFailed(Exception):
     @property
     def out_of_memory(self) -> bool:
         """Whether the device had not enough memory; the system's killer leaves no other trace than its signal."""
-        return any(
-            word in str(self)
-            for word in ("SIGKILL", "can't allocate memory", "not enough memory", "out of memory", "MemoryError")
-        )
+        return "SIGKILL" in str(self) or memory_ended(str(self))
+
+
+def memory_ended(text: str) -> bool:
+    """Whether an error says that there was not enough memory."""
+    return any(word in text for word in ("can't allocate memory", "not enough memory", "out of memory", "MemoryError"))
 
 
 def launched() -> bool:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -77,28 +77,15 @@ def plan(asked: Ask, overrides: list[str] | None = None) -> dict[str, Any]:
     return result
 
 
-class Choice(NamedTuple):
-    """What `strategy=auto` has chosen.
-
-    Attributes:
-        settings: with the plan.
-        lines: that say why.
-        alone: whether it fits only without another process beside it, which could begin again should memory end.
-    """
-
-    settings: Settings
-    lines: list[str]
-    alone: bool
-
-
-def choose(settings: Settings, scale: float = 1.0) -> Choice:
-    """The fastest exact plan that fits the configured device.
+def choose(settings: Settings, scale: float = 1.0, beside: int | None = None) -> tuple[Settings, list[str]]:
+    """The fastest exact plan that fits the configured device, and the lines that say why.
 
     If none leaves the margin free, the one that leaves most is tried, should it fit at all.
 
     Args:
         settings: whose plan says `auto`.
         scale: of the budget; below 1 after a run has met the end of memory.
+        beside: bytes of a machine that the process takes which waits for a run on one device; None: what one with torch does.
 
     Raises:
         UserError: nothing fits.
@@ -108,11 +95,13 @@ def choose(settings: Settings, scale: float = 1.0) -> Choice:
     config = settings.config
     count = devices_.count(config.device, settings.devices)
     device = devices_.of_config(config.device, count).scaled(scale)
+    if count == 1 and device.shared:  # several have one with torch beside them anyhow
+        held = device.process[2]
+        device = replace(device, memory=device.memory - (held if beside is None or config.restarts else beside))
     vocabulary = tokens(settings).tokenizer.vocabulary
     answer = search(settings, vocabulary, device, count, config.allow, wanted=3)
-    alone = not answer.fitting and count == 1 and answer.least.fullest.peak <= (1 - devices_.MARGIN) * device.memory
-    budget = report.mib(device.memory) if alone else report.budgets(device, count)
-    if not answer.fitting and not answer.least.tight and not alone:
+    budget = report.budgets(device, count)
+    if not answer.fitting and not answer.least.tight:
         raise UserError(
             f"strategy=auto: no plan fits {budget}: the smallest that was looked at needs "
             f"{report.mib(answer.least.fullest.peak)} ({report.arguments(answer.least.plan)}); write device.memory=..., more "
@@ -124,18 +113,15 @@ def choose(settings: Settings, scale: float = 1.0) -> Choice:
     after = "".join(
         f"; next {one.seconds:.3g} s, {report.mib(one.fullest.peak)}: {report.arguments(one.plan)}" for one in rest[:1]
     )
-    kind = "the fastest that fits"
-    if alone:
-        kind = "it fits only without a process beside it, which could begin again should memory end: the smallest"
-    elif not answer.fitting:
-        kind = f"none leaves {devices_.MARGIN:.0%} of it free, this may fit: the smallest"
+    margin = f"none leaves {devices_.MARGIN:.0%} of it free, this may fit: the smallest"
+    kind = "the fastest that fits" if answer.fitting else margin
     lines = [
         f"strategy=auto: {best.plan.describe()}",
         f"  predicted peak {report.mib(best.fullest.peak)} of {budget}, {best.seconds:.3g} s a step",
         f"  {kind} of {answer.simulated} plans simulated, the likeliest of {answer.candidates}{after}",
     ]
     prediction = {"peak_memory_bytes": predicted, "seconds_per_step": best.seconds}
-    return Choice(replace(settings, plan=best.plan, predicted=prediction), lines, alone)
+    return replace(settings, plan=best.plan, predicted=prediction), lines
 
 
 def main() -> None:

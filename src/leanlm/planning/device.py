@@ -37,8 +37,8 @@ class Device:
         latency: seconds of a collective operation without payload.
         overhead: seconds of an operation without work.
         context: bytes that the driver, cuBLAS and NCCL take before the first tensor.
-        process: bytes of a process that trains alone before it has built anything, of one of several, and of what starts them
-            without the pages that they share.
+        process: bytes of a process that trains alone before it has built anything, of one of several, and of what starts
+            these, without the pages that they share.
         common: bytes of the pages of libraries, which several processes share.
         paging, small_paging: bytes per second of new pages of 2 MiB, and of 4 KiB; a GPU's allocator keeps what was freed.
         shared: whether `memory` and the rates are of a machine and divided among its processes.
@@ -93,9 +93,10 @@ class Device:
         if not self.shared:
             return self
         crowd = self.crowd(processes)
+        launcher = self.process[2] if processes > 1 else 0
         return replace(
             self,
-            memory=(self.memory - self.process[2] + (processes - 1) * self.common) // processes,
+            memory=(self.memory - launcher + (processes - 1) * self.common) // processes,
             flops={kind: rate / processes for kind, rate in self.flops.items()},
             bandwidth=self.bandwidth / processes,
             paging=self.paging / processes,

@@ -130,6 +130,7 @@ def search(
     finally:
         for worker in (*waiting, *(worker for worker, _ in running.values())):
             worker.process.kill()  # Lightning puts off SIGTERM until its loop is done
+            worker.process.join()
     if not fitting and not others:
         raise UserError(
             f"none of {sum(map(len, groups))} plans could be simulated within {SECONDS + LONGEST:.0f} s: write fewer devices, "
