@@ -127,6 +127,11 @@ def test_auto_tries_what_may_fit_if_nothing_leaves_the_margin_and_nothing_larger
     assert "0 MiB are left" in reason(predict(asked, 256, replace(HERE, memory=peak)))
     with pytest.raises(UserError, match="no plan fits"):
         _chosen(asked, replace(HERE, memory=peak - 1))
+    pages = replace(HERE, shared=True, memory=peak - 5000, common=5000)  # of libraries, which the system may drop
+    assert _chosen(asked, pages, beside=0)[0].plan == asked.plan
+    assert "0 MiB too much, which dropping pages of libraries may give" in reason(predict(asked, 256, pages))
+    with pytest.raises(UserError, match="no plan fits"):
+        _chosen(asked, replace(pages, memory=peak - 5001), beside=0)
 
 
 def test_what_waits_for_a_run_counts_in_the_budget_of_one_device(text: Path) -> None:

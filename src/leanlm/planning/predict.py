@@ -34,6 +34,7 @@ class Need:
         seconds: of one optimizer step as far as it was simulated, if no rank waits for another.
         optimizer: of these, the update of the weights.
         memory: bytes that its device has.
+        droppable: bytes beyond these that a system short of memory can have, by dropping pages of libraries.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class Need:
     seconds: float
     optimizer: float
     memory: int
+    droppable: int = 0
 
     @property
     def peak(self) -> int:
@@ -79,8 +81,8 @@ class Prediction:
 
     @property
     def tight(self) -> bool:
-        """Whether it fits only if the prediction is right: some rank has less than the margin left."""
-        return not self.fits and all(need.peak <= need.memory for need in self.needs)
+        """Whether it may fit though some rank has less than the margin left, or none."""
+        return not self.fits and all(need.peak <= need.memory + need.droppable for need in self.needs)
 
     def of_rank(self, rank: int) -> Need:
         """Of a rank like it, or of one that has more."""
@@ -231,7 +233,8 @@ def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device, recur
     update = {phase: step.pop(phase) for phase in list(step) if phase.endswith("optimizer")}
     again = max(1, micros - 1) if plan.pipeline == 1 else 1
     optimizer = _seconds(update, 1, plan, device)
-    return Need(rank, parts, _seconds(step, again, plan, device) + optimizer, optimizer, device.memory)
+    seconds = _seconds(step, again, plan, device) + optimizer
+    return Need(rank, parts, seconds, optimizer, device.memory, device.common // plan.world)
 
 
 def with_overhead(parts: dict[str, int], heap: int, plan: Plan, device: Device, recurrent: bool) -> dict[str, int]:

@@ -41,8 +41,10 @@ def reason(found: Any) -> str:
     """Why a plan does not fit: by how much, its largest part, and what would make that smaller."""
     need = found.fullest
     largest = max(need.parts, key=need.parts.__getitem__)
-    if found.tight:
+    if found.tight and need.peak <= need.memory:
         return f"{mib(need.memory - need.peak)} are left, less than the {MARGIN:.0%} that are kept free: it may fit"
+    if found.tight:
+        return f"{mib(need.peak - need.memory)} too much, which dropping pages of libraries may give: it may fit, slowly"
     return f"{mib(need.over)} too much; {largest} take {mib(need.parts[largest])}: {FREES[largest]}"
 
 
@@ -97,12 +99,14 @@ def show(answer: "Answer", device: Device, devices: int, tokens: int, overrides:
         for number, found in enumerate(answer.fitting, 1):
             console.print(f"{number}: {command(found.plan, overrides)}", markup=False)
     else:
-        console.print(f"no plan fits {budget} ({MARGIN:.0%} of it is kept free)")
+        console.print(f"no plan fits {budget} with {MARGIN:.0%} of it kept free")
     console.print(f"{answer.simulated} of {answer.candidates} plans were simulated, the likeliest first")
-    if answer.others:
-        console.print("\nplans that do not fit:")
-    for found in answer.others:
-        console.print(f"{arguments(found.plan)}: needs {mib(found.fullest.peak)}, {reason(found)}", markup=False)
+    for title, tight in (("plans that may fit", True), ("plans that do not fit", False)):
+        some = [found for found in answer.others if found.tight == tight]
+        if some:
+            console.print(f"\n{title}:")
+        for found in some:
+            console.print(f"{arguments(found.plan)}: needs {mib(found.fullest.peak)}, {reason(found)}", markup=False)
     least = answer.least
     needed = f"{mib(max(enough(least)))} per device" if device.alike else ", ".join(map(mib, enough(least)))
     console.print(
