@@ -132,9 +132,9 @@ def activations(module: nn.Module, device: torch.device) -> AbstractContextManag
         mine = local(tensor)
         place = mine.untyped_storage()._cdata  # as StorageWeakRef does: a simulation has no addresses
         if mine.nbytes < SMALLEST or not _dense(mine):
-            return tensor
+            return tensor.detach()
         if any(place == local(parameter).untyped_storage()._cdata for parameter in module.parameters()):
-            return tensor
+            return tensor.detach()
         key = place, mine.storage_offset(), mine.shape, mine.stride(), mine.dtype, mine._version
         storage, before = known.get(key, (None, None))
         kept = before() if before is not None and storage is not None and not storage.expired() else None
