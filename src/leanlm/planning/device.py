@@ -12,7 +12,7 @@ from typing import Any
 from leanlm.data.corpus import cache_folder
 from leanlm.errors import UserError
 from leanlm.planning import cards
-from leanlm.planning.probe import probe
+from leanlm.planning.probe import measured
 from leanlm.runs import write
 
 LISTS = ("memory", "speed")  # of a config, what may be given for each device
@@ -42,6 +42,7 @@ class Device:
         common: bytes of the pages of libraries, which several processes share.
         paging, small_paging: bytes per second of new pages of 2 MiB, and of 4 KiB; a GPU's allocator keeps what was freed.
         shared: whether `memory` and the rates are of a machine and divided among its processes.
+        pair: flops, bandwidth, both pagings and overhead of each of two processes that share a machine, measured at once.
         memories: bytes of each device, in the order of ranks, where they differ; `memory` is then the least of them.
         speeds: of each device, as multiples of `flops`, `bandwidth` and both pagings; none: all alike.
     """
@@ -61,6 +62,7 @@ class Device:
     paging: float = math.inf
     small_paging: float = math.inf
     shared: bool = False
+    pair: dict[str, Any] = field(default_factory=dict, hash=False)
     memories: tuple[int, ...] = ()
     speeds: tuple[float, ...] = ()
 
@@ -92,18 +94,21 @@ class Device:
         """What each of several processes gets of a machine; pages that they share count in each, and once for the machine."""
         if not self.shared:
             return self
-        crowd = self.crowd(processes)
-        launcher = self.process[2] if processes > 1 else 0
+        if processes == 1:
+            return self
+        crowd, part = self.crowd(processes), 2 / processes  # of what each of two has; if that is not known, half of all
+        two = self.pair or {name: getattr(self, name) / 2 for name in ("bandwidth", "paging", "small_paging")}
+        flops = self.pair.get("flops") or {kind: rate / 2 for kind, rate in self.flops.items()}
         return replace(
             self,
-            memory=(self.memory - launcher + (processes - 1) * self.common) // processes,
-            flops={kind: rate / processes for kind, rate in self.flops.items()},
-            bandwidth=self.bandwidth / processes,
-            paging=self.paging / processes,
-            small_paging=self.small_paging / processes,
+            memory=(self.memory - self.process[2] + (processes - 1) * self.common) // processes,
+            flops={kind: rate * part for kind, rate in flops.items()},
+            bandwidth=two["bandwidth"] * part,
+            paging=two["paging"] * part,
+            small_paging=two["small_paging"] * part,
             link=self.link / processes,
             links={kind: rate / processes for kind, rate in self.links.items()},
-            overhead=self.overhead * crowd,
+            overhead=two.get("overhead", self.overhead) * crowd,
             latency=self.latency * crowd,
         )
 
@@ -181,8 +186,8 @@ def this_machine(again: bool = False) -> Device:
     file = cache_folder() / "device.json"
     key = f"{platform.node()} {platform.machine()} {cores()} cores, torch {torch.__version__}"
     stored = json.loads(file.read_text()) if file.is_file() else {}
-    if again or "links" not in stored.get(key, ()):  # earlier versions did not measure them
-        stored[key] = probe()
+    if again or "pair" not in stored.get(key, ()):  # earlier versions did not measure it
+        stored[key] = measured()
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, json.dumps(stored, indent=1))
     rates = stored[key]
@@ -190,16 +195,13 @@ def this_machine(again: bool = False) -> Device:
         name=f"this machine ({cores()} cores)",
         accelerator="cpu",
         memory=memory_limit(),
-        flops=rates["flops"],
-        bandwidth=rates["bandwidth"],
+        **rates["alone"],
+        pair=rates["pair"],
         link=rates["links"]["send"],
         links=rates["links"],
         latency=rates["latency"],
-        overhead=rates["overhead"],
         process=tuple(rates["process"]),
         common=rates["common"],
-        paging=rates["paging"],
-        small_paging=rates["small_paging"],
         shared=True,
     )
 

@@ -271,9 +271,9 @@ def heap_of(trace: Trace) -> int:
 
 
 def _seconds(work: dict[str, Counter[Work]], micros: int, plan: Plan, device: Device) -> float:
-    """Of these phases, those of the second micro-batch so many times: each operation takes what its arithmetic or its memory
-    takes, whichever is longer (the roofline of Williams et al. 2009), and what starting it takes. DDP and FSDP2 send while a
-    device of its own computes; processes that share cores do one or the other."""
+    """Of these phases, those of the second micro-batch so many times. Each operation takes what starting it takes, and what
+    its arithmetic or its memory takes, whichever is longer (the roofline of Williams et al. 2009); on a processor, both. DDP
+    and FSDP2 send while a device of its own computes; processes that share cores do one or the other."""
     computing = blocking = beside = 0.0
     for phase, counter in work.items():
         again = micros if "micro-batch 1" in phase else 1
@@ -292,6 +292,10 @@ def _cost(kind: Work, device: Device) -> float:
     if kind.collective:
         link = device.links.get(kind.collective, device.link)
         return device.latency + kind.size * sent(kind.collective, kind.ranks) / link
-    rate = device.flops.get(kind.dtype, device.flops["float32"])
+    computing = kind.flops / device.flops.get(kind.dtype, device.flops["float32"])
+    moving = kind.moved / device.bandwidth
+    if device.accelerator != "cpu":
+        return device.overhead + max(computing, moving)
+    # a processor lays a product's operands out anew before it multiplies them: with few rows that takes most of the time
     pages = kind.fresh / device.paging + kind.small / device.small_paging
-    return device.overhead + max(kind.flops / rate, kind.moved / device.bandwidth) + pages
+    return device.overhead + computing + moving + pages

@@ -1,5 +1,7 @@
 """Rates of this machine, and what processes weigh on it."""
 
+import json
+import math
 import mmap
 import statistics
 import subprocess
@@ -7,61 +9,90 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from leanlm.launch import launch, process_group, world_size
 
+PRODUCTS = ("float32", "bfloat16", "float64")
+ROUNDS = 4
 SMALL = 1 << 20  # bytes of a tensor that gets pages of 4 KiB
+LARGE = 8 << 20  # of one that gets pages of 2 MiB, and is as large as activations are
 MESSAGE, TIMES = 8 << 20, 9  # bytes that are sent to measure a link, and how often
 
 
+def measured() -> dict[str, Any]:
+    """What `probe` finds, in a process that has imported nothing else, which would weigh in those that it starts."""
+    done = subprocess.run([sys.executable, "-m", __name__], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def probe() -> dict[str, Any]:
-    """Rates of this machine, and what its processes weigh; measured in about fifteen seconds."""
-    alone, _ = launch(_process, (), 1, isolate=True)
-    several, rates = launch(_process, (), 2, isolate=True)
-    n = 1024
-    flops = {}
-    for kind in ("float32", "bfloat16", "float64"):
-        a, b = (torch.randn(n, n).to(getattr(torch, kind)) for _ in range(2))
-        out = torch.empty_like(a)
-        flops[kind] = 2 * n**3 * rate(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
-    large = torch.randn(1 << 25)
-    other = torch.empty_like(large)
-    small = torch.zeros(8)
+    """Rates of this machine, and what its processes weigh; measured in about fifteen seconds.
+
+    What one process does is measured where it is alone and has all threads, and in two at once that share them: memory and
+    new pages are not divided as cores are.
+    """
+    alone, of_one = launch(_process, (), 1, isolate=True)
+    several, of_two = launch(_process, (), 2, isolate=True)
     return {
-        **rates,
-        "flops": flops,
-        # of an operation as models have them: it computes a little for each number
-        "bandwidth": 2 * large.nbytes * rate(lambda: torch.ops.aten.gelu.out(large, out=other)),
-        "paging": large.nbytes * rate(lambda: torch.ones(large.numel())),
-        "small_paging": SMALL * rate(lambda: torch.frombuffer(mmap.mmap(-1, SMALL), dtype=torch.float32).fill_(1)),
-        "overhead": 1 / rate(lambda: small + small) * 4,  # with Python, autograd and modules around it
+        "alone": of_one["rates"],
+        "pair": of_two["rates"],
+        **of_two["links"],
+        "common": of_two["common"],
         "process": [alone, several, _launcher()],
     }
 
 
-def rate(run: Callable[[], Any], seconds: float = 0.3) -> float:
-    """Times per second, the best of several."""
+def _rates() -> dict[str, Any]:
+    """What this process does a second."""
+    n = 1024
+    kinds: dict[str, Callable[[], Any]] = {}
+    for kind in PRODUCTS:
+        a, b = (torch.randn(n, n).to(getattr(torch, kind)) for _ in range(2))
+        kinds[kind] = partial(torch.mm, a, b, out=torch.empty_like(a))
+    large, small = torch.randn(LARGE // 4), torch.zeros(8)
+    # an operation as models have them: it computes a little for each number
+    kinds["bandwidth"] = partial(torch.ops.aten.gelu.out, large, out=torch.empty_like(large))
+    kinds["paging"] = lambda: torch.ones(LARGE // 4)
+    kinds["small_paging"] = lambda: torch.frombuffer(mmap.mmap(-1, SMALL), dtype=torch.float32).fill_(1)
+    kinds["overhead"] = lambda: small + small
+    best = dict.fromkeys(kinds, math.inf)
+    for _ in range(ROUNDS):  # a shared processor is slower for a while, then fast again
+        for kind, run in kinds.items():
+            best[kind] = min(best[kind], fastest(run))
+    return {
+        "flops": {kind: 2 * n**3 / best[kind] for kind in PRODUCTS},
+        "bandwidth": 2 * LARGE / best["bandwidth"],
+        "paging": LARGE / best["paging"],
+        "small_paging": SMALL / best["small_paging"],
+        "overhead": 4 * best["overhead"],  # with Python, autograd and modules around it
+    }
+
+
+def fastest(run: Callable[[], Any], during: float = 0.1) -> float:
+    """Of one run, the best of several."""
     run()
-    best, until = 0.0, time.perf_counter() + seconds
+    best, until = math.inf, time.perf_counter() + during
     while time.perf_counter() < until:
         begin = time.perf_counter()
         run()
-        best = max(best, 1 / (time.perf_counter() - begin))
+        best = min(best, time.perf_counter() - begin)
     return best
 
 
 def _process() -> tuple[int, dict[str, Any]]:
-    """Bytes of this process, one that will train, before it has built anything; of several, how fast they send."""
+    """Bytes of this process, one that will train, before it has built anything; its rates; of several, how fast they send."""
     import leanlm.fit  # noqa: F401
     from leanlm.callbacks.record import memory_now
 
     with process_group("cpu"):
         size = memory_now()
         common = size - memory_now(shared=False)
-        return size, _links() | {"common": common} if world_size() > 1 else {}
+        links = _links() if world_size() > 1 else {}  # they begin at once what follows
+        return size, {"rates": _rates(), "common": common, "links": links}
 
 
 def sent(kind: str, ranks: int) -> float:
@@ -113,3 +144,9 @@ def _launcher() -> int:
         "from leanlm.callbacks.record import memory_now\nprint(memory_now(shared=False))"
     )
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    from leanlm.planning import probe as importable  # where the processes that it starts find it
+
+    print(json.dumps(importable.probe()))

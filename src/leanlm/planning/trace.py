@@ -1,5 +1,6 @@
 """What a training step allocates and computes, seen operation by operation, with real tensors or with fake ones."""
 
+import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ FREED = "freed"
 COLLECTIVES = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
                "reduce_scatter": "reduce-scatter", "send": "send", "recv": "recv", "broadcast": "broadcast"}  # fmt: skip
 DEVICE = torch.ops.prim.device.default
+WRAPPERS = ("_by_autograd", "__torch_dispatch__", "_fn", "inner")  # frames of torch's between a mode and what called it
 
 
 class Work(NamedTuple):
@@ -74,6 +76,7 @@ class Trace(TorchDispatchMode):
         self.known: dict[int, int] = {}  # address of a storage that lives -> its number
         self.sizes: dict[int, int] = {}
         self.away: dict[int, int] = {}  # address of a storage whose pages have left -> its bytes
+        self.sums: set[int] = set()  # storages of gradients that autograd has summed
         self.count = 0
         self.phase, self.faked = "build", False
         self.times = 1  # that what runs now counts for
@@ -141,6 +144,9 @@ class Trace(TorchDispatchMode):
         if self.away:
             self._return(inputs)
         name = func._schema.name
+        summed = self.faked and name == "aten::add" and len(inputs) == 2 and _by_autograd()
+        if summed and self.known.get(_local(inputs[0]).untyped_storage()._cdata) in self.sums:  # as it does with real tensors
+            func, name, summed = torch.ops.aten.add_.Tensor, "aten::add_", False
         if name == "aten::_local_scalar_dense":
             return {torch.bool: False}.get(args[0].dtype, 1)
         if name == "aten::nonzero":  # of no one knows how many: the most that there can be
@@ -153,6 +159,8 @@ class Trace(TorchDispatchMode):
             self._see(out[3], name, touched)
         found = [part for part in tree_leaves(out) if isinstance(part, Tensor)]
         fresh = [part for part in found if self._see(part, name)]
+        if summed and fresh:
+            self.sums.add(self.known[_local(fresh[0]).untyped_storage()._cdata])
         if "mkldnn_rnn_layer" in name:
             backward = name.endswith("backward")
             touched = self.sizes[self.known[args[-1].untyped_storage()._cdata]] if backward else 0
@@ -243,6 +251,14 @@ def peaks(trace: Trace) -> dict[str, dict[str, int]]:
         if best[0] > found.get(name, (-1, {}))[0]:
             found[name] = best
     return {name: parts for name, (_, parts) in found.items()}
+
+
+def _by_autograd() -> bool:
+    """Whether autograd's engine itself has called the operation at hand, to sum gradients; not a backward in Python."""
+    frame = sys._getframe()
+    while frame.f_back and frame.f_code.co_name in WRAPPERS:
+        frame = frame.f_back
+    return frame.f_code.co_name == "_engine_run_backward"
 
 
 def _local(tensor: Any) -> Tensor:
