@@ -1,6 +1,8 @@
 """Devices that a plan is made for: sizes, limits, unequal ones."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from leanlm.planning import cards
 from leanlm.planning.candidates import families
 from leanlm.planning.device import Device, count, memory_limit, of_config, size
 from leanlm.planning.predict import _cost, predict
+from leanlm.planning.probe import measured
 from leanlm.planning.search import search
 from leanlm.planning.simulate import stages
 from leanlm.planning.trace import Work
@@ -49,6 +52,41 @@ def test_links_differ_by_kind_and_processes_share_cores(monkeypatch: pytest.Monk
     machine = replace(card, shared=True)
     assert (machine.crowd(1), machine.crowd(4), card.crowd(4)) == (1, 2, 1)
     assert _cost(gather, machine.share(4)) == pytest.approx(2e-5 + 4_000_000 / 0.25e9)
+
+
+def test_several_processes_get_what_two_were_measured_to_have() -> None:
+    machine = replace(of_config(CARD), accelerator="cpu", shared=True, paging=6e9, small_paging=2e9)
+    assert machine.share(1) == machine
+    half = machine.share(2)  # where two were not measured
+    assert (half.flops["float32"], half.bandwidth, half.paging, half.small_paging) == (5e12, 5e10, 3e9, 1e9)
+    pair = {"flops": {"float32": 6e12}, "bandwidth": 7e10, "paging": 6e9, "small_paging": 2e9, "overhead": 2e-5}
+    machine = replace(machine, pair=pair)
+    two, four = machine.share(2), machine.share(4)
+    assert {name: getattr(two, name) for name in pair if name != "overhead"} | {"overhead": 2e-5} == pair
+    assert (four.flops["float32"], four.bandwidth, four.paging, four.small_paging) == (3e12, 3.5e10, 3e9, 1e9)
+
+
+def test_a_processor_moves_operands_before_it_multiplies_and_a_card_meanwhile() -> None:
+    card = replace(of_config(CARD), overhead=0.0)
+    product = Work(flops=2 * 10**10, moved=10**8, dtype="float32")  # 2 ms, 1 ms
+    assert _cost(product, card) == pytest.approx(2e-3)
+    processor = replace(card, accelerator="cpu", paging=1e9, small_paging=1e8)
+    assert _cost(product, processor) == pytest.approx(3e-3)
+    pages = product._replace(fresh=10**6, small=10**5)  # 1 ms each
+    assert _cost(pages, processor) == pytest.approx(5e-3)
+
+
+def test_the_probe_measures_two_processes_and_weighs_nothing_of_its_caller() -> None:
+    found = measured()
+    assert set(found["alone"]) == set(found["pair"]) == {"flops", "bandwidth", "paging", "small_paging", "overhead"}
+    assert all(0 < each < found["alone"]["flops"][kind] * 1.5 for kind, each in found["pair"]["flops"].items())
+    assert min(found["links"].values()) > 0
+    one, several, launcher = found["process"]
+    code = "import leanlm.fit\nfrom leanlm.callbacks.record import memory_now\nprint(memory_now())"
+    plain = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert one == pytest.approx(plain, rel=0.15)  # this process has pytest beside it
+    assert launcher < one < several
+    assert found["common"] < one
 
 
 def test_unequal_devices_are_as_many_as_their_list() -> None:

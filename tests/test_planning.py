@@ -1,7 +1,5 @@
 """The planner's memory against real tensors, its shortcuts against the full simulation, its search."""
 
-import subprocess
-import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import composed
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leanlm import build
 from leanlm.config import Settings, check
@@ -24,7 +21,7 @@ from leanlm.planning import pretend, reading
 from leanlm.planning.device import Device, of_config
 from leanlm.planning.predict import ONE_PROCESS, _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
 from leanlm.planning.simulate import ends, simulate, stages
-from leanlm.planning.trace import Trace, peaks
+from leanlm.planning.trace import peaks
 from leanlm.strategies.plan import Plan
 
 MODEL = [
@@ -41,39 +38,6 @@ HERE = Device("a test", "cpu", 1 << 30, {"float32": 1e11}, 1e10, 1e9, 1e-4, 1e-6
 
 def settings(text: Path, *overrides: str) -> Settings:
     return check(composed("data=text", f"data.path={text}", *MODEL, *overrides))
-
-
-def test_a_trace_counts_what_real_tensors_hold() -> None:
-    """Against sizes written down by hand: a linear layer's input, output and gradients."""
-    trace = Trace(vocabulary=1000)
-    layer, x = torch.nn.Linear(64, 32, bias=False), torch.ones(16, 64)
-    with trace:
-        trace.enter("forward")
-        out = layer(x.clone()).relu()
-        trace.enter("backward")
-        out.sum().backward()
-    found = peaks(trace)
-    floats = 4
-    assert sum(found["forward"].values()) == floats * (64 * 32 + 16 * 64 + 2 * 16 * 32)  # weight, input, two outputs
-    flops = sum(work.flops * count for work, count in trace.work["forward"].items())
-    assert flops == 2 * 16 * 64 * 32
-
-
-@pytest.mark.parametrize("pinned", [False, True])
-def test_a_heap_that_does_not_shrink_is_counted_beside_what_comes_later(pinned: bool) -> None:
-    """Ten small tensors come and go, then a large one comes. Measured: a GRU of four layers of 1024 needed 773 MiB, 259 of
-    them freed pieces of its heap; 708 had been predicted."""
-    small, large = 4 * 25_000, 4 * 1_000_000
-    trace = Trace(vocabulary=1000, pinned=pinned)
-    with trace:
-        trace.enter("forward")
-        few = [torch.ones(25_000) for _ in range(10)]
-        del few
-        trace.enter("backward")
-        torch.ones(1_000_000)
-    found = peaks(trace)
-    assert sum(found["forward"].values()) == 10 * small
-    assert sum(found["backward"].values()) == (large + 10 * small if pinned else large)
 
 
 def _measured(settings: Settings) -> list[list[int]]:
@@ -262,44 +226,6 @@ def test_small_tensors_share_the_heap_in_the_simulation_as_in_training(text: Pat
     )
 
 
-LSTM = """
-import sys, torch, leanlm
-from torch._subclasses.fake_tensor import FakeTensorMode
-from leanlm.memory.malloc import return_freed_memory
-from leanlm.planning.trace import Trace, peaks
-return_freed_memory()
-torch.set_num_threads(1)
-
-def step():
-    layer, x = torch.nn.LSTM(1024, 1024), torch.zeros(128, 16, 1024, requires_grad=True)
-    copies = sys.argv[1] == "copied"
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone() if copies else t, lambda t: t):
-        y = layer(x)[0]
-    y.backward(torch.zeros_like(y))
-
-def status(key):
-    return int([line for line in open("/proc/self/status") if line.startswith(key)][0].split()[1]) * 1024
-
-step()
-before = status("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")
-step()
-with FakeTensorMode(), Trace(256) as trace:
-    step()
-print(status("VmHWM") - before, max(sum(parts.values()) for parts in peaks(trace).values()))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux" or not torch.backends.mkldnn.is_available(), reason="Linux and oneDNN only")
-@pytest.mark.parametrize("kept", ["as it is", "copied"])
-def test_what_a_recurrent_kernel_takes_beside_its_results(kept: str) -> None:
-    """oneDNN asks for a workspace that it never fills, and takes scratch memory that no tensor shows. A copy, as offloading
-    makes one, fills all of it: an LSTM with offload=activations needed 883 MiB where 627 were predicted."""
-    done = subprocess.run([sys.executable, "-c", LSTM, kept], capture_output=True, text=True, timeout=120, check=True)
-    measured, counted = map(int, done.stdout.split())
-    assert counted == pytest.approx(measured, rel=0.05)
-
-
 def test_generation_that_does_not_fit_is_refused(text: Path) -> None:
     config = settings(text, "model.width=64", "sequence=512").config
     weights = 4 * stages(config, Plan(), 256).parameters
@@ -350,18 +276,3 @@ def test_what_a_pipeline_has_sent_stays_as_with_gloo(text: Path) -> None:
     with mock.patch.object(pretend, "_Sent", lambda work, tensors: work):
         less = max(sum(parts.values()) for parts in peaks(simulate(asked, 256, 1).trace).values())
     assert most - less >= 2 * rows * hidden
-
-
-def test_a_trace_counts_the_arithmetic_of_attention() -> None:
-    """Scores and values forward; scores again and four gradients backward (Dao et al. 2022, algorithms 1 and 4)."""
-    rows, heads, length, size = 2, 3, 16, 8
-    query, key, value = (torch.randn(rows, heads, length, size, requires_grad=True) for _ in range(3))
-    trace = Trace(vocabulary=1000)
-    with trace, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        trace.enter("forward")
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        trace.enter("backward")
-        out.sum().backward()
-    product = 2 * rows * heads * length * length * size
-    counted = {phase: sum(kind.flops * times for kind, times in work.items()) for phase, work in trace.work.items()}
-    assert counted == {"forward": 2 * product, "backward": 5 * product}

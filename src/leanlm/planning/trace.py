@@ -21,7 +21,7 @@ FREED = "freed"
 COLLECTIVES = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
                "reduce_scatter": "reduce-scatter", "send": "send", "recv": "recv", "broadcast": "broadcast"}  # fmt: skip
 DEVICE = torch.ops.prim.device.default
-WRAPPERS = ("_by_autograd", "__torch_dispatch__", "_fn", "inner")  # frames of torch's between a mode and what called it
+WRAPPERS = ("torch._dynamo", "torch._compile", "leanlm.lazy")  # modules that stand between a mode and what called it
 
 
 class Work(NamedTuple):
@@ -255,8 +255,8 @@ def peaks(trace: Trace) -> dict[str, dict[str, int]]:
 
 def _by_autograd() -> bool:
     """Whether autograd's engine itself has called the operation at hand, to sum gradients; not a backward in Python."""
-    frame = sys._getframe()
-    while frame.f_back and frame.f_code.co_name in WRAPPERS:
+    frame = sys._getframe(2)
+    while frame.f_back and frame.f_globals["__name__"].startswith(WRAPPERS):
         frame = frame.f_back
     return frame.f_code.co_name == "_engine_run_backward"
 
