@@ -104,6 +104,17 @@ def test_a_search_whose_time_is_up_goes_on_until_two_plans_can_be_compared(text:
     assert answer.simulated < answer.candidates
 
 
+def test_more_plans_are_looked_at_before_it_is_said_that_none_fits(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest had been tried, and a budget refused that a slower plan would have kept."""
+    monkeypatch.setattr(searching, "SECONDS", 0.0)
+    monkeypatch.setattr(searching, "LONGEST", 6.0)
+    asked = settings(text)
+    first = search(asked, 256, replace(HERE, memory=1 << 20), 2)  # nothing comes near
+    near = search(asked, 256, replace(HERE, memory=round(first.least.fullest.peak / 1.1)), 2)
+    assert not first.fitting
+    assert near.simulated > first.simulated + 2
+
+
 def _chosen(asked: Settings, device: Device, beside: int | None = None) -> tuple[Settings, list[str]]:
     """Where the search has found one plan."""
 

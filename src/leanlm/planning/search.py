@@ -25,9 +25,11 @@ from leanlm.strategies.plan import Plan
 
 HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
 LATER = {"interleaved": 1.03, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
-SECONDS = 8.0  # after which no plan is begun, once two fit
+SECONDS = 8.0  # after which no plan is begun, once two fit or it is clear that none does
 WORKER = 256 << 20  # bytes that a process which simulates takes (measured: 150 to 280 MiB)
-PATIENCE, LONGEST = 2.5, 20.0  # seconds more for those that were; as long as there is no answer, or one that fits alone
+PATIENCE = 2.5  # seconds more for plans that were begun
+LONGEST = 20.0  # seconds more in which other plans are begun, if one fits alone, or none does but some come near
+ANSWER = 300.0  # as long as none has been simulated at all: on a machine that does much else
 
 
 @dataclass
@@ -91,8 +93,20 @@ def search(
     others: list[Any] = []
     until = time.monotonic() + SECONDS
 
+    def extra() -> float:
+        if not fitting and not others:
+            return ANSWER
+        near = bool(fitting) or min(found.fullest.peak / found.fullest.memory for found in others) < HOPELESS
+        return LONGEST if len(fitting) < 2 and near else 0.0
+
     def more() -> bool:
-        return len(fitting) < wanted and time.monotonic() < until + (LONGEST if len(fitting) == 1 else 0)
+        return len(fitting) < wanted and time.monotonic() < until + extra()
+
+    def take() -> list[Plan]:
+        if fitting or time.monotonic() < until:
+            return queue.pop(0)[-1]
+        smallest = min(range(len(queue)), key=lambda i: rough(queue[i][-1][-1]).bytes)  # before it is said that none fits
+        return queue.pop(smallest)[-1][-1:]
 
     workers = max(1, min(cores(), 8, memory_limit() // WORKER))
     waiting = [_Worker(settings, vocabulary, device) for _ in range(workers)]
@@ -108,10 +122,9 @@ def search(
         start(smallest, [])
         while running or (queue and more()):
             while queue and waiting and more():
-                *_, plans = queue.pop(0)
-                start(plans[0], plans[1:])
-            patience = PATIENCE if len(fitting) > 1 or (others and not fitting) else LONGEST
-            ready = connection.wait(list(running), max(0.0, until + patience - time.monotonic()))
+                plan, *rest = take()
+                start(plan, rest)
+            ready = connection.wait(list(running), max(0.0, until + (extra() or PATIENCE) - time.monotonic()))
             if not ready:
                 break
             for pipe in ready:
@@ -133,7 +146,7 @@ def search(
             worker.process.join()
     if not fitting and not others:
         raise UserError(
-            f"none of {sum(map(len, groups))} plans could be simulated within {SECONDS + LONGEST:.0f} s: write fewer devices, "
+            f"none of {sum(map(len, groups))} plans could be simulated within {SECONDS + ANSWER:.0f} s: write fewer devices, "
             "a shorter sequence or a smaller model"
         )
     fitting.sort(key=lambda found: found.seconds)
