@@ -1,6 +1,7 @@
 """The planner's search, its command, and `strategy=auto`."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -104,15 +106,39 @@ def test_a_search_whose_time_is_up_goes_on_until_two_plans_can_be_compared(text:
     assert answer.simulated < answer.candidates
 
 
-def test_more_plans_are_looked_at_before_it_is_said_that_none_fits(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class _Answers:
+    """In a worker's place: every plan needs as much as it is told, and says so at once."""
+
+    peak = 0
+
+    def __init__(self, settings: Settings, vocabulary: int, device: Device) -> None:
+        self.pipe, self.memory, self.process = self, device.memory, mock.Mock()
+        self.ours, self.theirs = multiprocessing.Pipe()
+
+    def fileno(self) -> int:
+        return self.ours.fileno()
+
+    def send(self, plan: Plan) -> None:
+        self.plan = plan
+        self.theirs.send(0)
+
+    def answer(self, last: bool) -> Any:
+        self.ours.recv()
+        need = SimpleNamespace(peak=self.peak, memory=self.memory, over=self.peak - self.memory)
+        return SimpleNamespace(plan=self.plan, fits=False, tight=False, fullest=need, seconds=1.0)
+
+
+def test_all_families_are_looked_at_before_it_is_said_that_none_fits(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest had been tried, and a budget refused that a slower plan would have kept."""
     monkeypatch.setattr(searching, "SECONDS", 0.0)
-    monkeypatch.setattr(searching, "LONGEST", 6.0)
+    monkeypatch.setattr(searching, "_Worker", _Answers)
     asked = settings(text)
-    first = search(asked, 256, replace(HERE, memory=1 << 20), 2)  # nothing comes near
-    near = search(asked, 256, replace(HERE, memory=round(first.least.fullest.peak / 1.1)), 2)
-    assert not first.fitting
-    assert near.simulated > first.simulated + 2
+    for far, all_of_them in ((1.1, True), (2.0, False)):  # budgets
+        monkeypatch.setattr(_Answers, "peak", round(far * HERE.memory))
+        answer = search(asked, 256, HERE, 2, unfit=1000)
+        groups = families(asked, 2, stages(asked.config, Plan(), 256), HERE, ())
+        looked = {repr(found.plan) for found in answer.others}
+        assert all(repr(group[-1]) in looked for group in groups[2:]) == all_of_them
 
 
 def _chosen(asked: Settings, device: Device, beside: int | None = None) -> tuple[Settings, list[str]]:
