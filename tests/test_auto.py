@@ -57,7 +57,7 @@ def test_the_command_prints_plans_that_can_be_run(text: Path, tmp_path: Path) ->
         python, dash, module, *overrides = one["command"].split()
         assert (python, dash, module) == ("python", "-m", "leanlm.train")
         assert check(composed(*overrides)).plan.asdict() == one["plan"]
-    none = subprocess.run([*command, "device.memory=700MiB"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    none = subprocess.run([*command, "device.memory=500MiB"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert "no plan fits 2 x" in none.stdout
     assert "too much;" in none.stdout
     assert (tmp_path / "plan.png").stat().st_size > 10_000
@@ -184,6 +184,7 @@ def test_what_waits_for_a_run_counts_in_the_budget_of_one_device(text: Path) -> 
         _chosen(begins_again, replace(machine, memory=peak + slim), slim)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the run's process in /proc")
 def test_a_run_that_the_system_kills_is_planned_again_with_the_same_curve(text: Path, tmp_path: Path) -> None:
     """From the command line, killed after its first checkpoint as the system does without memory to give."""
     common = ["data=text", f"data.path={text}", "model=gpt2", "model.width=32", "model.heads=2", "model.depth=2",
@@ -254,4 +255,4 @@ def test_auto_trains_within_its_budget_as_the_plan_it_chose_would(
     assert auto["loss"] == pytest.approx(alone["loss"], abs=1e-4)
     assert json.loads((tmp_path / "auto" / "result.json").read_text())["predicted_seconds_per_step"] > 0
     with pytest.raises(UserError, match="no plan fits"):
-        train(composed(*common, "strategy=auto", "device.memory=300MiB", f"run_dir={tmp_path}/none"))
+        train(composed(*common, "strategy=auto", "device.memory=200MiB", f"run_dir={tmp_path}/none"))

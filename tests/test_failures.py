@@ -77,9 +77,8 @@ def test_all_end_and_the_message_names_rank_and_cause(fault: str, plan: str, tex
         env={**os.environ, "PYTHONPATH": str(tmp_path), "FAULT": fault},
     )  # fmt: skip
     assert time.time() - float((tmp_path / "failed").read_text()) < 30
-    assert done.returncode == (1 if fault == "raising" else OUT_OF_MEMORY), (
-        done.stderr
-    )  # what was killed may have had too little
+    status = 1 if fault == "raising" else OUT_OF_MEMORY  # what was killed may have had too little
+    assert done.returncode == status, done.stderr
     assert "rank 1 of 2 failed" in done.stderr
     assert CAUSES[fault] in done.stderr
     assert not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tmp_path)], "every process has ended"

@@ -105,8 +105,9 @@ def search(
     def take() -> list[Plan]:
         if fitting or time.monotonic() < until:
             return queue.pop(0)[-1]
-        smallest = min(range(len(queue)), key=lambda i: rough(queue[i][-1][-1]).bytes)  # before it is said that none fits
-        return queue.pop(smallest)[-1][-1:]
+        # before it is said that none fits: the family whose last plan, of the most micro-batches, is the smallest
+        least = min(range(len(queue)), key=lambda i: rough(queue[i][-1][-1]).bytes)
+        return queue.pop(least)[-1][-1:]
 
     workers = max(1, min(cores(), 8, memory_limit() // WORKER))
     waiting = [_Worker(settings, vocabulary, device) for _ in range(workers)]
