@@ -1,5 +1,6 @@
 """Devices that a plan is made for: sizes, limits, unequal ones."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,6 @@ from leanlm.planning import cards
 from leanlm.planning.candidates import families
 from leanlm.planning.device import Device, count, memory_limit, of_config, size
 from leanlm.planning.predict import _cost, predict
-from leanlm.planning.probe import measured
 from leanlm.planning.search import search
 from leanlm.planning.simulate import stages
 from leanlm.planning.trace import Work
@@ -76,15 +76,20 @@ def test_a_processor_moves_operands_before_it_multiplies_and_a_card_meanwhile() 
     assert _cost(pages, processor) == pytest.approx(5e-3)
 
 
-def test_the_probe_measures_two_processes_and_weighs_nothing_of_its_caller() -> None:
-    found = measured()
+def test_the_probe_measures_two_processes_and_weighs_nothing_of_its_caller(tmp_path: Path) -> None:
+    """A script, without a guard, that has more in memory than a run: processes that it starts would run it again."""
+    script = tmp_path / "script.py"
+    script.write_text("import json\nfrom leanlm.planning.probe import measured\nweight = b'x' * 200_000_000\n"
+                      "print(json.dumps(measured()))")  # fmt: skip
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100, check=True)
+    found = json.loads(done.stdout)
     assert set(found["alone"]) == set(found["pair"]) == {"flops", "bandwidth", "paging", "small_paging", "overhead"}
     assert min(*found["alone"]["flops"].values(), *found["pair"]["flops"].values()) > 1e8  # others may be at work here too
     assert min(found["links"].values()) > 0
     one, several, launcher = found["process"]
     code = "import leanlm.fit\nfrom leanlm.callbacks.record import memory_now\nprint(memory_now())"
     plain = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-    assert one == pytest.approx(plain, rel=0.15)  # this process has pytest beside it
+    assert one == pytest.approx(plain, rel=0.15)
     assert launcher < one < several
     assert found["common"] < one
 
