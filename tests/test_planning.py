@@ -181,6 +181,17 @@ def test_three_chunks_of_the_head_say_what_all_need(plan: str, text: Path, monke
         assert few_flops == flops
 
 
+@pytest.mark.parametrize("plan", ["", "strategy=ddp devices=2 strategy.zero1=true"])
+def test_one_matrix_of_a_shape_says_what_muon_does_to_each(plan: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = settings(text, *plan.split(), "optim=muon", "model.width=64", "model.depth=2")
+    once = simulate(asked, 64).trace  # as many token types as rows of a matrix, which is then of the logits
+    monkeypatch.setattr(pretend, "alike_matrices", lambda trace: nullcontext())
+    each = simulate(asked, 64).trace
+    assert [size for _, size in once.events] == [size for _, size in each.events]
+    assert peaks(once) == peaks(each)
+    assert once.work == each.work
+
+
 def test_what_is_offloaded_takes_memory_while_it_is_used(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are real pages in a run; a simulation has neither."""
     monkeypatch.setattr(offload, "SMALLEST", 1 << 16)

@@ -152,11 +152,15 @@ def leaves(config: DictConfig, prefix: str = "") -> dict[str, Any]:
 
 def typed(config: DictConfig, schema_class: type = Config) -> tuple[list[str], Any]:
     """Every value that is not of its type, and the configuration as an object of the schema (None if there are any)."""
-    problems = []
     schema = OmegaConf.structured(schema_class)
     for node in schema.values():
         if isinstance(node, DictConfig):
             OmegaConf.set_readonly(node, False)  # a frozen dataclass is marked so
+    try:
+        return [], OmegaConf.to_object(OmegaConf.merge(schema, config))
+    except OmegaConfBaseException as first:  # one of them, perhaps, of several
+        problems = [str(first).splitlines()[0]]
+    found = []
     for key, value in leaves(config).items():
         one = OmegaConf.create({})
         OmegaConf.update(one, key, value, force_add=True)
@@ -164,10 +168,8 @@ def typed(config: DictConfig, schema_class: type = Config) -> tuple[list[str], A
             OmegaConf.merge(schema, one)
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0].replace("' not in 'Config'", "' is not known")
-            problems.append(f"{key}={value}: {reason}")
-    if problems:
-        return problems, None
-    return [], OmegaConf.to_object(OmegaConf.merge(schema, config))
+            found.append(f"{key}={value}: {reason}")
+    return found or problems, None
 
 
 def _target(path: str) -> Any:

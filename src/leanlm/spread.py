@@ -22,6 +22,12 @@ def local(tensor: Any) -> Tensor:
     return mine.trigger_wait() if hasattr(mine, "trigger_wait") else mine
 
 
+def place(tensor: Any) -> int:
+    """Which storage holds what this device has of a tensor. Without an operation, as `local` takes one for each parameter; the
+    number stands for a storage as long as that lives, and a simulation's have one too."""
+    return (tensor._local_tensor if is_spread(tensor) else tensor).untyped_storage()._cdata
+
+
 def whole(tensor: Any) -> Tensor:
     """All of a tensor. All devices that share it must call it."""
     return tensor.full_tensor() if is_spread(tensor) else tensor

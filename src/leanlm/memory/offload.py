@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from leanlm.memory.malloc import LARGE
-from leanlm.spread import layout, local, with_layout
+from leanlm.spread import layout, local, place, with_layout
 
 CHOICES = ("none", "activations", "optimizer", "all")
 SMALLEST = LARGE  # bytes of an activation that is worth moving: smaller ones share pages with others, which stay
@@ -130,12 +130,11 @@ def activations(module: nn.Module, device: torch.device) -> AbstractContextManag
 
     def pack(tensor: Tensor) -> Any:
         mine = local(tensor)
-        place = mine.untyped_storage()._cdata  # as StorageWeakRef does: a simulation has no addresses
         if mine.nbytes < SMALLEST or not _dense(mine):
             return tensor.detach()
-        if any(place == local(parameter).untyped_storage()._cdata for parameter in module.parameters()):
+        if place(mine) in map(place, module.parameters()):
             return tensor.detach()
-        key = place, mine.storage_offset(), mine.shape, mine.stride(), mine.dtype, mine._version
+        key = place(mine), mine.storage_offset(), mine.shape, mine.stride(), mine.dtype, mine._version
         storage, before = known.get(key, (None, None))
         kept = before() if before is not None and storage is not None and not storage.expired() else None
         if kept is None:

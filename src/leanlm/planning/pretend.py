@@ -3,6 +3,7 @@
 import contextlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.device_mesh as device_mesh
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import _muon
 from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlm import optimizers
@@ -35,8 +37,9 @@ def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
     """Within it, what is built and run is that of one rank of a plan, without storage, and the trace records it."""
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a question whether there is one
     with contextlib.ExitStack() as stack:
-        for context in (ranks(rank, plan.world), meshes_with_numbers(), resizing(trace, plan), few_chunks(trace), sending(plan),
-                        file_of_pages(trace), FakeTensorMode(allow_non_fake_inputs=True), trace):  # fmt: skip
+        for context in (ranks(rank, plan.world), meshes_with_numbers(), resizing(trace, plan), few_chunks(trace),
+                        alike_matrices(trace), sending(plan), file_of_pages(trace),
+                        FakeTensorMode(allow_non_fake_inputs=True), trace):  # fmt: skip
             stack.enter_context(context)
         yield
 
@@ -155,6 +158,36 @@ def few_chunks(trace: Trace) -> Iterator[None]:
         trace.times = 1
 
     with mock.patch.object(loss, "chunks", some):
+        yield
+
+
+@contextlib.contextmanager
+def alike_matrices(trace: Trace) -> Iterator[None]:
+    """Muon does the same to each matrix of a shape: it is done to one, and what the trace saw of it is repeated for others."""
+    every, seen = _muon._zeropower_via_newtonschulz, dict[Any, Any]()
+
+    def once(matrix: Tensor, *settings: Any) -> Tensor:
+        key = matrix.shape, matrix.stride(), matrix.dtype, settings
+        first, base, before = len(trace.events), trace.count, Counter(trace.work[trace.phase])
+        if key not in seen:
+            out = every(matrix, *settings)
+            mine = trace.known[out.untyped_storage()._cdata]
+            events = [(number - base, size) for number, size in trace.events[first:] if number > base]
+            parts = {number: trace.parts[base + number] for number, _ in events if base + number in trace.parts}
+            seen[key] = events, parts, mine - base, trace.work[trace.phase] - before, (out.shape, out.stride(), out.dtype)
+            return out
+        events, parts, mine, work, (shape, stride, dtype) = seen[key]
+        trace.count += max(number for number, _ in events)
+        trace.parts |= {base + number: part for number, part in parts.items()}
+        for number, size in events:
+            if number == mine:
+                out = torch.empty_strided(shape, stride, dtype=dtype)
+            else:
+                trace.events.append((base + number, size))
+        trace.work[trace.phase] = before + work
+        return out
+
+    with mock.patch.object(_muon, "_zeropower_via_newtonschulz", once):
         yield
 
 

@@ -25,7 +25,7 @@ from leanlm.strategies.plan import Plan
 
 HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
 LATER = {"interleaved": 1.03, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
-SECONDS = 8.0  # after which no plan is begun, once two fit or it is clear that none does
+SECONDS = 7.0  # after which no plan is begun, once two fit or it is clear that none does
 WORKER = 256 << 20  # bytes that a process which simulates takes (measured: 150 to 280 MiB)
 PATIENCE = 2.5  # seconds more for plans that were begun
 LONGEST = 20.0  # seconds more in which other plans are begun, if one fits alone, or none does but some come near

@@ -18,6 +18,7 @@ def costs(net: Model) -> dict[str, float]:
     Matrix products, convolutions and attention are counted, as torch's counter does.
     """
     found, mode = {}, net.training
+    known: dict[str, float] = {}  # of blocks that are alike
     net.eval()
 
     def count(part: torch.nn.Module, *inputs: torch.Tensor | None) -> tuple[float, torch.Tensor]:
@@ -27,7 +28,11 @@ def costs(net: Model) -> dict[str, float]:
 
     found["embed"], hidden = count(net.embed, torch.empty(1, net.sequence, dtype=torch.long, device="meta"))
     for name, block in net.blocks.items():
-        found[name], hidden = count(block, hidden, None)
+        settings = {key: value for key, value in vars(block).items() if not key.startswith("_")}
+        kind = repr((block, settings, [(part, p.shape) for part, p in block.named_parameters()]))
+        if kind not in known:
+            known[kind], hidden = count(block, hidden, None)
+        found[name] = known[kind]
     found["head"], _ = count(net.head, hidden)
     net.train(mode)
     return found
