@@ -16,7 +16,7 @@ from leanlm import build
 from leanlm.config import Settings, check
 from leanlm.errors import UserError
 from leanlm.launch import launch, process_group
-from leanlm.memory import loss, malloc, offload
+from leanlm.memory import loss, malloc, offload, state
 from leanlm.planning import pretend, reading
 from leanlm.planning.device import Device, of_config
 from leanlm.planning.predict import ONE_PROCESS, _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
@@ -78,7 +78,7 @@ def test_weights_and_state_are_those_of_a_real_run(plan: str, text: Path) -> Non
 
 @pytest.mark.parametrize(
     "plan",
-    ["strategy=single strategy.recompute=blocks", "strategy=fsdp", *map(slow, (
+    ["strategy=single strategy.recompute=blocks strategy.optimizer_state=int8 optim=adamw", "strategy=fsdp", *map(slow, (
         "strategy=single", "strategy=ddp", "strategy=tensor", "strategy=fsdp strategy.recompute=operators",
         "strategy=pipeline model.depth=14", "strategy=interleaved model.depth=28", "strategy=zero_bubble model.depth=28",
         "strategy=gpipe model.depth=14", "strategy=accumulate strategy.recompute=operators", "strategy=ddp strategy.zero1=true",
@@ -167,18 +167,31 @@ def test_two_micro_batches_say_what_eight_need(text: Path) -> None:
     assert largest[0] == pytest.approx(largest[1], rel=1e-3)  # each micro-batch has a loss of a few bytes
 
 
-@pytest.mark.parametrize("plan", ["", slow("strategy.precision=bf16-mixed"), slow("strategy=tensor model.tied=false")])
-def test_three_chunks_of_the_head_say_what_all_need(plan: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "optim=adamw",
+        "strategy.optimizer_state=int8 optim=adamw strategy.offload=optimizer",
+        slow("strategy.precision=bf16-mixed"),
+        slow("strategy=tensor model.tied=false"),
+    ],
+)
+def test_three_pieces_of_head_and_state_say_what_all_need(plan: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", 1 << 14)
+    monkeypatch.setattr(state, "PIECE", 1 << 12)
     asked = settings(text, *plan.split(), "sequence=160")
     few = simulate(asked, 256)
-    monkeypatch.setattr(pretend, "few_chunks", lambda trace: nullcontext())
+    monkeypatch.setattr(pretend, "few_pieces", lambda trace: nullcontext())
     every = simulate(asked, 256)
     assert len(few.trace.events) < len(every.trace.events)
     assert peaks(few.trace) == peaks(every.trace)
     for phase in every.trace.work:
-        few_flops, flops = (sum(kind.flops * n for kind, n in one.trace.work[phase].items()) for one in (few, every))
+        (flops, moved), (few_flops, few_moved) = (
+            [sum(getattr(kind, what) * n for kind, n in one.trace.work[phase].items()) for what in ("flops", "moved")]
+            for one in (every, few)
+        )
         assert few_flops == flops
+        assert few_moved == pytest.approx(moved, rel=1e-3)  # a last piece may be shorter
 
 
 @pytest.mark.parametrize("plan", ["", "strategy=ddp devices=2 strategy.zero1=true"])

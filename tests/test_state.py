@@ -85,7 +85,7 @@ def test_codes() -> None:
         assert values[-1] == 1
         numbers = torch.linspace(-1 if signed else 0, 1, 4001).bfloat16().float()
         half = numbers.bfloat16().view(torch.int16).int() + (1 << 15)
-        codes = state._nearest(bits, signed)[half]
+        codes = state.nearest(bits, signed)[half]
         assert ((values[codes.int()] - numbers).abs() - (nearest(numbers, values) - numbers).abs()).abs().max() < 1e-6
     assert (code_values(8, True).abs() < 1e-4).sum() > 5, "small numbers have codes of their own"
 

@@ -75,7 +75,7 @@ class AdamW(torch.optim.Optimizer):
         step = state.setdefault("step", torch.zeros(()))
         assert parameter.grad is not None
         weights, gradients = _flat(owned), _flat(self.owned(parameter.grad))
-        for piece in _pieces(owned):
+        for piece in pieces(owned):
             weight, gradient = weights[piece], gradients[piece]
             wide = weight if weight.dtype != torch.bfloat16 else weight.float()
             first_average, second_average = (average.read(piece).to(wide) for average in averages)
@@ -128,7 +128,7 @@ class _Blocks:
 
     def __init__(self, codes: Tensor, scales: Tensor, bits: int, signed: bool) -> None:
         self.codes, self.scales, self.bits = _flat(codes), _flat(scales), bits
-        self.values, self.nearest = (part.to(codes.device) for part in (code_values(bits, signed), _nearest(bits, signed)))
+        self.values, self.nearest = (part.to(codes.device) for part in (code_values(bits, signed), nearest(bits, signed)))
 
     def read(self, piece: slice) -> Tensor:
         codes = self.codes[self._place(piece)]
@@ -170,7 +170,7 @@ def code_values(bits: int, signed: bool) -> Tensor:
 
 
 @cache
-def _nearest(bits: int, signed: bool) -> Tensor:
+def nearest(bits: int, signed: bool) -> Tensor:
     """The code nearest to every number that bf16 can write, by its 16 bits: a search takes several times as long."""
     values = code_values(bits, signed)
     numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.bfloat16).float().nan_to_num()
@@ -243,7 +243,7 @@ def _average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) 
     made = known()
     assert made is not None
     if before is not None:
-        for piece in _pieces(parameter):
+        for piece in pieces(parameter):
             made[1].write(piece, before[1].read(piece))
     return made[1]
 
@@ -261,7 +261,7 @@ def put_away(state: dict[str, Tensor], scratch: Scratch) -> None:
         scratch.release(mine)
 
 
-def _pieces(parameter: Tensor) -> list[slice]:
+def pieces(parameter: Tensor) -> list[slice]:
     size = len(_flat(parameter))
     return [slice(first, min(first + PIECE, size)) for first in range(0, size, PIECE)]
 

@@ -92,6 +92,7 @@ class Estimate:
         self.config, self.device = settings.config, device
         one = stages(settings.config, Plan(), vocabulary)
         self.flops, self.parameters, self.blocks = sum(one.cost.values()), one.parameters, len(one.split[0])
+        self.ends = max(one.elements["embed"], one.elements["head"])  # parameters that one stage has beside its blocks
         width = max(1.0, (one.elements[one.split[0][0]] / 12) ** 0.5)
         self.kept = 16 * width * settings.config.sequence * 4  # bytes of a block and row, as of GPT-2's
         self.hidden = width * settings.config.sequence * 4
@@ -111,12 +112,12 @@ class Estimate:
         config, device = self.config, self.device.share(plan.world)
         speeds = device.speeds or (1.0,)
         speed = sum(speeds) / len(speeds) if plan.pipeline > 1 else min(speeds)
-        held = self.parameters * 4 / (plan.pipeline * plan.shard * plan.tensor)
+        held = (self.parameters + self.ends * (plan.pipeline - 1)) * 4 / (plan.pipeline * plan.shard * plan.tensor)
         state = held * self.averages * (0.25 if plan.optimizer_state == "int8" else 1) / (plan.replicate if plan.zero1 else 1)
         rows = plan.micro_batch(config.global_batch)
         ahead = {"1f1b": plan.pipeline, "interleaved": 1.3 * plan.pipeline}.get(plan.schedule, 1.5 * plan.pipeline)
         flying = min(plan.accumulate_grad_batches, ahead) if plan.pipeline > 1 else 1
-        each = {"none": self.kept, "operators": 0.6 * self.kept, "blocks": self.hidden}.get(plan.recompute, self.kept)
+        each = {"none": self.kept, "operators": 0.7 * self.kept, "blocks": self.hidden}.get(plan.recompute, self.kept)
         kept = each * rows * flying * self.blocks / plan.pipeline / plan.tensor**0.8
         if plan.recompute != "none":
             kept += self.kept * rows / plan.tensor**0.8  # of the block that is run again
@@ -126,6 +127,8 @@ class Estimate:
             kept = self.kept * rows / plan.tensor**0.8
         if plan.offload in ("optimizer", "all"):
             state = 0
+        if plan.pipeline > 1:  # torch's buffers for what every micro-batch receives
+            kept += self.hidden * config.global_batch / plan.readers * plan.stages / plan.pipeline
         extra = 4 / 3 if plan.recompute == "blocks" or plan.recompute_window else 1.08 if plan.recompute == "operators" else 1
         rate = device.flops["bfloat16" if plan.precision.startswith("bf16") else "float32"]
         seconds = 3 * extra * self.flops * config.global_batch / plan.world / (rate * speed)

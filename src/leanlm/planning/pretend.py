@@ -4,7 +4,7 @@ import contextlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlm import optimizers
 from leanlm.data.batches import Batch
-from leanlm.memory import loss, offload
+from leanlm.memory import loss, offload, state
 from leanlm.memory.offload import Scratch
 from leanlm.planning.trace import Trace, Work
 from leanlm.strategies.plan import Plan
@@ -37,8 +37,8 @@ def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
     """Within it, what is built and run is that of one rank of a plan, without storage, and the trace records it."""
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a question whether there is one
     with contextlib.ExitStack() as stack:
-        for context in (ranks(rank, plan.world), meshes_with_numbers(), resizing(trace, plan), few_chunks(trace),
-                        alike_matrices(trace), sending(plan), file_of_pages(trace),
+        for context in (ranks(rank, plan.world), meshes_with_numbers(), resizing(trace, plan), few_pieces(trace),
+                        alike_matrices(trace), tables_of_its_own(), sending(plan), file_of_pages(trace),
                         FakeTensorMode(allow_non_fake_inputs=True), trace):  # fmt: skip
             stack.enter_context(context)
         yield
@@ -146,19 +146,35 @@ def sending(plan: Plan) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def few_chunks(trace: Trace) -> Iterator[None]:
-    """Of a head's chunks of tokens, those between the first and the last are alike: one is run, and its work counts for all."""
-    every = loss.chunks
+def few_pieces(trace: Trace) -> Iterator[None]:
+    """Of a head's chunks of tokens and an optimizer's pieces of a tensor those between the first and the last are alike: one is
+    run, and its work counts for all."""
 
-    def some(tokens: int, size: int) -> Iterator[int]:
-        firsts = list(every(tokens, size))
-        for first in firsts[:2] + firsts[2:][-1:]:
-            trace.times = max(1, len(firsts) - 2) if first in firsts[1:2] else 1
-            yield first
-        trace.times = 1
+    def few(every: Callable[..., Iterable[Any]]) -> Callable[..., Iterator[Any]]:
+        def some(*args: Any) -> Iterator[Any]:
+            pieces = list(every(*args))
+            for i, piece in enumerate(pieces[:2] + pieces[2:][-1:]):
+                trace.times = max(1, len(pieces) - 2) if i == 1 else 1
+                yield piece
+            trace.times = 1
 
-    with mock.patch.object(loss, "chunks", some):
+        return some
+
+    with mock.patch.object(loss, "chunks", few(loss.chunks)), mock.patch.object(state, "pieces", few(state.pieces)):
         yield
+
+
+@contextlib.contextmanager
+def tables_of_its_own() -> Iterator[None]:
+    """Each simulation makes the tables of a quantised state: they weigh in every run, and these have no storage."""
+
+    def forget() -> None:
+        state.code_values.cache_clear()
+        state.nearest.cache_clear()
+
+    forget()
+    yield
+    forget()
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ from leanlm.planning.simulate import stages
 from leanlm.strategies.plan import Plan
 
 HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
-LATER = {"interleaved": 1.03, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
-SECONDS = 7.0  # after which no plan is begun, once two fit or it is clear that none does
+LATER = {"interleaved": 1.06, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
+SECONDS = 6.0  # after which no plan is begun, once two fit or it is clear that none does
 WORKER = 256 << 20  # bytes that a process which simulates takes (measured: 150 to 280 MiB)
 PATIENCE = 2.5  # seconds more for plans that were begun
 LONGEST = 20.0  # seconds more in which other plans are begun, if one fits alone, or none does but some come near
@@ -74,6 +74,8 @@ def search(
     Raises:
         UserError: no simulation has ended in time.
     """
+    workers = max(1, min(cores(), 8, memory_limit() // WORKER))
+    waiting = [_Worker(settings, vocabulary, device) for _ in range(workers)]  # they import while plans are enumerated
     whole = stages(settings.config, Plan(), vocabulary)
     rough = Estimate(settings, vocabulary, device)
     groups = families(settings, devices, whole, device, allow)
@@ -89,6 +91,7 @@ def search(
         hopeless = guess[first].bytes > HOPELESS * room
         queue.append((hopeless, guess[first].seconds * LATER.get(plans[first].schedule, 1), plans[first:]))
     queue.sort(key=lambda entry: entry[:2])
+    queue.insert(2, (False, 0.0, [smallest]))  # it tells the least budget, and may take as long to simulate as several others
     fitting: list[Any] = []
     others: list[Any] = []
     until = time.monotonic() + SECONDS
@@ -109,8 +112,6 @@ def search(
         least = min(range(len(queue)), key=lambda i: rough(queue[i][-1][-1]).bytes)
         return queue.pop(least)[-1][-1:]
 
-    workers = max(1, min(cores(), 8, memory_limit() // WORKER))
-    waiting = [_Worker(settings, vocabulary, device) for _ in range(workers)]
     running: dict[Any, tuple[_Worker, list[Plan]]] = {}
 
     def start(plan: Plan, rest: list[Plan]) -> None:
@@ -120,7 +121,6 @@ def search(
         running[worker.pipe] = worker, [plan, *rest]
 
     try:
-        start(smallest, [])
         while running or (queue and more()):
             while queue and waiting and more():
                 plan, *rest = take()
