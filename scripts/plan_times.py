@@ -3,9 +3,9 @@
 python scripts/plan_times.py --into runs/times.jsonl               runs the problems that the file has not, and prints the table
 python scripts/plan_times.py --plans 4 --only 0 2 --into ...       fewer plans, some problems
 
-Of each problem: the plan that `strategy=auto` takes, and others spread evenly over the rough order, one of each family. All of
-them are run in rounds, so that a machine that is slower for a while is so for all; a plan's time is that of its fastest step.
-The rank correlation is Spearman's.
+Of each problem: the plan that `strategy=auto` takes, and others spread evenly over the rough order of all that fit, with every
+count of micro-batches. They are run in rounds, so that a machine that is slower for a while is so for all; a plan's time is that
+of its fastest step. The rank correlation is Spearman's.
 """
 
 import argparse
@@ -45,14 +45,13 @@ PROBLEMS = [
 
 
 def spread(settings: Settings, vocabulary: int, devices: int, count: int) -> list[Plan]:
-    """Plans that fit, one of each family, evenly over the rough order."""
+    """Plans that fit, evenly over the rough order."""
     device = this_machine()
     rough = Estimate(settings, vocabulary, device)
     whole = stages(settings.config, Plan(), vocabulary)
     ordered: list[tuple[Rough, Plan]] = []
     for plans in families(settings, devices, whole, device, ()):
-        feasible = [(rough(plan), plan) for plan in plans if rough(plan).bytes < device.share(devices).memory]
-        ordered += feasible[:1]
+        ordered += [(rough(plan), plan) for plan in plans if rough(plan).bytes < device.share(devices).memory]
     ordered.sort(key=lambda pair: pair[0].seconds)
     last = len(ordered) - 1
     return [ordered[round(i * last / (count - 1))][1] for i in range(min(count, len(ordered)))]

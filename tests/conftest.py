@@ -1,5 +1,6 @@
 """Small texts, and runs composed exactly as the command line composes them."""
 
+import os
 import random
 from pathlib import Path
 
@@ -65,7 +66,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     """Nothing that a user has prepared is used or changed, and no test needs the network or data outside."""
+    base = tmp_path_factory.getbasetemp()
+    several = "PYTEST_XDIST_WORKER" in os.environ  # they share one, so that the machine is measured once
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEANLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("LEANLM_CACHE", str((base.parent if several else base) / "cache"))
         patch.delenv("LEANLM_DATA", raising=False)
         yield

@@ -229,7 +229,7 @@ def test_a_search_goes_on_with_the_workers_that_are_left(text: Path, monkeypatch
 
     def worker(*fixed: Any) -> _Worker:
         begun.append(_Worker(*fixed))
-        if len(begun) == 2:  # the one that gets the smallest plan
+        if len(begun) == 2:  # the one that begins first
             begun[1].process.kill()
             begun[1].process.join()
         return begun[-1]

@@ -61,8 +61,8 @@ def slow(plan: str) -> Any:
     return pytest.param(plan, marks=pytest.mark.slow)
 
 
-PLANS = ["strategy=single", "strategy=ddp", "strategy=fsdp", "strategy=pipeline",
-         *map(slow, ("strategy=accumulate", "strategy=tensor", "strategy=zero_bubble"))]  # fmt: skip
+PLANS = ["strategy=single", "strategy=ddp", "strategy=fsdp",
+         *map(slow, ("strategy=pipeline", "strategy=accumulate", "strategy=tensor", "strategy=zero_bubble"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -108,9 +108,9 @@ def test_few_blocks_say_what_all_blocks_need(plan: str, text: Path) -> None:
 @pytest.mark.parametrize("plan", ["strategy=pipeline", *map(slow, (
     "strategy=interleaved", "strategy=pipeline devices=4", "strategy=interleaved devices=4 model.depth=8"))])  # fmt: skip
 def test_a_pipeline_holds_only_its_buffers_more_however_many_micro_batches_flow_through_it(plan: str, text: Path) -> None:
-    asked = settings(text, *plan.split(), "global_batch=32", "strategy.accumulate_grad_batches=32")
+    asked = settings(text, *plan.split(), "global_batch=16", "strategy.accumulate_grad_batches=16")
     fewer, micros = _fewer_micro_batches(asked)
-    assert fewer.plan.accumulate_grad_batches < micros == 32
+    assert fewer.plan.accumulate_grad_batches < micros == 16
     before, counted = 0, kinds_of_ranks(asked.plan, stages(asked.config, asked.plan, 256))
     for rank in range(asked.plan.pipeline):
         few, all_ = (peaks(simulate(one, 256, rank).trace) for one in (fewer, asked))
@@ -124,13 +124,13 @@ def test_a_pipeline_holds_only_its_buffers_more_however_many_micro_batches_flow_
 
 @pytest.mark.parametrize("schedule", ["gpipe", *map(slow, ("LoopedBFS", "zero-bubble", "DualPipeV", "InterleavedZeroBubble"))])
 def test_each_micro_batch_of_other_schedules_adds_as_much(schedule: str, text: Path) -> None:
-    asked = settings(text, "strategy=pipeline", f"strategy.schedule={schedule}", "global_batch=24",
-                     "strategy.accumulate_grad_batches=24")  # fmt: skip
+    asked = settings(text, "strategy=pipeline", f"strategy.schedule={schedule}", "global_batch=12",
+                     "strategy.accumulate_grad_batches=12")  # fmt: skip
     fewer, _ = _fewer_micro_batches(asked)
     few = fewer.plan.accumulate_grad_batches
     for rank in (0, 1):
         one, two, all_ = (_view(simulate(each, 256, rank)) for each in (fewer, _with(asked, few + 2), asked))
-        found = _between(one, two, (24 - few) / 2)
+        found = _between(one, two, (12 - few) / 2)
         largest = [max(sum(parts.values()) for parts in view.peaks.values()) for view in (found, all_)]
         assert largest[0] == largest[1]
         assert found.heap == all_.heap

@@ -16,7 +16,7 @@ from leanlm.models.dropout import rows_of_step
 from leanlm.prepare import tokens
 from leanlm.strategies.schedules import SCHEDULES
 
-STEPS, ROWS = 20, 8
+STEPS, ROWS = 15, 8
 MODELS = {
     "elman_tanh": ["model=elman", "model.width=12", "model.depth=2"],
     "elman_relu": ["model=elman", "model.cell=elman_relu", "model.width=12"],
@@ -42,7 +42,7 @@ def supported(model: str, plan: dict) -> bool:
 def overrides(model: str, text: Path, plan: dict | None = None, depth: int | None = None) -> list[str]:
     optim = [] if any(part.startswith("optim=") for part in MODELS[model]) else ["optim=adamw"]
     return [
-        "model.tied=true", *MODELS[model], *optim, "optim.lr=0.01", "optim.warmup=5", "model.dropout=0.1",
+        "model.tied=true", *MODELS[model], *optim, f"optim.lr={0.05 if model == 'adafactor' else 0.01}", "optim.warmup=5", "model.dropout=0.1",
         "data=text", f"data.path={text}", "data.tokenizer=char", "data.ignore=[' ',e]", f"global_batch={ROWS}", "sequence=12",
         f"max_steps={STEPS}", "log_every=1", "clip=0.1", "strategy.precision=fp64", "device=cpu", "logger=csv", "val_lanes=4",
         "sample_tokens=8",
@@ -67,7 +67,7 @@ def plain_loop(settings: Settings) -> tuple[list[float], dict[str, torch.Tensor]
         {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0},
     ]
     if config.optim.name == "adafactor":
-        optimizers: list[torch.optim.Optimizer] = [torch.optim.Adafactor(rest, lr=0.01)]
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.Adafactor(rest, lr=0.05)]
     else:
         optimizers = [torch.optim.AdamW([g for g in decay if g["params"]], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)]
     optimizers += [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1)] if hidden else []
@@ -98,5 +98,5 @@ def rate(schedule: str, step: int) -> float:
     if step < 5:
         return (step + 1) / 5
     if schedule == "wsd":
-        return min(1.0, (20 - step) / 8)
-    return 0.1 + 0.9 * (1 + float(torch.cos(torch.tensor((step - 5) / 15 * torch.pi, dtype=torch.float64)))) / 2
+        return min(1.0, (STEPS - step) / (0.4 * STEPS))
+    return 0.1 + 0.9 * (1 + float(torch.cos(torch.tensor((step - 5) / (STEPS - 5) * torch.pi, dtype=torch.float64)))) / 2

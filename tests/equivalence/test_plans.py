@@ -57,7 +57,7 @@ def test_same_curve_and_weights(model: str, plan: str, text: Path, references, r
     found = final_weights(runs[model, plan], settings(model, text))
     assert found.keys() == weights.keys()
     assert max((found[name] - weights[name]).abs().max().item() for name in weights) < 1e-9
-    assert curve[-1] < curve[0] - (0.005 if model == "adafactor" else 0.02), "the run learns"
+    assert curve[-1] < curve[0] - 0.02, "the run learns"
     assert sum(norm > 0.1 for norm in norms) > 3, "clipping is active"
 
 
