@@ -4,8 +4,8 @@ python scripts/plan_times.py --into runs/times.jsonl               runs the prob
 python scripts/plan_times.py --plans 4 --only 0 2 --into ...       fewer plans, some problems
 
 Of each problem: the plan that `strategy=auto` takes, and others spread evenly over the rough order of all that fit, with every
-count of micro-batches. They are run in rounds, so that a machine that is slower for a while is so for all; a plan's time is that
-of its fastest step. The rank correlation is Spearman's.
+count of micro-batches. They are run in rounds, so that a machine that is slower for a while is so for all; a plan's time is
+that of its fastest step. The rank correlation is Spearman's.
 """
 
 import argparse

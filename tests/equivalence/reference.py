@@ -42,7 +42,8 @@ def supported(model: str, plan: dict) -> bool:
 def overrides(model: str, text: Path, plan: dict | None = None, depth: int | None = None) -> list[str]:
     optim = [] if any(part.startswith("optim=") for part in MODELS[model]) else ["optim=adamw"]
     return [
-        "model.tied=true", *MODELS[model], *optim, f"optim.lr={0.05 if model == 'adafactor' else 0.01}", "optim.warmup=5", "model.dropout=0.1",
+        "model.tied=true", *MODELS[model], *optim, f"optim.lr={0.05 if model == 'adafactor' else 0.01}", "optim.warmup=5",
+        "model.dropout=0.1",
         "data=text", f"data.path={text}", "data.tokenizer=char", "data.ignore=[' ',e]", f"global_batch={ROWS}", "sequence=12",
         f"max_steps={STEPS}", "log_every=1", "clip=0.1", "strategy.precision=fp64", "device=cpu", "logger=csv", "val_lanes=4",
         "sample_tokens=8",

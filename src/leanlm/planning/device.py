@@ -12,7 +12,7 @@ from typing import Any
 from leanlm.data.corpus import cache_folder
 from leanlm.errors import UserError
 from leanlm.planning import cards
-from leanlm.planning.probe import measured
+from leanlm.planning.probe import VERSION, measured
 from leanlm.runs import write
 
 LISTS = ("memory", "speed")  # of a config, what may be given for each device
@@ -184,9 +184,9 @@ def this_machine(again: bool = False) -> Device:
     import torch
 
     file = cache_folder() / "device.json"
-    key = f"{platform.node()} {platform.machine()} {cores()} cores, torch {torch.__version__}"
+    key = f"{platform.node()} {platform.machine()} {cores()} cores, torch {torch.__version__}, probe {VERSION}"
     stored = json.loads(file.read_text()) if file.is_file() else {}
-    if again or "pair" not in stored.get(key, ()):  # earlier versions did not measure it
+    if again or key not in stored:
         stored[key] = measured()
         file.parent.mkdir(parents=True, exist_ok=True)
         write(file, json.dumps(stored, indent=1))

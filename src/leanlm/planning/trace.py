@@ -31,7 +31,7 @@ class Work(NamedTuple):
         flops: floating-point operations in matrix products, attention and recurrences.
         moved: bytes that it reads and writes.
         fresh: of these, bytes of new pages of 2 MiB; on a CPU what is freed goes back to the system.
-        small: bytes of new pages of 4 KiB: of tensors below 2 MiB, and on average half of that at the end of larger ones.
+        small: bytes of new pages of 4 KiB: of tensors below 2 MiB, and on average as much at the two ends of larger ones.
         dtype: of its result.
         collective: kind of communication; empty: none.
         size: bytes of the payload.
@@ -111,6 +111,7 @@ class Trace(TorchDispatchMode):
         storage = _local(tensor).untyped_storage()
         number, now = self.known[storage._cdata], storage.nbytes()
         if now != self.sizes[number]:
+            self.work[self.phase][Work(0, 0, *_pages([now] if now >= self.own else []))] += self.times
             self.events.append((number, now - self.sizes[number]))
             self.sizes[number] = now
 
@@ -120,7 +121,7 @@ class Trace(TorchDispatchMode):
         number = self.known[key]
         if key not in self.away:
             self.away[key] = self.sizes[number]
-            self.work[self.phase][Work(fresh=self.sizes[number])] += self.times
+            self.work[self.phase][Work(small=self.sizes[number])] += self.times
             self.events.append((number, -self.sizes[number]))
             self.sizes[number] = 0
 
@@ -225,10 +226,9 @@ class Trace(TorchDispatchMode):
             return  # a view
         flops = flops_of(func, args, kwargs, out)
         moved = sum(map(_bytes, {id(part): part for part in [*inputs, *fresh]}.values()))
-        pages = [size for size in map(_bytes, fresh) if size >= self.own]
-        small = sum(size if size < LARGE else LARGE // 2 for size in pages)
+        pages = _pages(size for size in map(_bytes, fresh) if size >= self.own)
         dtype = str(writes[0].dtype if writes and isinstance(writes[0], Tensor) else inputs[0].dtype).removeprefix("torch.")
-        self.work[self.phase][Work(flops, moved, sum(pages) - small, small, dtype)] += self.times
+        self.work[self.phase][Work(flops, moved, *pages, dtype)] += self.times
 
 
 def peaks(trace: Trace) -> dict[str, dict[str, int]]:
@@ -268,6 +268,13 @@ def _local(tensor: Any) -> Tensor:
 def _bytes(tensor: Any) -> int:
     mine = _local(tensor)
     return mine.numel() * mine.element_size()
+
+
+def _pages(sizes: Iterable[int]) -> tuple[int, int]:
+    """`fresh` and `small` bytes of new tensors, see `Work`."""
+    every = list(sizes)
+    small = sum(min(size, LARGE) for size in every)
+    return sum(every) - small, small
 
 
 def _ranks(args: Any) -> int:
