@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -74,26 +74,67 @@ def search(
     Raises:
         UserError: no simulation has ended in time.
     """
-    workers = max(1, min(cores(), 8, memory_limit() // WORKER))
-    waiting = [_Worker(settings, vocabulary, device) for _ in range(workers)]  # they import while plans are enumerated
+    team = [_Worker(settings, vocabulary, device) for _ in range(max(1, min(cores(), 8, memory_limit() // WORKER)))]
+    try:  # they import while plans are enumerated
+        queue, candidates = _in_order(settings, vocabulary, device, devices, allow)
+        fitting, others = _simulated(queue, team, wanted)
+    finally:
+        for worker in team:
+            worker.process.kill()  # Lightning puts off SIGTERM until its loop is done
+            worker.process.join()
+    if not fitting and not others:
+        raise UserError(
+            f"none of {candidates} plans could be simulated within {SECONDS + ANSWER:.0f} s: write fewer devices, "
+            "a shorter sequence or a smaller model"
+        )
+    fitting.sort(key=lambda found: found.seconds)
+    others.sort(key=lambda found: found.seconds)
+    least = min([*fitting, *others], key=lambda found: found.fullest.over)
+    return Answer(fitting, others[:unfit], least, candidates, len(fitting) + len(others))
+
+
+class _Family(NamedTuple):
+    """Plans that differ in their micro-batches, from the fastest on that may fit: whether even that is hopeless, its rough
+    seconds, and the rough bytes of the last."""
+
+    hopeless: bool
+    seconds: float
+    least: float
+    plans: list[Plan]
+
+
+def _in_order(
+    settings: Settings, vocabulary: int, device: Device, devices: int, allow: Iterable[str]
+) -> tuple[list[_Family], int]:
+    """Families, the likeliest first, and how many plans there are."""
     whole = stages(settings.config, Plan(), vocabulary)
     rough = Estimate(settings, vocabulary, device)
     groups = families(settings, devices, whole, device, allow)
-    figures = {id(plans): [rough(plan) for plan in plans] for plans in groups}
-    queue: list[tuple[bool, float, list[Plan]]] = []  # whether it is hopeless, rough seconds, a family from there on
+    figures = [[rough(plan) for plan in plans] for plans in groups]
     smallest = min(
-        ((figure.bytes, plan) for plans in groups for plan, figure in zip(plans, figures[id(plans)], strict=True)),
-        key=lambda pair: pair[0],
-    )[1]
-    for plans in groups:
-        guess, room = figures[id(plans)], rough.room(plans[0])
-        first = next((i for i, figure in enumerate(guess) if figure.bytes < room), len(plans) - 1)
-        hopeless = guess[first].bytes > HOPELESS * room
-        queue.append((hopeless, guess[first].seconds * LATER.get(plans[first].schedule, 1), plans[first:]))
-    queue.sort(key=lambda entry: entry[:2])
-    queue.insert(2, (False, 0.0, [smallest]))  # it tells the least budget, and may take as long to simulate as several others
+        ((figure.bytes, plan) for plans, guess in zip(groups, figures, strict=True)
+         for plan, figure in zip(plans, guess, strict=True)), key=lambda pair: pair[0])[1]  # fmt: skip
+    queue = []
+    for plans, guess in zip(groups, figures, strict=True):
+        room = rough.room(plans[0])
+        fit = [i for i, figure in enumerate(guess) if figure.bytes < room]
+        # along a pipeline more micro-batches may be faster, elsewhere the fewest are
+        first = min(fit, key=lambda i: guess[i].seconds) if fit else len(plans) - 1
+        rest = [plan for plan in plans[first:] if plan is not smallest]
+        seconds = guess[first].seconds * LATER.get(plans[0].schedule, 1)
+        if rest:
+            queue.append(_Family(guess[first].bytes > HOPELESS * room, seconds, rough(rest[-1]).bytes, rest))
+    queue.sort(key=lambda family: family[:2])
+    # it tells the least budget, and may take as long to simulate as several others
+    queue.insert(2, _Family(False, 0.0, rough(smallest).bytes, [smallest]))
+    return queue, sum(map(len, groups))
+
+
+def _simulated(queue: list[_Family], team: list["_Worker"], wanted: int) -> tuple[list[Any], list[Any]]:
+    """Predictions that fit, and those that do not."""
     fitting: list[Any] = []
     others: list[Any] = []
+    waiting, running = list(team), dict[Any, tuple[_Worker, _Family]]()
     until = time.monotonic() + SECONDS
 
     def extra() -> float:
@@ -105,55 +146,34 @@ def search(
     def more() -> bool:
         return len(fitting) < wanted and time.monotonic() < until + extra()
 
-    def take() -> list[Plan]:
+    def take() -> _Family:
         if fitting or time.monotonic() < until:
-            return queue.pop(0)[-1]
+            return queue.pop(0)
         # before it is said that none fits: the family whose last plan, of the most micro-batches, is the smallest
-        least = min(range(len(queue)), key=lambda i: rough(queue[i][-1][-1]).bytes)
-        return queue.pop(least)[-1][-1:]
+        family = queue.pop(min(range(len(queue)), key=lambda i: queue[i].least))
+        return family._replace(plans=family.plans[-1:])
 
-    running: dict[Any, tuple[_Worker, list[Plan]]] = {}
-
-    def start(plan: Plan, rest: list[Plan]) -> None:
-        worker = waiting.pop()
-        with suppress(BrokenPipeError):  # it has been ended; its answer will say so
-            worker.pipe.send(plan)
-        running[worker.pipe] = worker, [plan, *rest]
-
-    try:
-        while running or (queue and more()):
-            while queue and waiting and more():
-                plan, *rest = take()
-                start(plan, rest)
-            ready = connection.wait(list(running), max(0.0, until + (extra() or PATIENCE) - time.monotonic()))
-            if not ready:
-                break
-            for pipe in ready:
-                worker, (plan, *rest) = running.pop(pipe)
-                found = worker.answer(last=not running and not waiting)
-                if found is None:  # the system had not enough memory for all
-                    queue.insert(0, (False, 0.0, [plan, *rest]))
-                    continue
-                waiting.append(worker)
-                if found.fits:
-                    fitting.append(found)
-                    continue
-                others.append(found)
-                if rest:  # more micro-batches, of fewer rows: so many that what grows with rows may fit
-                    queue.insert(0, (False, 0.0, rest[_next(found, rest) :]))
-    finally:
-        for worker in (*waiting, *(worker for worker, _ in running.values())):
-            worker.process.kill()  # Lightning puts off SIGTERM until its loop is done
-            worker.process.join()
-    if not fitting and not others:
-        raise UserError(
-            f"none of {sum(map(len, groups))} plans could be simulated within {SECONDS + ANSWER:.0f} s: write fewer devices, "
-            "a shorter sequence or a smaller model"
-        )
-    fitting.sort(key=lambda found: found.seconds)
-    others.sort(key=lambda found: found.seconds)
-    least = min([*fitting, *others], key=lambda found: found.fullest.over)
-    return Answer(fitting, others[:unfit], least, sum(map(len, groups)), len(fitting) + len(others))
+    while running or (queue and more()):
+        while queue and waiting and more():
+            worker, family = waiting.pop(), take()
+            with suppress(BrokenPipeError):  # it has been ended; its answer will say so
+                worker.pipe.send(family.plans[0])
+            running[worker.pipe] = worker, family
+        ready = connection.wait(list(running), max(0.0, until + (extra() or PATIENCE) - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            worker, family = running.pop(pipe)
+            found = worker.answer(last=not running and not waiting)
+            if found is None:  # the system had not enough memory for all
+                queue.insert(0, family)
+                continue
+            waiting.append(worker)
+            (fitting if found.fits else others).append(found)
+            rest = family.plans[1:]
+            if rest and not found.fits:  # more micro-batches, of fewer rows: so many that what grows with rows may fit
+                queue.insert(0, family._replace(plans=rest[_next(found, rest) :]))
+    return fitting, others
 
 
 class _Worker:
