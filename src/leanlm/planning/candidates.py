@@ -99,6 +99,8 @@ class Estimate:
         # 5 iterations of Newton and Schulz, of which each multiplies three times; not divided but along a pipeline
         matrices = self.blocks * one.elements[one.split[0][0]]
         self.update = 30 * width * matrices if settings.config.optim.name == "muon" else 0.0
+        # bytes of weights that a recurrence reads again for each token, twice in backward
+        self.again = 3 * 4 * one.elements[one.split[0][0]] / 2 * settings.config.sequence if one.recurrent else 0.0
         self.averages = {"adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0}[settings.config.optim.name]
 
     def room(self, plan: Plan) -> float:
@@ -142,6 +144,7 @@ class Estimate:
         if plan.tensor > 1:
             sent += 8 * self.hidden * rows * micros * self.blocks / plan.pipeline
         seconds += sent / device.link + micros * self.blocks * 120 * device.overhead
+        seconds += micros * self.blocks * self.again / (plan.pipeline * plan.tensor * device.bandwidth * speed)
         if plan.offload != "none":
             seconds *= 1.5
         half = device.flops.get("bfloat16", device.flops["float32"])

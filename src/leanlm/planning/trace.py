@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from leanlm.memory.malloc import LARGE
-from leanlm.planning.kernels import flops_of, lstm_scratch, lstm_workspace
+from leanlm.planning.kernels import flops_of, lstm_scratch, lstm_workspace, read_again
 
 PARTS = ("weights", "gradients", "state", "activations", "logits", "buffers", "temporaries")
 FREED = "freed"
@@ -225,7 +225,7 @@ class Trace(TorchDispatchMode):
         if not writes and "out" not in kwargs:
             return  # a view
         flops = flops_of(func, args, kwargs, out)
-        moved = sum(map(_bytes, {id(part): part for part in [*inputs, *fresh]}.values()))
+        moved = sum(map(_bytes, {id(part): part for part in [*inputs, *fresh]}.values())) + read_again(func, args)
         pages = _pages(size for size in map(_bytes, fresh) if size >= self.own)
         dtype = str(writes[0].dtype if writes and isinstance(writes[0], Tensor) else inputs[0].dtype).removeprefix("torch.")
         self.work[self.phase][Work(flops, moved, *pages, dtype)] += self.times
