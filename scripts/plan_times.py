@@ -92,7 +92,7 @@ def main() -> None:
                 settings = check(compose("train", overrides=single))
             devices = int(dict(part.split("=", 1) for part in overrides).get("devices", 1))
             vocabulary = tokens(settings).tokenizer.vocabulary
-            chosen = search(settings, vocabulary, this_machine(), devices, wanted=3).fitting[0].plan
+            chosen = search(settings, vocabulary, this_machine(), devices, wanted=4).fitting[0].plan
             plans = [chosen, *(plan for plan in spread(settings, vocabulary, devices, asked.plans) if plan != chosen)]
             size = settings.config.global_batch * settings.config.sequence
             record: dict = {"problem": PROBLEMS[number], "plans": []}

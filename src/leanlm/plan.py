@@ -99,7 +99,7 @@ def choose(settings: Settings, scale: float = 1.0, beside: int | None = None) ->
         held = device.process[2]
         device = replace(device, memory=device.memory - (held if beside is None or config.restarts else beside))
     vocabulary = tokens(settings).tokenizer.vocabulary
-    answer = search(settings, vocabulary, device, count, config.allow, wanted=3)
+    answer = search(settings, vocabulary, device, count, config.allow, wanted=4)
     budget = report.budgets(device, count)
     if not answer.fitting and not answer.least.tight:
         raise UserError(

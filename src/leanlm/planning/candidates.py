@@ -8,6 +8,7 @@ from typing import Any
 from leanlm.config import Settings, cuts
 from leanlm.memory import offload
 from leanlm.planning.device import MARGIN, Device
+from leanlm.planning.probe import sent
 from leanlm.planning.simulate import Stages, stages
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
@@ -137,13 +138,19 @@ class Estimate:
         if plan.pipeline > 1:
             part = {"interleaved": 0.5, "zero-bubble": 0.3}.get(plan.schedule, 1.0)
             seconds *= 1 + part * (plan.pipeline - 1) / plan.accumulate_grad_batches
-        micros, bytes_ = plan.accumulate_grad_batches, self.parameters * 4
-        sent = 2.0 * bytes_ / (plan.pipeline * plan.tensor) * (plan.readers > 1)
-        if plan.shard > 1:
-            sent = bytes_ * 3 * micros / (plan.pipeline * plan.tensor)
-        if plan.tensor > 1:
-            sent += 8 * self.hidden * rows * micros * self.blocks / plan.pipeline
-        seconds += sent / device.link + micros * self.blocks * 120 * device.overhead
+        micros, mine = plan.accumulate_grad_batches, self.parameters * 4 / (plan.pipeline * plan.tensor)
+
+        def sending(kind: str, payload: float, ranks: int) -> float:
+            return payload * sent(kind, ranks) / device.links.get(kind, device.link)
+
+        if plan.shard > 1:  # gathered forward and backward; and by Muon, as whole matrices
+            gathered = 2 * micros + (config.optim.name == "muon")
+            seconds += sending("all-gather", gathered * mine, plan.shard) + sending("reduce-scatter", micros * mine, plan.shard)
+        if plan.replicate > 1:
+            seconds += sending("all-reduce", mine / plan.shard, plan.replicate) * (1.5 if plan.zero1 else 1)
+        if plan.tensor > 1:  # hidden states twice forward and twice backward
+            seconds += sending("all-reduce", 4 * self.hidden * rows * micros * self.blocks / plan.pipeline, plan.tensor)
+        seconds += micros * self.blocks * 120 * device.overhead
         seconds += micros * self.blocks * self.again / (plan.pipeline * plan.tensor * device.bandwidth * speed)
         if plan.offload != "none":
             seconds *= 1.5
