@@ -31,7 +31,7 @@ def test_a_trace_counts_what_real_tensors_hold() -> None:
 
 
 def test_new_pages_are_small_up_to_two_mebibytes_of_each_tensor() -> None:
-    """A tensor begins anywhere (measured: 606 faults of 4 KiB for 2.4 MiB, 769 for 3, 516 for 6 and for 8)."""
+    """A tensor begins anywhere (measured: 606 faults of 4 KiB for 2.4 MiB, 769 for 3, 516 for 8)."""
     with Trace(vocabulary=7, own=512 << 10) as trace:
         for mebibytes in (1, 3, 8):
             trace.enter(str(mebibytes))

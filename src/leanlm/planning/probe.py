@@ -32,7 +32,7 @@ def measured() -> dict[str, Any]:
 
 
 def probe() -> dict[str, Any]:
-    """Rates of this machine, and what its processes weigh; measured in about seventeen seconds.
+    """Rates of this machine, and what its processes weigh; measured in about 24 seconds.
 
     What one process does is measured where it is alone and has all threads, and in two at once that share them: memory and
     new pages are not divided as cores are.
