@@ -28,6 +28,16 @@ def test_costs_are_the_products_of_the_model() -> None:
     assert costs(net)["0"] == 2 * tokens * (8 * width**2)
 
 
+def test_blocks_of_the_same_shapes_may_cost_more_or_less() -> None:
+    with without_storage():
+        net = Transformer(1000, 32, width=64, depth=3, heads=4)
+    plain = costs(net)
+    once, block = net.blocks["1"].forward, net.blocks["1"]
+    block.times = 2
+    block.forward = lambda hidden, state: once(once(hidden, state)[0], state)
+    assert costs(net) == plain | {"1": 2 * plain["1"]}
+
+
 @pytest.mark.parametrize("stages", [2, 3, 4])
 @pytest.mark.parametrize("head", [0.0, 3.0, 40.0])
 def test_the_costliest_stage_costs_least(stages: int, head: float) -> None:

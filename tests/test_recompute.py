@@ -256,3 +256,13 @@ def test_a_graph_that_is_given_up_is_freed_though_what_it_kept_was_offloaded(
     storage = StorageWeakRef(result.untyped_storage())
     del result
     assert storage.expired()
+
+
+def test_weights_that_backward_reads_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    moved, empty = list[torch.Size](), offload.Scratch.empty
+    monkeypatch.setattr(offload.Scratch, "empty", lambda self, size, dtype: moved.append(size) or empty(self, size, dtype))
+    layer, x = torch.nn.Linear(6, 5), torch.ones(2, 3, requires_grad=True)
+    with offload.activations(layer, torch.device("cpu")):
+        layer(x.repeat(1, 2))
+    assert moved == [(2, 6)], "the input alone"
