@@ -237,7 +237,7 @@ def test_only_what_has_pages_of_its_own_is_offloaded() -> None:
     """A small tensor shares pages of the heap with others: they would stay."""
     layer, others = nn.Linear(256, 256), len(offload.scratch().mapped)
     for rows, moved in ((1024, 0), (4096, 1)):  # 1 and 4 MiB
-        with offload.activations(layer, torch.device("cpu")):
+        with offload.activations(layer):
             out = layer(torch.randn(rows, 256))
         assert len(offload.scratch().mapped) - others == moved
         del out
@@ -251,7 +251,7 @@ def test_a_graph_that_is_given_up_is_freed_though_what_it_kept_was_offloaded(
     beyond it: 1,084 MiB of a rank instead of 657."""
     monkeypatch.setattr(offload, "SMALLEST", 0 if moved else offload.SMALLEST)
     layer = nn.Linear(64, 64)
-    with offload.activations(layer, torch.device("cpu")):
+    with offload.activations(layer):
         result = layer(torch.ones(8, 64)).exp()  # which keeps its result
     storage = StorageWeakRef(result.untyped_storage())
     del result
@@ -263,6 +263,6 @@ def test_weights_that_backward_reads_stay_where_they_are(monkeypatch: pytest.Mon
     moved, empty = list[torch.Size](), offload.Scratch.empty
     monkeypatch.setattr(offload.Scratch, "empty", lambda self, size, dtype: moved.append(size) or empty(self, size, dtype))
     layer, x = torch.nn.Linear(6, 5), torch.ones(2, 3, requires_grad=True)
-    with offload.activations(layer, torch.device("cpu")):
+    with offload.activations(layer):
         layer(x.repeat(1, 2))
     assert moved == [(2, 6)], "the input alone"

@@ -10,3 +10,7 @@ put_off_imports()
 
 # on a CPU torch then asks Linux for pages of 2 MiB for large tensors, which come faster; it reads this once
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# on a GPU, what was freed then makes room for tensors of any size; torch reads this once too
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

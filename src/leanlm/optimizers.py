@@ -95,15 +95,23 @@ class Muon(torch.optim.Muon):
             if parameter.grad is not None and not self.state[parameter]:
                 self.state[parameter] = {"momentum_buffer": torch.zeros_like(self.owned(parameter.grad))}
         super()._init_group(group, params_with_grad, grads, muon_momentum_bufs)
-        ours = [i for i, momentum in enumerate(muon_momentum_bufs) if self.stochastic or is_spread(momentum)]
+        ours = [
+            i
+            for i, (momentum, grad) in enumerate(zip(muon_momentum_bufs, grads, strict=True))
+            if self.stochastic or is_spread(momentum) or momentum.device != grad.device  # offloaded by a GPU
+        ]
         for i in reversed(ours):  # torch updates what is left in the lists
             self._update(params_with_grad.pop(i), grads.pop(i), muon_momentum_bufs.pop(i), group)
         return False
 
     def _update(self, parameter: Tensor, grad: Any, momentum: Tensor, group: dict[str, Any]) -> None:
         grad = self.owned(grad)
-        momentum.lerp_(grad, 1 - group["momentum"])
-        gradient = whole(grad.lerp(momentum, group["momentum"]))
+        here = momentum.to(grad.device)
+        here.lerp_(grad, 1 - group["momentum"])
+        gradient = whole(grad.lerp(here, group["momentum"]))
+        if here is not momentum:
+            momentum.copy_(here)
+        del here
         change = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         own = {key: group[key] for key in ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
         muon([change], [gradient], [torch.zeros_like(gradient)], lr=group["lr"], weight_decay=0, momentum=0, nesterov=False,

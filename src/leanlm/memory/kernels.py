@@ -1,6 +1,6 @@
-"""Which kernel computes recurrent layers on a CPU.
+"""Which kernels compute what: those of a GPU or of a CPU, and on a CPU, whose of recurrent layers.
 
-oneDNN's keeps a workspace of about 70 bytes for each token and unit of a float32 LSTM, torch's own 32.
+oneDNN's LSTM keeps a workspace of about 70 bytes for each token and unit in float32, torch's own 32.
 """
 
 import warnings
@@ -14,21 +14,36 @@ from torch.utils._pytree import tree_map_only
 CHOICES = ("onednn", "native")
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a GPU's kernels compute with a tensor. A simulation answers for the device that it plans for."""
+    return tensor.device.type not in ("cpu", "meta")
+
+
+def low_precision(tensor: Tensor) -> torch.dtype:
+    """The type in which products with a tensor are computed."""
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
 def choose(net: nn.Module, kernel: str) -> None:
-    """Let the recurrent layers of a model use oneDNN's kernel, which is for LSTMs alone, or torch's own."""
+    """Let the recurrent layers of a model use oneDNN's kernel on a CPU, which is for LSTMs alone, or torch's own."""
     if kernel == "native":
         warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # torch's own switch touches that too
     for part in net.modules():
-        if isinstance(part, nn.RNNBase) and (kernel == "native" or not isinstance(part, nn.LSTM)):
-            part.forward = partial(_native, part.forward, kernel == "native")
+        if isinstance(part, nn.RNNBase):
+            part.forward = partial(_recurrence, part.forward, kernel == "native", isinstance(part, nn.LSTM))
 
 
-def _native(forward: Any, off: bool, hidden: Tensor, before: Any = None) -> Any:
-    """Without autocast on a CPU: token by token it would keep a bf16 copy of the weights for each token."""
-    if torch.is_autocast_enabled("cpu") and hidden.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            return _native(forward, off, *tree_map_only(Tensor, Tensor.float, (hidden, before)))
-    if not off:
+def _recurrence(forward: Any, native: bool, lstm: bool, hidden: Tensor, before: Any = None) -> Any:
+    """In float32 where autocast's kernels would not do: token by token a CPU's would keep a bf16 copy of the weights for each
+    token, and cuDNN's take fp16 (torch's autocast gives them no other), in which small gradients are lost."""
+    kind, gpu = hidden.device.type, on_gpu(hidden)
+    if low_precision(hidden) != hidden.dtype and (gpu or native or not lstm):
+        with torch.autocast(kind, enabled=False):
+            return _recurrence(forward, native, lstm, *tree_map_only(Tensor, Tensor.float, (hidden, before)))
+    if gpu or not native:
         return forward(hidden, before)
     with torch.backends.mkldnn.flags(enabled=False):
         return forward(hidden, before)

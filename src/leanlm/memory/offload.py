@@ -1,6 +1,6 @@
 """Tensors in a file instead of in memory: what is needed later is written, its pages leave the process, and come back by use.
 
-On a GPU, activations go to pinned host memory instead (torch.autograd.graph.save_on_cpu).
+A GPU's activations go to pinned host memory instead.
 """
 
 import mmap
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from leanlm.memory import kernels
 from leanlm.memory.malloc import LARGE
 from leanlm.spread import layout, local, place, with_layout
 
@@ -106,6 +107,18 @@ class _Kept:
         self.file.forget(self.tensor)
 
 
+class _Pinned:
+    """An activation of a GPU in host memory, from which it is copied while the GPU computes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.device = tensor.device
+        self.tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=True)
+        self.tensor.copy_(tensor, non_blocking=True)
+
+    def read(self) -> Tensor:
+        return self.tensor.to(self.device, non_blocking=True)
+
+
 def _dense(tensor: Tensor) -> bool:
     """Whether its elements fill a piece of memory, in whatever order of dimensions."""
     length = 1
@@ -116,17 +129,15 @@ def _dense(tensor: Tensor) -> bool:
     return True
 
 
-def activations(module: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+def activations(module: nn.Module) -> AbstractContextManager[Any]:
     """A context in which what autograd keeps for backward is not kept in the device's memory. Bitwise.
+
+    torch.autograd.graph.save_on_cpu would copy the parameters too, and once for each layer what several read.
 
     Args:
         module: its parameters stay where they are.
-        device: of the activations.
     """
-    if device.type != "cpu":
-        return torch.autograd.graph.save_on_cpu(pin_memory=True)
-    file = scratch()
-    known: dict[tuple, tuple[StorageWeakRef, weakref.ref[_Kept]]] = {}  # what several layers read is kept once
+    known: dict[tuple, tuple[StorageWeakRef, weakref.ref[_Kept | _Pinned]]] = {}  # what several layers read is kept once
 
     def pack(tensor: Tensor) -> Any:
         mine = local(tensor)
@@ -138,7 +149,7 @@ def activations(module: nn.Module, device: torch.device) -> AbstractContextManag
         storage, before = known.get(key, (None, None))
         kept = before() if before is not None and storage is not None and not storage.expired() else None
         if kept is None:
-            kept = _Kept(file, mine.detach())
+            kept = _Pinned(mine.detach()) if kernels.on_gpu(mine) else _Kept(scratch(), mine.detach())
             known[key] = StorageWeakRef(mine.untyped_storage()), weakref.ref(kept)
         return kept, layout(tensor)
 

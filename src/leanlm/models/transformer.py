@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leanlm.memory import kernels
 from leanlm.models.contract import Model
 from leanlm.models.dropout import RowDropout
 from leanlm.models.head import head_problems, make_head
@@ -226,8 +227,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
         grouped = key.shape[1] != query.shape[1]
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
 
-    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    if query.device.type == "cpu" and low != torch.float32 and query.dtype != torch.float64:
+    low = kernels.low_precision(query)
+    if kernels.on_gpu(query):
+        if low == torch.float32 and key.shape[1] != query.shape[1]:
+            # its float32 kernel knows no groups: torch would keep the probabilities of all pairs of positions
+            key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+        return attention(query, key, value)
+    if low != torch.float32 and query.dtype != torch.float64:
         # the CPU's flash kernel takes 3 times as long in bf16 as in fp32 at 64 to 128 positions
         with torch.autocast("cpu", enabled=False):
             return attention(query.float(), key.float(), value.float()).to(low)

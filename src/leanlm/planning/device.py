@@ -16,6 +16,7 @@ from leanlm.planning.probe import VERSION, measured
 from leanlm.runs import write
 
 LISTS = ("memory", "speed")  # of a config, what may be given for each device
+SIZES = ("context", "workspace", "communicator")
 MARGIN = 0.05  # of a budget that is left free: predictions have errors
 UNITS = {"": 1, "B": 1}
 for power, letter in enumerate("KMGT", 1):
@@ -36,7 +37,10 @@ class Device:
         links: the same by the kind of communication, where kinds differ (gloo's do).
         latency: seconds of a collective operation without payload.
         overhead: seconds of an operation without work.
-        context: bytes that the driver, cuBLAS and NCCL take before the first tensor.
+        context: bytes that a GPU's driver and the kernels take.
+        workspace: bytes that cuBLAS takes for each thread that multiplies.
+        communicator: bytes that NCCL takes for each group of ranks.
+        threads: that a GPU keeps resident.
         process: bytes of a process that trains alone before it has built anything, of one of several, and of what starts
             these, without the pages that they share.
         common: bytes of the pages of libraries, which several processes share.
@@ -56,6 +60,9 @@ class Device:
     latency: float
     overhead: float
     context: int = 0
+    workspace: int = 0
+    communicator: int = 0
+    threads: int = 0
     process: tuple[int, int, int] = (0, 0, 0)
     common: int = 0
     links: dict[str, float] = field(default_factory=dict, hash=False)
@@ -169,7 +176,7 @@ def of_config(node: dict[str, Any], devices: int | None = None) -> Device:
         raise UserError(*problems)
     if "flops" in node:
         memories = tuple(map(size, lists["memory"]))
-        known = {key: value for key, value in node.items() if key not in LISTS}
+        known = {key: size(value) if key in SIZES else value for key, value in node.items() if key not in LISTS}
         return Device(**known, memory=min(memories or (size(node["memory"]),)), memories=memories, speeds=lists["speed"])
     here = this_machine()
     return replace(here, memory=size(node["memory"])) if node.get("memory") else here

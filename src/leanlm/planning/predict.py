@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from leanlm.config import Settings
+from leanlm.planning import gpu
 from leanlm.planning.device import MARGIN, Device
 from leanlm.planning.probe import sent
 from leanlm.planning.simulate import BEFORE, Stages, Step, ends, simulate, stages
 from leanlm.planning.trace import FREED, Trace, Work, peaks
 from leanlm.strategies import balance
-from leanlm.strategies.plan import PRECISIONS, Plan
+from leanlm.strategies.plan import AXES, PRECISIONS, Plan
 from leanlm.strategies.schedules import SCHEDULES, stages_of
 
 MICROS = 2  # micro-batches that are simulated; the others are as the last of these (a pipeline's: see _fewer_micro_batches)
@@ -29,8 +30,9 @@ class Need:
 
     Attributes:
         rank: which.
-        parts: bytes at its largest moment: those of PARTS, `overhead` (allocator, pages of libraries that a step touches,
-            driver), and on a CPU `process` (Python and what it has imported).
+        parts: bytes at its largest moment: those of PARTS; on a CPU `overhead` (allocator, pages of libraries that a step
+            touches) and `process` (Python and what it has imported); on a GPU `workspaces` (cuBLAS), `allocator` (what the
+            caching allocator holds beyond tensors) and `context` (driver, kernels, NCCL).
         seconds: of one optimizer step as far as it was simulated, if no rank waits for another.
         optimizer: of these, the update of the weights.
         memory: bytes that its device has.
@@ -114,12 +116,12 @@ def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
     few = small.plan.accumulate_grad_batches
     whole = stages(settings.config, plan, vocabulary)
     needs, order = [], dict[int, list[tuple[str, int, int]]]()
-    share, copies = device.share(plan.world), device.accelerator == "cpu"
+    share = device.share(plan.world)
     alike = plan.world // plan.pipeline  # ranks in a row that hold the same blocks
     for rank in kinds_of_ranks(plan, whole, device.alike):
-        view, order = _view_of(small, vocabulary, rank, whole, copies)
+        view, order = _view_of(small, vocabulary, rank, whole, device)
         if micros > few and plan.pipeline > 1 and plan.schedule not in BUFFERS_ALONE:
-            more, _ = _view_of(_with(settings, few + plan.pipeline), vocabulary, rank, whole, copies)
+            more, _ = _view_of(_with(settings, few + plan.pipeline), vocabulary, rank, whole, device)
             view = replace(_between(view, more, (micros - few) / plan.pipeline), work=view.work)
         need = _need(rank, view, micros, plan, share.least(range(rank, rank + alike)), whole.recurrent)
         if plan.schedule in BUFFERS_ALONE:
@@ -187,15 +189,15 @@ class _View:
     work: dict[str, Counter[Work]]
 
 
-def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, copies: bool) -> tuple["_View", dict]:
+def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, device: Device) -> tuple["_View", dict]:
     """A rank with all its blocks, and the order of a pipeline's work."""
     plan = settings.plan
     even = whole.alike and plan.recompute in ("none", "blocks", "operators")
     ended = 2 * ends(plan)  # so many blocks of a stage are simulated, and one more: what the others add is the difference
     if not even or max(map(len, whole.split)) <= ended + 1:
-        step = simulate(settings, vocabulary, rank, copies=copies)
+        step = simulate(settings, vocabulary, rank, device=device)
         return _view(step), step.order
-    few, more = (simulate(settings, vocabulary, rank, blocks, copies) for blocks in (ended, ended + 1))
+    few, more = (simulate(settings, vocabulary, rank, blocks, device) for blocks in (ended, ended + 1))
     if few.blocks == more.blocks:  # this rank's stages are shorter than others'
         return _view(more), more.order
     times = (blocks_held(plan, rank, whole) - few.blocks) / (more.blocks - few.blocks)
@@ -242,9 +244,21 @@ def with_overhead(parts: dict[str, int], heap: int, plan: Plan, device: Device, 
     parts = dict(parts)
     freed = parts.pop(FREED)
     if device.accelerator != "cpu":
-        return parts | {"overhead": device.context}
+        workspaces = gpu.HANDLES * device.workspace
+        groups = _groups(plan)
+        return parts | {
+            "workspaces": workspaces,
+            "allocator": round(gpu.HOLES * (sum(parts.values()) + workspaces)),
+            "context": device.context + groups * device.communicator,
+        }
     holes = round((HEAP_RECURRENT if recurrent else HEAP) * heap)
     return parts | {"overhead": _libraries(plan) + holes + freed, "process": device.process[int(plan.world > 1)]}
+
+
+def _groups(plan: Plan) -> int:
+    """Groups of ranks that one belongs to: of all, and of each axis if there are several."""
+    axes = sum(getattr(plan, axis) > 1 for axis in AXES)
+    return axes + (axes > 1)
 
 
 def _libraries(plan: Plan) -> int:

@@ -20,6 +20,7 @@ from leanlm import optimizers
 from leanlm.data.batches import Batch
 from leanlm.memory import loss, offload, state
 from leanlm.memory.offload import Scratch
+from leanlm.planning import gpu
 from leanlm.planning.trace import Trace, Work
 from leanlm.strategies.plan import Plan
 
@@ -39,6 +40,7 @@ def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for context in (ranks(rank, plan.world), meshes_with_numbers(), resizing(trace, plan), few_pieces(trace),
                         alike_matrices(trace), tables_of_its_own(), sending(plan), file_of_pages(trace),
+                        contextlib.nullcontext() if trace.threads is None else gpu.kernels_of_a_gpu(),
                         FakeTensorMode(allow_non_fake_inputs=True), trace):  # fmt: skip
             stack.enter_context(context)
         yield

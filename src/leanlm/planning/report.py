@@ -19,6 +19,9 @@ FREES = {  # part -> what makes it smaller
     "temporaries": "more strategy.accumulate_grad_batches",
     "overhead": "a larger device",
     "process": "fewer processes on this machine",
+    "workspaces": "a larger device",
+    "allocator": "a larger device",
+    "context": "a larger device",
 }
 
 

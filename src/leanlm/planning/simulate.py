@@ -22,6 +22,7 @@ from leanlm.data.batches import Batch
 from leanlm.memory import malloc
 from leanlm.models.contract import without_storage
 from leanlm.planning import pretend
+from leanlm.planning.device import Device
 from leanlm.planning.trace import Trace
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
@@ -44,7 +45,9 @@ class Step:
     order: dict[int, list[tuple[str, int, int]]]
 
 
-def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | None = None, copies: bool = False) -> Step:
+def simulate(
+    settings: Settings, vocabulary: int, rank: int = 0, blocks: int | None = None, device: Device | None = None
+) -> Step:
     """A training step of one rank, by an optimizer that has its state.
 
     Args:
@@ -52,12 +55,15 @@ def simulate(settings: Settings, vocabulary: int, rank: int = 0, blocks: int | N
         vocabulary: token types.
         rank: from 0 to below `settings.plan.world`.
         blocks: build at most so many of each stage, of a model whose `depth` is their number; None: all.
-        copies: count those that gloo makes.
+        device: of a CPU, the copies that gloo makes count too; of a GPU, its kernels; None: torch's part on a CPU.
     """
     plan = replace(settings.plan, compile=False)  # what a compiler fuses is not known before; it holds no more
     config = replace(settings.config, device={"accelerator": "cpu"})
     whole = stages(config, plan, vocabulary)
-    trace = Trace(vocabulary, copies, malloc.own_pages(whole.parameters), pinned=whole.recurrent and copies)
+    copies = device is not None and device.accelerator == "cpu"
+    threads = device.threads if device is not None and not copies else None
+    own = malloc.own_pages(whole.parameters)
+    trace = Trace(vocabulary, copies, own, pinned=whole.recurrent and copies, threads=threads)
     built = [len(names[:blocks]) for names in whole.split]
     if plan.pipeline > 1:
         plan = replace(plan, stage_blocks=built)

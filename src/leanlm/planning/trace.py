@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from leanlm.memory.malloc import LARGE
+from leanlm.planning import gpu
 from leanlm.planning.kernels import flops_of, lstm_scratch, lstm_workspace, read_again
 
 PARTS = ("weights", "gradients", "state", "activations", "logits", "buffers", "temporaries")
@@ -58,6 +59,7 @@ class Trace(TorchDispatchMode):
         copies: count the copy that gloo makes of what it gathers or scatters (measured: all of the payload, until it is done).
         own: bytes from which on a tensor has pages of its own.
         pinned: whether the heap of smaller ones never shrinks: what a recurrence makes last, at its end, goes last too.
+        threads: that a GPU keeps resident, if its kernels are meant; None: a CPU's.
 
     Attributes:
         events: (number of a storage, its bytes; negative when it goes), in order.
@@ -65,9 +67,10 @@ class Trace(TorchDispatchMode):
         work: phase -> how often each kind of operation ran in it.
     """
 
-    def __init__(self, vocabulary: int, copies: bool = False, own: int = LARGE, pinned: bool = False) -> None:
+    def __init__(self, vocabulary: int, copies: bool = False, own: int = LARGE, pinned: bool = False,
+                 threads: int | None = None) -> None:  # fmt: skip
         super().__init__()
-        self.vocabulary, self.copies, self.own, self.pinned = vocabulary, copies, own, pinned
+        self.vocabulary, self.copies, self.own, self.pinned, self.threads = vocabulary, copies, own, pinned, threads
         self.in_flight = (0, 0)  # number and bytes of such a copy
         self.events: list[tuple[int, int]] = []
         self.phases: list[tuple[int, str]] = [(0, "build")]
@@ -153,7 +156,9 @@ class Trace(TorchDispatchMode):
         if name == "aten::nonzero":  # of no one knows how many: the most that there can be
             out = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         else:
-            out = func(*args, **kwargs)
+            out = gpu.run(func, args, kwargs)
+        if self.threads is not None:
+            self._passing(gpu.beside(func, args, self.threads))
         if name == "aten::mkldnn_rnn_layer" and kwargs.get("train", args[-1]):  # torch's fake kernel leaves the workspace empty
             asked, touched = lstm_workspace(*args[0].shape, len(args[2]) // 4, args[0].dtype)
             out = *out[:3], args[0].new_empty(asked, dtype=torch.uint8)
@@ -175,6 +180,8 @@ class Trace(TorchDispatchMode):
         if key in self.known or tensor.device.type == "meta":
             return False
         size = storage.nbytes() if touched is None else touched
+        if self.threads is not None:
+            size = -(-size // gpu.ROUNDING) * gpu.ROUNDING
         self.count += 1
         self.known[key] = number = self.count
         self.sizes[number] = size

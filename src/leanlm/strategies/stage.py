@@ -74,7 +74,7 @@ class Stage(nn.Module):
             return out
         read = self._read_in_windows if self.window else self._read
         draws = partial(rows_of_step, self.seed, self.step, rows.to(x.device))
-        with activations(self, x.device) if self.offloads else nullcontext():
+        with activations(self) if self.offloads else nullcontext():
             out, after = read(x, targets, self._states(rows), draws)
         if self.carries_state:
             self.after[int(rows[0])] = [tuple(part.detach() for part in state) for state in after]
