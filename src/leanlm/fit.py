@@ -93,6 +93,8 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
     if settings.predicted is not None:
         result["predicted_peak_memory_bytes"] = settings.predicted["peak_memory_bytes"]
         result["predicted_seconds_per_step"] = settings.predicted["seconds_per_step"]
+    if cut.device.type == "cuda":
+        result["peak_allocated_bytes"] = of_ranks(torch.cuda.max_memory_allocated())
     if rank() == 0 or settings.plan.cuts_model:
         sample = _sample(cut, tokens.tokenizer, asked.sample, asked.sample_tokens)
     if rank() == 0:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.optim._adafactor import adafactor
 from torch.optim._muon import muon
 
-from leanlm.memory.offload import Scratch, scratch
+from leanlm.memory import kernels
+from leanlm.memory.offload import Away, host_memory, scratch
 from leanlm.memory.state import AdamW, put_away, rounded, rows_of_copies
 from leanlm.optim import Optim
 from leanlm.spread import is_spread, local, local_part, whole
@@ -43,18 +44,19 @@ def build(
     if optim.name == "adafactor":
         return Adafactor(groups, lr=optim.lr, foreach=False)  # foreach: temporary copies of all parameters at once
     stochastic = plan.precision == "bf16-stochastic"
-    file = scratch() if plan.offload in ("optimizer", "all") else None
-
+    away: Away | None = None
+    if plan.offload in ("optimizer", "all"):
+        away = host_memory() if kernels.on_gpu((hidden or groups[0]["params"])[0]) else scratch()
     copies = mesh["replicate"] if mesh is not None and plan.zero1 else None
 
     def adamw(groups: list[dict]) -> torch.optim.Optimizer:
         settings: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
-        if plan.optimizer_state != "fp32" or stochastic or file or plan.zero1:
-            return AdamW(groups, plan.optimizer_state, stochastic, copies, file, **settings)
+        if plan.optimizer_state != "fp32" or stochastic or away or plan.zero1:
+            return AdamW(groups, plan.optimizer_state, stochastic, copies, away, **settings)
         return torch.optim.AdamW(groups, **settings, fused=True)  # fused: no temporary copy of the parameters
 
     def muons(groups: list[dict]) -> torch.optim.Optimizer:
-        return Muon(groups, stochastic, copies, file, lr=optim.muon_lr, momentum=optim.momentum)
+        return Muon(groups, stochastic, copies, away, lr=optim.muon_lr, momentum=optim.momentum)
 
     if not hidden:
         return adamw(groups)
@@ -74,7 +76,7 @@ class Muon(torch.optim.Muon):
         groups: list[dict[str, Any]],
         stochastic: bool = False,
         copies: "DeviceMesh | None" = None,
-        scratch: Scratch | None = None,
+        scratch: Away | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(groups, **settings)

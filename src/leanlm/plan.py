@@ -108,7 +108,8 @@ def choose(settings: Settings, scale: float = 1.0, beside: int | None = None) ->
             "devices, allow=[optimizer_state,precision], or a smaller model or sequence"
         )
     best = answer.fitting[0] if answer.fitting else answer.least
-    predicted = [best.of_rank(rank).peak for rank in range(best.plan.world)]
+    needs = [best.of_rank(rank) for rank in range(best.plan.world)]
+    predicted = [need.peak - need.parts.get("context", 0) for need in needs]  # what a run can measure
     rest = answer.fitting[1:] or answer.others
     after = "".join(
         f"; next {one.seconds:.3g} s, {report.mib(one.fullest.peak)}: {report.arguments(one.plan)}" for one in rest[:1]

@@ -101,9 +101,9 @@ def validate_now(trainer: pl.Trainer) -> None:
 
 
 def peak_memory() -> int:
-    """Largest memory of this process so far in bytes: allocated on its GPU, or resident."""
+    """Largest memory of this process so far in bytes: what torch has taken of its GPU, or what is resident."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_reserved()
     status = Path("/proc/self/status")
     if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(found[1]) * 1024

@@ -1,6 +1,6 @@
 """Tensors in a file instead of in memory: what is needed later is written, its pages leave the process, and come back by use.
 
-A GPU's activations go to pinned host memory instead.
+What a GPU has goes to pinned memory of its machine instead.
 """
 
 import mmap
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,32 @@ from leanlm.spread import layout, local, place, with_layout
 
 CHOICES = ("none", "activations", "optimizer", "all")
 SMALLEST = LARGE  # bytes of an activation that is worth moving: smaller ones share pages with others, which stay
+
+
+class Away(Protocol):
+    """Where an optimizer's state is between two steps."""
+
+    def empty(self, size: Iterable[int], dtype: torch.dtype) -> Tensor: ...
+    def holds(self, tensor: Tensor) -> bool: ...
+    def release(self, tensor: Tensor) -> None: ...
+
+
+class HostMemory:
+    """Pinned memory of a GPU's machine."""
+
+    def __init__(self) -> None:
+        self.held: set[int] = set()
+
+    def empty(self, size: Iterable[int], dtype: torch.dtype) -> Tensor:
+        made = torch.empty(torch.Size(size), dtype=dtype, pin_memory=True)
+        self.held.add(made.data_ptr())
+        return made
+
+    def holds(self, tensor: Tensor) -> bool:
+        return tensor.data_ptr() in self.held
+
+    def release(self, tensor: Tensor) -> None:
+        """Nothing: it takes none of the GPU's memory."""
 
 
 class Scratch:
@@ -78,6 +104,11 @@ def scratch() -> Scratch:
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     return Scratch(folder)
+
+
+@cache
+def host_memory() -> HostMemory:
+    return HostMemory()
 
 
 def release_all() -> None:
@@ -141,7 +172,7 @@ def activations(module: nn.Module) -> AbstractContextManager[Any]:
 
     def pack(tensor: Tensor) -> Any:
         mine = local(tensor)
-        if mine.nbytes < SMALLEST or not _dense(mine):
+        if mine.nbytes < max(SMALLEST, 1) or not _dense(mine):
             return tensor.detach()
         if place(mine) in map(place, module.parameters()):
             return tensor.detach()

@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from leanlm.errors import UserError
-from leanlm.memory.offload import Scratch
+from leanlm.memory import kernels
+from leanlm.memory.offload import Away
 from leanlm.spread import is_spread, local, spread_like, with_layout
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 KINDS = ("fp32", "bf16", "int8", "int4")
-PIECE = 1 << 18  # numbers that are unpacked at a time; a whole number of blocks
+PIECE, PIECE_GPU = 1 << 18, 1 << 22  # numbers that are unpacked at a time; a whole number of blocks
 BLOCK = 64
 SMALLEST = 4096  # numbers in a tensor, below which scales and codes are not worth their trouble
 
@@ -48,7 +49,7 @@ class AdamW(torch.optim.Optimizer):
         kind: str = "fp32",
         stochastic: bool = False,
         copies: "DeviceMesh | None" = None,
-        scratch: Scratch | None = None,
+        scratch: Away | None = None,
         **defaults: Any,
     ) -> None:
         super().__init__(groups, defaults)
@@ -248,7 +249,7 @@ def _average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) 
     return made[1]
 
 
-def put_away(state: dict[str, Tensor], scratch: Scratch) -> None:
+def put_away(state: dict[str, Tensor], scratch: Away) -> None:
     """Move the tensors of a parameter's state to a file, and let their pages leave memory."""
     for key, value in state.items():
         mine = local(value)
@@ -262,8 +263,9 @@ def put_away(state: dict[str, Tensor], scratch: Scratch) -> None:
 
 
 def pieces(parameter: Tensor) -> list[slice]:
-    size = len(_flat(parameter))
-    return [slice(first, min(first + PIECE, size)) for first in range(0, size, PIECE)]
+    flat = _flat(parameter)
+    size, piece = len(flat), PIECE_GPU if kernels.on_gpu(flat) else PIECE
+    return [slice(first, min(first + piece, size)) for first in range(0, size, piece)]
 
 
 def _flat(tensor: Any) -> Tensor:

@@ -41,7 +41,8 @@ def families(settings: Settings, devices: int, whole: Stages, device: Device, al
     """
     config, base = settings.config, replace(settings.plan, auto=False)
     levers: list[dict[str, Any]] = [{}, {"recompute": "blocks"}]
-    levers += [{"recompute_window": -1}, {"rnn_kernel": "native"}] if whole.recurrent else [{"recompute": "operators"}]
+    levers += [{"recompute_window": -1}] if whole.recurrent else [{"recompute": "operators"}]
+    levers += [{"rnn_kernel": "native"}] if whole.recurrent and device.card is None else []
     changes: list[dict[str, Any]] = [{}]
     if "precision" in allow:
         changes += [{"precision": "bf16-mixed"}]
@@ -109,7 +110,7 @@ class Estimate:
         device = self.device.share(plan.world)
         memories = device.memories if plan.pipeline > 1 else ()
         memory = sum(memories) / len(memories) if memories else device.memory
-        return memory * (1 - MARGIN) - device.context - device.process[int(plan.world > 1)]
+        return memory * (1 - MARGIN) - device.context - 2 * device.workspace - device.process[int(plan.world > 1)]
 
     def __call__(self, plan: Plan) -> Rough:
         config, device = self.config, self.device.share(plan.world)
@@ -150,7 +151,8 @@ class Estimate:
             seconds += sending("all-reduce", mine / plan.shard, plan.replicate) * (1.5 if plan.zero1 else 1)
         if plan.tensor > 1:  # hidden states twice forward and twice backward
             seconds += sending("all-reduce", 4 * self.hidden * rows * micros * self.blocks / plan.pipeline, plan.tensor)
-        seconds += micros * self.blocks * 120 * device.overhead
+        starting = micros * self.blocks * 120 * device.overhead
+        seconds = max(seconds, starting) if device.card else seconds + starting
         seconds += micros * self.blocks * self.again / (plan.pipeline * plan.tensor * device.bandwidth * speed)
         if plan.offload != "none":
             seconds *= 1.5

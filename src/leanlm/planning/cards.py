@@ -14,23 +14,35 @@ from leanlm.config import FOLDER
 from leanlm.errors import UserError
 
 ALIKE = 0.02  # share by which free memory may differ among devices that count as equal
+AROUND = 5  # times as long as a bare operation takes to start, one takes with Python, autograd and modules around it
 # asked of another process: CUDA, once begun here, would take memory and could not be forked
 QUESTION = """
-import json, torch
+import json, time, torch
 gpus = range(torch.cuda.device_count())
-print(json.dumps([(torch.cuda.get_device_name(i), torch.cuda.mem_get_info(i)[0]) for i in gpus]))
+free = [(torch.cuda.get_device_name(i), torch.cuda.mem_get_info(i)[0]) for i in gpus]
+number, took = torch.zeros(8, device="cuda"), []
+for _ in range(1000):
+    begin = time.perf_counter()
+    number + number
+    took.append(time.perf_counter() - begin)
+print(json.dumps([free, sorted(took)[500]]))
 """
 
 
 @cache
-def here() -> tuple[tuple[str, int], ...]:
-    """Name and free bytes of each GPU that torch can use, as of the first call."""
+def _asked() -> tuple[tuple[tuple[str, int], ...], float]:
     import torch
 
     if not torch.cuda.is_available():
-        return ()
+        return (), 0.0
     done = subprocess.run([sys.executable, "-c", QUESTION], capture_output=True, text=True, check=True)
-    return tuple((name, free) for name, free in json.loads(done.stdout.splitlines()[-1]))
+    found, seconds = json.loads(done.stdout.splitlines()[-1])
+    return tuple((name, free) for name, free in found), seconds
+
+
+def here() -> tuple[tuple[str, int], ...]:
+    """Name and free bytes of each GPU that torch can use, as of the first call."""
+    return _asked()[0]
 
 
 def as_node(memory: Any, devices: int | None) -> dict[str, Any] | None:
@@ -55,6 +67,7 @@ def as_node(memory: Any, devices: int | None) -> dict[str, Any] | None:
     speeds = [each["bandwidth"] / sheets[0]["bandwidth"] for each in sheets]
     return {
         **sheets[0],
+        "overhead": AROUND * _asked()[1],
         "name": f"this machine's {cards[0][0]}",
         "memory": memory or (min(free) if equal else free),
         "speed": speeds if len({*speeds}) > 1 else None,

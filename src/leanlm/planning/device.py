@@ -74,6 +74,11 @@ class Device:
     speeds: tuple[float, ...] = ()
 
     @property
+    def card(self) -> "Device | None":
+        """Itself, if it is a GPU."""
+        return None if self.accelerator == "cpu" else self
+
+    @property
     def alike(self) -> bool:
         """Whether it does not matter which of several devices is meant."""
         return len({*self.memories}) < 2 and len({*self.speeds}) < 2
@@ -176,7 +181,7 @@ def of_config(node: dict[str, Any], devices: int | None = None) -> Device:
         raise UserError(*problems)
     if "flops" in node:
         memories = tuple(map(size, lists["memory"]))
-        known = {key: size(value) if key in SIZES else value for key, value in node.items() if key not in LISTS}
+        known: dict[str, Any] = {key: size(value) if key in SIZES else value for key, value in node.items() if key not in LISTS}
         return Device(**known, memory=min(memories or (size(node["memory"]),)), memories=memories, speeds=lists["speed"])
     here = this_machine()
     return replace(here, memory=size(node["memory"])) if node.get("memory") else here

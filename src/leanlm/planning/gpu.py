@@ -1,12 +1,13 @@
 """What the kernels of a GPU take that those of a CPU do not.
 
-Simulations run on fake tensors of a CPU: autograd knows no device that torch was not built for. Here the operations are replaced
-that a GPU has others for, and what these take beside their results is counted; found allocation by allocation in histories of
-torch's allocator on an H200 (torch.cuda.memory._record_memory_history, torch 2.11).
+Simulations run on fake tensors of a CPU: autograd knows no device that torch was not built for. Here the operations are
+replaced that a GPU has others for, and what these take beside their results is counted; found allocation by allocation in
+histories of torch's allocator on an H200 (torch.cuda.memory._record_memory_history, torch 2.11).
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from typing import Any
 from unittest import mock
@@ -18,23 +19,28 @@ from torch import Tensor, nn
 from leanlm.memory import kernels, offload
 
 aten = torch.ops.aten
-ROUNDING = 512  # bytes; the caching allocator gives whole multiples
-HOLES = 0.03  # of what is allocated: what the allocator holds beyond it
-HANDLES = 2  # of cuBLAS, each with a workspace: one of the thread that trains, one of autograd's
 CELLS = {"rnn_relu": (0, 1), "rnn_tanh": (1, 1), "lstm": (2, 4), "gru": (3, 3)}  # name -> cuDNN's mode, gates
 ATTENTION = (aten._scaled_dot_product_efficient_attention_backward, aten._scaled_dot_product_flash_attention_backward)
+KEPT = {0: 1, 1: 1, 2: 5, 3: 6}  # mode -> numbers that cuDNN keeps for each token and unit
+KERNEL = 4e-6  # seconds of the shortest one
+REACHED = 0.75  # of a data sheet's rates (H200: 0.75 by products in float32, 0.79 in bf16, 0.87 by copies)
+CUDNN = 8 << 20  # bytes of its workspace beside numbers and weights
 RECURRENT = aten._cudnn_rnn, aten._cudnn_rnn_backward
 
 
 @contextlib.contextmanager
-def kernels_of_a_gpu() -> Iterator[None]:
-    """Within it, fake tensors of a CPU go through the operations that a GPU would compute with."""
+def kernels_of_a_gpu(to_host: Callable[[int], None]) -> Iterator[None]:
+    """Within it, fake tensors of a CPU go through the operations that a GPU would compute with.
+
+    Args:
+        to_host: is told of bytes that go to host memory or come back.
+    """
     with contextlib.ExitStack() as patches:
         replaced: list[tuple[Any, str, Callable[..., Any]]] = [
             (kernels, "on_gpu", lambda tensor: True),
             (F, "scaled_dot_product_attention", _attention),
             (F, "rms_norm", _rms_norm),
-            (offload, "_Pinned", _Away),
+            (offload, "_Pinned", partial(_Away, to_host)),
             *((torch._VF, cell, _recurrence(cell)) for cell in CELLS),
             (nn.RNNBase, "flatten_parameters", lambda self: None),
         ]
@@ -64,12 +70,15 @@ def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | 
 class _Away:
     """An activation in host memory."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.layout = tensor.shape, tensor.stride(), tensor.dtype
+    def __init__(self, to_host: Callable[[int], None], tensor: Tensor) -> None:
+        self.to_host, self.layout = to_host, (tensor.shape, tensor.stride(), tensor.dtype)
+        to_host(_bytes(tensor))
 
     def read(self) -> Tensor:
         size, stride, dtype = self.layout
-        return torch.empty_strided(size, stride, dtype=dtype)
+        back = torch.empty_strided(size, stride, dtype=dtype)
+        self.to_host(_bytes(back))
+        return back
 
 
 def _recurrence(cell: str) -> Callable[..., Any]:
@@ -88,44 +97,67 @@ def _recurrence(cell: str) -> Callable[..., Any]:
 
 def run(func: Any, args: Any, kwargs: Any) -> Any:
     """An operation whose fake kernel is missing, or leaves out what it keeps."""
-    if func._overloadpacket is aten._cudnn_rnn:
-        out, keeps = func(*args, **kwargs), args[12]
-        return (*out[:3], args[0].new_empty(reserve(args) if keeps else 0, dtype=torch.uint8), out[4])
-    if func._overloadpacket is aten._cudnn_rnn_backward:
-        x, weights, hidden, state = args[0], args[1], args[4], args[5]
-        flat = weights[0].new_empty(sum(weight.numel() for weight in weights))
-        parts = flat.split([weight.numel() for weight in weights])
-        gradients = [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
-        return torch.empty_like(x), torch.empty_like(hidden), state if state is None else torch.empty_like(state), gradients
-    return func(*args, **kwargs)
+    packet = func._overloadpacket
+    if packet not in RECURRENT:
+        return func(*args, **kwargs)
+    x, weights, hidden, state = args[0], args[1], args[4], args[5]
+    if packet is aten._cudnn_rnn:
+        mode, width, batch_first, training = args[6], args[7], args[10], args[12]
+        out = x.new_empty(*(x.transpose(0, 1) if batch_first else x).shape[:2], width)
+        kept = KEPT[mode] * _bytes(out) + (_bytes(*weights) if x.dtype == torch.bfloat16 else 0)  # in bf16, the weights in one
+        reserve = x.new_empty(kept if training else 0, dtype=torch.uint8)
+        after = torch.empty_like(hidden), x.new_empty(0) if state is None else torch.empty_like(state)
+        return out.transpose(0, 1) if batch_first else out, *after, reserve, x.new_empty(0)
+    flat = weights[0].new_empty(sum(weight.numel() for weight in weights))
+    parts = flat.split([weight.numel() for weight in weights])
+    gradients = [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)]
+    return torch.empty_like(x), torch.empty_like(hidden), state if state is None else torch.empty_like(state), gradients
 
 
-def tokens_and_gates(args: Any) -> tuple[int, int, int]:
-    """Of a recurrence: tokens, rows, gates."""
-    x, mode, width, batch_first = args[0], args[6], args[7], args[10]
-    rows, tokens = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
-    return tokens, rows, width * next(gates for its, gates in CELLS.values() if its == mode)
-
-
-def reserve(args: Any) -> int:
-    """Bytes that cuDNN keeps of a recurrence for backward."""
-    tokens, rows, gates = tokens_and_gates(args)
-    return tokens * rows * gates * 2 * args[0].element_size()
-
-
-def beside(func: Any, args: Any, threads: int) -> int:
-    """Bytes that an operation takes beside its results, and gives back.
+def taken(func: Any, args: Any, results: list[Tensor], threads: int) -> tuple[Tensor | int, ...]:
+    """What an operation allocates, in order: its results, and bytes beside them, negative where it gives them back.
 
     Args:
         threads: that the GPU keeps resident.
     """
     packet = func._overloadpacket
-    if packet in ATTENTION:  # the query's gradient in float32, and a sum for each query
+    order: tuple[Tensor | int, ...] = (*results,)
+    if packet in RECURRENT:
+        x, weights, batch_first = args[0], args[1], args[10] if packet is aten._cudnn_rnn else args[14]
+        moved = _bytes(x) if batch_first and not x.transpose(0, 1).is_contiguous() else 0  # tokens must come first
+        if packet is aten._cudnn_rnn:
+            space = 6 * _bytes(results[0]) + _bytes(*weights) + CUDNN
+            order = (moved, results[0], space, *results[1:], -space, -moved)
+        else:
+            out, grad = args[6], args[7]
+            space = 6 * _bytes(out) + _bytes(*weights) + CUDNN
+            turned = _bytes(grad) if batch_first and not grad.transpose(0, 1).is_contiguous() else 0
+            order = (results[0], turned, space, -space, -turned, *results[1:], moved, space, -space, -moved)
+    elif packet in ATTENTION:  # the query's gradient in float32, and a sum for each query
         query = args[1]
-        return (query.numel() + query.numel() // query.shape[-1]) * 4
-    if packet is aten.sum and len(args) > 1 and args[1]:
-        return _sum_over_rows(args[0], args[1], threads)
-    return 0
+        beside = (query.numel() + query.numel() // query.shape[-1]) * 4
+        order = (*results, beside, -beside)
+    elif packet is aten.sum and len(args) > 1 and args[1]:
+        beside = _sum_over_rows(args[0], args[1], threads)
+        order = (*results, beside, -beside)
+    return order
+
+
+def launches(func: Any, args: Any) -> int:
+    """Kernels that run one after the other: a recurrence has some for each token (H200: 20 us forward, 32 backward)."""
+    if func._overloadpacket not in RECURRENT:
+        return 1
+    forward = func._overloadpacket is aten._cudnn_rnn
+    return args[0].shape[1 if args[10 if forward else 14] else 0] * (5 if forward else 8)
+
+
+def recurrent_flops(args: Any) -> int:
+    """Floating-point operations of a recurrence forward."""
+    return 2 * args[0].shape[0] * args[0].shape[1] * sum(weight.numel() for weight in args[1])
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _sum_over_rows(x: Tensor, dims: list[int], threads: int) -> int:

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 from leanlm.memory.malloc import LARGE
+from leanlm.planning import gpu
 
 aten = torch.ops.aten
 ATTENTION = (
@@ -32,6 +33,8 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     if packet in RECURRENT:
         weights = sum(part.numel() for part in args[1:3])
         return (6 if backward else 3) * args[0].shape[0] * args[0].shape[1] * weights
+    if packet in gpu.RECURRENT:
+        return gpu.recurrent_flops(args) * (2 if backward else 1)
     return 0
 
 

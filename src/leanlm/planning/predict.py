@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from leanlm.config import Settings
-from leanlm.planning import gpu
+from leanlm.planning import allocator, roofline
 from leanlm.planning.device import MARGIN, Device
-from leanlm.planning.probe import sent
-from leanlm.planning.simulate import BEFORE, Stages, Step, ends, simulate, stages
-from leanlm.planning.trace import FREED, Trace, Work, peaks
+from leanlm.planning.simulate import Stages, Step, ends, simulate, stages
+from leanlm.planning.trace import BEFORE, FREED, WORKSPACES, Trace, Work, peaks
 from leanlm.strategies import balance
 from leanlm.strategies.plan import AXES, PRECISIONS, Plan
 from leanlm.strategies.schedules import SCHEDULES, stages_of
@@ -19,7 +18,6 @@ MICROS = 2  # micro-batches that are simulated; the others are as the last of th
 BUFFERS_ALONE = ("1f1b", "interleaved")  # schedules under which a micro-batch more takes its buffers; others keep more of each
 # bytes of what a process that trains touches of its libraries, and makes of them; fitted to runs of scripts/plan_accuracy.py
 ONE_PROCESS, SEVERAL, DTENSOR, FSDP, PIPELINE, STAGES, BF16 = (size << 20 for size in (86, 20, 13, 8, 13, 22, 20))
-OVERLAP = 0.7  # share of the computation beside which gradients and weights can be sent
 # of small tensors' bytes: what glibc's heap holds beyond them, in holes; a recurrence fills its holes with the same few sizes
 HEAP, HEAP_RECURRENT = 0.35, 0.12
 
@@ -182,10 +180,11 @@ def stages_held(plan: Plan, rank: int, whole: Stages) -> list[int]:
 
 @dataclass
 class _View:
-    """A simulated rank as numbers that grow evenly with its blocks and micro-batches."""
+    """A simulated rank as numbers that grow evenly with its blocks and micro-batches; `reserved` is a GPU's allocator's."""
 
     peaks: dict[str, dict[str, int]]
     heap: int
+    reserved: int
     work: dict[str, Counter[Work]]
 
 
@@ -194,7 +193,8 @@ def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, devi
     plan = settings.plan
     even = whole.alike and plan.recompute in ("none", "blocks", "operators")
     ended = 2 * ends(plan)  # so many blocks of a stage are simulated, and one more: what the others add is the difference
-    if not even or max(map(len, whole.split)) <= ended + 1:
+    whole_run = device.card is not None and plan.world == 1  # holes of its allocator do not grow evenly
+    if not even or whole_run or max(map(len, whole.split)) <= ended + 1:
         step = simulate(settings, vocabulary, rank, device=device)
         return _view(step), step.order
     few, more = (simulate(settings, vocabulary, rank, blocks, device) for blocks in (ended, ended + 1))
@@ -207,7 +207,8 @@ def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, devi
 def _view(step: Step) -> _View:
     found = peaks(step.trace)
     found.pop(BEFORE, None)
-    return _View(found, heap_of(step.trace), dict(step.trace.work))
+    reserved = allocator.reserved(allocator.of_a_run(step.trace)) if step.trace.card is not None else 0
+    return _View(found, heap_of(step.trace), reserved, dict(step.trace.work))
 
 
 def _between(few: _View, more: _View, times: float) -> _View:
@@ -225,32 +226,32 @@ def _between(few: _View, more: _View, times: float) -> _View:
     for phase in few.work.keys() | more.work.keys():
         low, high = few.work.get(phase, Counter()), more.work.get(phase, Counter())
         work[phase] = Counter({kind: line(low[kind], high[kind]) for kind in low.keys() | high.keys()})
-    return _View(found, line(few.heap, more.heap), work)
+    return _View(found, line(few.heap, more.heap), line(few.reserved, more.reserved), work)
 
 
 def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device, recurrent: bool) -> Need:
     largest = max(view.peaks.values(), key=lambda its: sum(its.values()))
-    parts = with_overhead(largest, view.heap, plan, device, recurrent)
+    parts = with_overhead(largest, view.heap, plan, device, recurrent, view.reserved)
     step = {phase: counter for phase, counter in view.work.items() if phase.startswith("step 1")}
     update = {phase: step.pop(phase) for phase in list(step) if phase.endswith("optimizer")}
     again = max(1, micros - 1) if plan.pipeline == 1 else 1
-    optimizer = _seconds(update, 1, plan, device)
-    seconds = _seconds(step, again, plan, device) + optimizer
+    optimizer = roofline.seconds(update, 1, plan, device)
+    seconds = roofline.seconds(step, again, plan, device) + optimizer
     return Need(rank, parts, seconds, optimizer, device.memory, device.common // plan.world)
 
 
-def with_overhead(parts: dict[str, int], heap: int, plan: Plan, device: Device, recurrent: bool) -> dict[str, int]:
+def with_overhead(
+    parts: dict[str, int], heap: int, plan: Plan, device: Device, recurrent: bool, reserved: int = 0
+) -> dict[str, int]:
     """Bytes of tensors by part, and with them what the process, the libraries and the allocator hold."""
     parts = dict(parts)
     freed = parts.pop(FREED)
-    if device.accelerator != "cpu":
-        workspaces = gpu.HANDLES * device.workspace
-        groups = _groups(plan)
+    if device.card:
         return parts | {
-            "workspaces": workspaces,
-            "allocator": round(gpu.HOLES * (sum(parts.values()) + workspaces)),
-            "context": device.context + groups * device.communicator,
+            "allocator": max(0, reserved - sum(parts.values())),
+            "context": device.context + _groups(plan) * device.communicator,
         }
+    parts.pop(WORKSPACES, None)
     holes = round((HEAP_RECURRENT if recurrent else HEAP) * heap)
     return parts | {"overhead": _libraries(plan) + holes + freed, "process": device.process[int(plan.world > 1)]}
 
@@ -282,34 +283,3 @@ def heap_of(trace: Trace) -> int:
             now += size
             most = max(most, now)
     return most
-
-
-def _seconds(work: dict[str, Counter[Work]], micros: int, plan: Plan, device: Device) -> float:
-    """Of these phases, those of the second micro-batch so many times. Each operation takes what starting it takes, and what
-    its arithmetic or its memory takes, whichever is longer (the roofline of Williams et al. 2009); on a processor, both. DDP
-    and FSDP2 send while a device of its own computes; processes that share cores do one or the other."""
-    computing = blocking = beside = 0.0
-    for phase, counter in work.items():
-        again = micros if "micro-batch 1" in phase else 1
-        for kind, count in counter.items():
-            seconds = again * count * _cost(kind, device)
-            if not kind.collective:
-                computing += seconds
-            elif plan.readers > 1 and kind.ranks > 1 and plan.tensor == 1 and not device.shared:
-                beside += seconds
-            else:
-                blocking += seconds
-    return computing + blocking + max(0.0, beside - OVERLAP * computing)
-
-
-def _cost(kind: Work, device: Device) -> float:
-    if kind.collective:
-        link = device.links.get(kind.collective, device.link)
-        return device.latency + kind.size * sent(kind.collective, kind.ranks) / link
-    computing = kind.flops / device.flops.get(kind.dtype, device.flops["float32"])
-    moving = kind.moved / device.bandwidth
-    if device.accelerator != "cpu":
-        return device.overhead + max(computing, moving)
-    # a processor lays a product's operands out anew before it multiplies them: with few rows that takes most of the time
-    pages = kind.fresh / device.paging + kind.small / device.small_paging
-    return device.overhead + computing + moving + pages

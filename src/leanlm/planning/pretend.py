@@ -40,7 +40,7 @@ def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for context in (ranks(rank, plan.world), meshes_with_numbers(), resizing(trace, plan), few_pieces(trace),
                         alike_matrices(trace), tables_of_its_own(), sending(plan), file_of_pages(trace),
-                        contextlib.nullcontext() if trace.threads is None else gpu.kernels_of_a_gpu(),
+                        contextlib.nullcontext() if trace.card is None else gpu.kernels_of_a_gpu(trace.to_host),
                         FakeTensorMode(allow_non_fake_inputs=True), trace):  # fmt: skip
             stack.enter_context(context)
         yield
@@ -243,7 +243,9 @@ class _File(Scratch):
 def file_of_pages(trace: Trace) -> Iterator[None]:
     """What is offloaded goes to a file that only counts."""
     file = _File(trace)
-    with mock.patch.object(offload, "scratch", return_value=file), mock.patch.object(optimizers, "scratch", return_value=file):
+    with contextlib.ExitStack() as patches:
+        for module, name in ((offload, "scratch"), (optimizers, "scratch"), (optimizers, "host_memory")):
+            patches.enter_context(mock.patch.object(module, name, return_value=file))
         yield
 
 

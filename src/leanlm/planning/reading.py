@@ -10,8 +10,8 @@ from leanlm.data.batches import Batch
 from leanlm.errors import UserError
 from leanlm.generate import generate
 from leanlm.memory import malloc
+from leanlm.planning import allocator, pretend
 from leanlm.planning import device as devices
-from leanlm.planning import pretend
 from leanlm.planning.predict import heap_of, with_overhead
 from leanlm.planning.report import mib
 from leanlm.planning.trace import Trace, peaks
@@ -31,7 +31,7 @@ def rows_that_fit(settings: Settings, vocabulary: int) -> Settings:
     unit = plan.readers * plan.accumulate_grad_batches
     rows = config.global_batch // unit
     ends = {0, plan.world - 1}  # of a pipeline the last has the head
-    while (need := max(_total(_evaluation(settings, vocabulary, rank), plan, device) for rank in ends)) > device.memory:
+    while (need := max(_total(_evaluation(settings, vocabulary, device, rank), plan, device) for rank in ends)) > device.memory:
         if rows == 1:
             raise UserError(_too_much("evaluate with one row", need, device.memory, "strategy=fsdp devices=2"))
         rows //= 2
@@ -42,7 +42,7 @@ def rows_that_fit(settings: Settings, vocabulary: int) -> Settings:
 def check_generation(config: Config, plan: Plan, vocabulary: int, prompt: int, tokens: int) -> None:
     """Raise UserError if going on from so many tokens of a prompt needs more than the budget."""
     device = devices.of_config(config.device)
-    trace = Trace(vocabulary)
+    trace = Trace(vocabulary, card=device.card)
     with pretend.everything(trace, plan, 0):
         cut = build.cut(replace(config, device={"accelerator": "cpu"}), plan, vocabulary)
         trace.own = malloc.own_pages(cut.parameters)
@@ -55,10 +55,11 @@ def check_generation(config: Config, plan: Plan, vocabulary: int, prompt: int, t
         raise UserError(_too_much("generate", need, device.memory, "a shorter prompt"))
 
 
-def _evaluation(settings: Settings, vocabulary: int, rank: int = 0) -> Trace:
+def _evaluation(settings: Settings, vocabulary: int, device: devices.Device, rank: int = 0) -> Trace:
     """Two forward passes of a rank as validation makes them."""
     config, plan = replace(settings.config, device={"accelerator": "cpu"}), replace(settings.plan, compile=False)
-    settings, trace = replace(settings, config=config, plan=plan), Trace(vocabulary, copies=True)
+    settings = replace(settings, config=config, plan=plan)
+    trace = Trace(vocabulary, copies=device.card is None, card=device.card)
     rows = plan.micro_batch(config.global_batch) if plan.pipeline == 1 else config.global_batch // plan.readers
 
     with pretend.everything(trace, plan, rank):
@@ -83,7 +84,8 @@ class _Batches:
 
 def _total(trace: Trace, plan: Plan, device: devices.Device) -> int:
     largest = max(peaks(trace).values(), key=lambda parts: sum(parts.values()))
-    return sum(with_overhead(largest, heap_of(trace), plan, device, recurrent=False).values())
+    reserved = allocator.reserved(trace.events) if device.card else 0
+    return sum(with_overhead(largest, heap_of(trace), plan, device, False, reserved).values())
 
 
 def _too_much(what: str, need: int, memory: int, instead: str) -> str:

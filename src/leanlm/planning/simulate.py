@@ -23,11 +23,9 @@ from leanlm.memory import malloc
 from leanlm.models.contract import without_storage
 from leanlm.planning import pretend
 from leanlm.planning.device import Device
-from leanlm.planning.trace import Trace
+from leanlm.planning.trace import BEFORE, Trace
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
-
-BEFORE = "before"  # phase in which the optimizer gets its state, which no run has
 
 
 @dataclass
@@ -60,10 +58,9 @@ def simulate(
     plan = replace(settings.plan, compile=False)  # what a compiler fuses is not known before; it holds no more
     config = replace(settings.config, device={"accelerator": "cpu"})
     whole = stages(config, plan, vocabulary)
-    copies = device is not None and device.accelerator == "cpu"
-    threads = device.threads if device is not None and not copies else None
-    own = malloc.own_pages(whole.parameters)
-    trace = Trace(vocabulary, copies, own, pinned=whole.recurrent and copies, threads=threads)
+    card = device.card if device is not None else None
+    copies = device is not None and card is None
+    trace = Trace(vocabulary, copies, malloc.own_pages(whole.parameters), pinned=whole.recurrent and copies, card=card)
     built = [len(names[:blocks]) for names in whole.split]
     if plan.pipeline > 1:
         plan = replace(plan, stage_blocks=built)
@@ -176,7 +173,7 @@ class _Phases(pl.Callback):
         self._enter(f"backward {place}")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> None:
-        self.trace.mark("gradients", [p.grad for p in module.net.parameters() if p.grad is not None])
+        self.trace.mark("gradients", [p.grad for p in module.net.parameters()])
         self.trace.enter(f"step {self.step}, optimizer")
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Batch, index: int) -> None:

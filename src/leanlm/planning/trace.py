@@ -18,7 +18,9 @@ from leanlm.planning import gpu
 from leanlm.planning.kernels import flops_of, lstm_scratch, lstm_workspace, read_again
 
 PARTS = ("weights", "gradients", "state", "activations", "logits", "buffers", "temporaries")
-FREED = "freed"
+FREED, WORKSPACES = "freed", "workspaces"
+HOST = "host"  # kind of communication
+BEFORE = "before"  # phase in which the optimizer gets its state, which no run has
 COLLECTIVES = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
                "reduce_scatter": "reduce-scatter", "send": "send", "recv": "recv", "broadcast": "broadcast"}  # fmt: skip
 DEVICE = torch.ops.prim.device.default
@@ -37,6 +39,7 @@ class Work(NamedTuple):
         collective: kind of communication; empty: none.
         size: bytes of the payload.
         ranks: that take part.
+        launches: of a GPU's kernels, one after the other.
     """
 
     flops: int = 0
@@ -47,6 +50,7 @@ class Work(NamedTuple):
     collective: str = ""
     size: int = 0
     ranks: int = 1
+    launches: int = 1
 
 
 class Trace(TorchDispatchMode):
@@ -59,7 +63,7 @@ class Trace(TorchDispatchMode):
         copies: count the copy that gloo makes of what it gathers or scatters (measured: all of the payload, until it is done).
         own: bytes from which on a tensor has pages of its own.
         pinned: whether the heap of smaller ones never shrinks: what a recurrence makes last, at its end, goes last too.
-        threads: that a GPU keeps resident, if its kernels are meant; None: a CPU's.
+        card: the GPU whose kernels are meant; None: a CPU's.
 
     Attributes:
         events: (number of a storage, its bytes; negative when it goes), in order.
@@ -68,9 +72,9 @@ class Trace(TorchDispatchMode):
     """
 
     def __init__(self, vocabulary: int, copies: bool = False, own: int = LARGE, pinned: bool = False,
-                 threads: int | None = None) -> None:  # fmt: skip
+                 card: Any = None) -> None:  # fmt: skip
         super().__init__()
-        self.vocabulary, self.copies, self.own, self.pinned, self.threads = vocabulary, copies, own, pinned, threads
+        self.vocabulary, self.copies, self.own, self.pinned, self.card = vocabulary, copies, own, pinned, card
         self.in_flight = (0, 0)  # number and bytes of such a copy
         self.events: list[tuple[int, int]] = []
         self.phases: list[tuple[int, str]] = [(0, "build")]
@@ -80,6 +84,8 @@ class Trace(TorchDispatchMode):
         self.sizes: dict[int, int] = {}
         self.away: dict[int, int] = {}  # address of a storage whose pages have left -> its bytes
         self.sums: set[int] = set()  # storages of gradients that autograd has summed
+        self.taken: list[int] = []  # by the operation at hand, beside its results
+        self.handles: set[bool] = set()  # of cuBLAS: whether one is of autograd's thread
         self.count = 0
         self.phase, self.faked = "build", False
         self.times = 1  # that what runs now counts for
@@ -96,8 +102,8 @@ class Trace(TorchDispatchMode):
         self.phases.append((len(self.events), phase))
 
     def mark(self, part: str, tensors: Iterable[Any]) -> None:
-        """Say what these tensors are."""
-        for tensor in tensors:
+        """Say what these tensors are; None: one that is gone already."""
+        for tensor in (tensor for tensor in tensors if tensor is not None):
             number = self.known.get(_local(tensor).untyped_storage()._cdata)
             if number is not None:
                 self.parts[number] = part
@@ -124,9 +130,16 @@ class Trace(TorchDispatchMode):
         number = self.known[key]
         if key not in self.away:
             self.away[key] = self.sizes[number]
-            self.work[self.phase][Work(small=self.sizes[number])] += self.times
+            if self.card is None:
+                self.work[self.phase][Work(small=self.sizes[number])] += self.times
+            else:
+                self.to_host(2 * self.sizes[number])
             self.events.append((number, -self.sizes[number]))
             self.sizes[number] = 0
+
+    def to_host(self, size: int) -> None:
+        """So many bytes go to the memory of a GPU's machine, or come from there."""
+        self.work[self.phase][Work(collective=HOST, size=size)] += self.times
 
     def _return(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
@@ -157,14 +170,17 @@ class Trace(TorchDispatchMode):
             out = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         else:
             out = gpu.run(func, args, kwargs)
-        if self.threads is not None:
-            self._passing(gpu.beside(func, args, self.threads))
         if name == "aten::mkldnn_rnn_layer" and kwargs.get("train", args[-1]):  # torch's fake kernel leaves the workspace empty
             asked, touched = lstm_workspace(*args[0].shape, len(args[2]) // 4, args[0].dtype)
             out = *out[:3], args[0].new_empty(asked, dtype=torch.uint8)
             self._see(out[3], name, touched)
         found = [part for part in tree_leaves(out) if isinstance(part, Tensor)]
-        fresh = [part for part in found if self._see(part, name)]
+        fresh = []
+        for part in found if self.card is None else gpu.taken(func, args, found, self.card.threads):
+            if isinstance(part, int):
+                self._beside(part)
+            elif self._see(part, name):
+                fresh.append(part)
         if summed and fresh:
             self.sums.add(self.known[_local(fresh[0]).untyped_storage()._cdata])
         if "mkldnn_rnn_layer" in name:
@@ -180,8 +196,6 @@ class Trace(TorchDispatchMode):
         if key in self.known or tensor.device.type == "meta":
             return False
         size = storage.nbytes() if touched is None else touched
-        if self.threads is not None:
-            size = -(-size // gpu.ROUNDING) * gpu.ROUNDING
         self.count += 1
         self.known[key] = number = self.count
         self.sizes[number] = size
@@ -201,8 +215,24 @@ class Trace(TorchDispatchMode):
 
     def _passing(self, size: int) -> None:
         """What an operation takes beside its results, and gives back before it ends."""
-        self.count += 1
-        self.events += [(self.count, size), (self.count, -size)]
+        self._beside(size)
+        self._beside(-size)
+
+    def _beside(self, size: int) -> None:
+        """It takes so much; negative: what it took last goes."""
+        if size > 0:
+            self.count += 1
+            self.taken.append(self.count)
+        if size:
+            self.events.append((self.taken[-1] if size > 0 else self.taken.pop(), size))
+
+    def _workspace(self, of_autograd: bool) -> None:
+        """cuBLAS takes one for each thread that multiplies, when it first does."""
+        if of_autograd not in self.handles and self.phase != BEFORE:
+            self.handles.add(of_autograd)
+            self.count += 1
+            self.parts[self.count] = WORKSPACES
+            self.events.append((self.count, self.card.workspace))
 
     def _copy(self, size: int) -> None:
         """The last copy is done with; there may be another."""
@@ -234,19 +264,26 @@ class Trace(TorchDispatchMode):
         flops = flops_of(func, args, kwargs, out)
         moved = sum(map(_bytes, {id(part): part for part in [*inputs, *fresh]}.values())) + read_again(func, args)
         pages = _pages(size for size in map(_bytes, fresh) if size >= self.own)
+        if flops and self.card is not None and func._overloadpacket not in gpu.RECURRENT:
+            self._workspace(torch._C._current_graph_task_id() != -1)
         dtype = str(writes[0].dtype if writes and isinstance(writes[0], Tensor) else inputs[0].dtype).removeprefix("torch.")
-        self.work[self.phase][Work(flops, moved, *pages, dtype)] += self.times
+        launched = 1 if self.card is None else gpu.launches(func, args)
+        self.work[self.phase][Work(flops, moved, *pages, dtype, launches=launched)] += self.times
 
 
 def peaks(trace: Trace) -> dict[str, dict[str, int]]:
     """Phase -> bytes of each part at the moment in it when most lived, and beside them `freed`: what the heap keeps of small
     tensors that are gone, where it never shrinks. Of a name that comes again, its largest moment."""
-    live: dict[str, int] = dict.fromkeys((*PARTS, FREED), 0)
+    live: dict[str, int] = dict.fromkeys((*PARTS, WORKSPACES, FREED), 0)
     now, heap, most, found = 0, 0, 0, dict[str, tuple[int, dict[str, int]]]()
+    always = {number for number, part in trace.parts.items() if part == WORKSPACES}  # of every step but the first
+    live[WORKSPACES] = now = sum(size for number, size in trace.events if number in always)
     borders = [*trace.phases, (len(trace.events), "")]
     for (first, name), (end, _) in zip(borders, borders[1:], strict=False):
         best = now + live[FREED], dict(live)
         for number, size in trace.events[first:end]:
+            if number in always:
+                continue
             live[trace.parts.get(number, "temporaries")] += size
             now += size
             if trace.pinned and abs(size) < trace.own:
