@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from leanlm.errors import UserError
 from leanlm.planning import cards
 from leanlm.planning.candidates import families
 from leanlm.planning.device import Device, count, memory_limit, of_config, size
-from leanlm.planning.predict import _cost, predict
+from leanlm.planning.gpu import REACHED
+from leanlm.planning.predict import predict
+from leanlm.planning.roofline import seconds
 from leanlm.planning.search import search
 from leanlm.planning.simulate import stages
 from leanlm.planning.trace import Work
@@ -24,6 +27,11 @@ from leanlm.strategies.plan import Plan
 
 CARD = {"accelerator": "cuda", "name": "a card", "memory": "8GB", "flops": {"float32": 1e13}, "bandwidth": 1e11,
         "link": 1e10, "latency": 1e-5, "overhead": 1e-5}  # fmt: skip
+
+
+def _cost(kind: Work, device: Device) -> float:
+    """Seconds of one operation."""
+    return seconds({"step 1, optimizer": Counter({kind: 1})}, 1, Plan(), device)
 
 
 def settings(text: Path, *overrides: str) -> Settings:
@@ -69,7 +77,7 @@ def test_several_processes_get_what_two_were_measured_to_have() -> None:
 def test_a_processor_moves_operands_before_it_multiplies_and_a_card_meanwhile() -> None:
     card = replace(of_config(CARD), overhead=0.0)
     product = Work(flops=2 * 10**10, moved=10**8, dtype="float32")  # 2 ms, 1 ms
-    assert _cost(product, card) == pytest.approx(2e-3)
+    assert _cost(product, card) == pytest.approx(2e-3 / REACHED)
     processor = replace(card, accelerator="cpu", paging=1e9, small_paging=1e8)
     assert _cost(product, processor) == pytest.approx(3e-3)
     pages = product._replace(fresh=10**6, small=10**5)  # 1 ms each
@@ -128,7 +136,7 @@ def test_equal_lists_change_nothing(text: Path) -> None:
 
 def test_a_pipeline_waits_for_the_slower_device_unless_it_has_fewer_blocks(text: Path) -> None:
     device = of_config(CARD | {"speed": [1, 0.5]})
-    base = settings(text, "strategy=pipeline", "devices=2", "strategy.accumulate_grad_batches=8")
+    base = settings(text, "strategy=pipeline", "devices=2", "strategy.accumulate_grad_batches=8", "model.width=1024")
 
     def seconds(blocks: list[int], device: Device) -> float:
         plan = replace(base.plan, stage_blocks=blocks)

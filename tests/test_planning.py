@@ -143,8 +143,15 @@ def test_fsdp_holds_shards_alone_between_steps_and_while_it_is_built(text: Path)
     weights = found["step 1, optimizer"]["weights"]
     assert found["step 1, optimizer"]["activations"] == 0
     assert sum(found["build"].values()) < 1.5 * weights  # the shards, and one block on its way
-    gathered = peaks(simulate(asked, 256, copies=True).trace)
+    gathered = peaks(simulate(asked, 256, device=HERE).trace)
     assert max(parts["buffers"] for parts in gathered.values()) > max(parts["buffers"] for parts in found.values())
+
+
+def test_gradients_that_are_gone_once_they_are_there(text: Path) -> None:
+    """A plan that takes its steps within the backward pass could not be planned for: its gradients were looked for later."""
+    asked = settings(text, "optim=adamw", "clip=0", "strategy.step_in_backward=true")
+    found = peaks(simulate(asked, 256).trace)
+    assert max(parts["gradients"] for parts in found.values()) < 2 * stages(asked.config, Plan(), 256).parameters
 
 
 @pytest.mark.parametrize(("micros", "copies"), [(1, 0), (2, 2)])
@@ -232,7 +239,7 @@ def test_evaluation_takes_as_many_rows_as_its_budget_has_room_for(model: str, te
         return check(composed(*base, f"global_batch={rows}", f"device.memory={memory}"))
 
     plan, here = within(8, 1 << 30).plan, of_config({"accelerator": "cpu"})
-    needs = {rows: reading._total(reading._evaluation(within(rows, 1 << 30), 256), plan, here) for rows in (1, 4, 8, 16)}
+    needs = {rows: reading._total(reading._evaluation(within(rows, 1 << 30), 256, here), plan, here) for rows in (1, 4, 8, 16)}
     logits = 64 * 256 * 4  # bytes of a row's
     assert all(needs[more] - needs[less] > (more - less) * logits for less, more in ((1, 4), (4, 8), (8, 16)))
     assert reading.rows_that_fit(within(8, needs[8]), 256).config.global_batch == 8

@@ -19,12 +19,14 @@ def on_gpu(tensor: Tensor) -> bool:
     return tensor.device.type not in ("cpu", "meta")
 
 
+def under_autocast(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def low_precision(tensor: Tensor) -> torch.dtype:
     """The type in which products with a tensor are computed."""
-    kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind):
-        return tensor.dtype
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+    return torch.get_autocast_dtype(tensor.device.type) if under_autocast(tensor) else tensor.dtype
 
 
 def choose(net: nn.Module, kernel: str) -> None:
@@ -39,9 +41,9 @@ def choose(net: nn.Module, kernel: str) -> None:
 def _recurrence(forward: Any, native: bool, lstm: bool, hidden: Tensor, before: Any = None) -> Any:
     """In float32 where autocast's kernels would not do: token by token a CPU's would keep a bf16 copy of the weights for each
     token, and cuDNN's take fp16 (torch's autocast gives them no other), in which small gradients are lost."""
-    kind, gpu = hidden.device.type, on_gpu(hidden)
-    if low_precision(hidden) != hidden.dtype and (gpu or native or not lstm):
-        with torch.autocast(kind, enabled=False):
+    gpu = on_gpu(hidden)
+    if under_autocast(hidden) and (gpu or native or not lstm):
+        with torch.autocast(hidden.device.type, enabled=False):
             return _recurrence(forward, native, lstm, *tree_map_only(Tensor, Tensor.float, (hidden, before)))
     if gpu or not native:
         return forward(hidden, before)

@@ -264,7 +264,8 @@ class MLP(nn.Module):
         if self.gate is not None:
             inner = F.silu(self.gate(hidden)) * up
         elif self.activation == "relu2":
-            inner = F.relu(up).square()
+            inner = F.relu(up)
+            inner = inner * inner  # not `square`: a GPU's autocast computes powers in float32
         else:
             inner = F.gelu(up, approximate="tanh" if self.activation == "gelu_tanh" else "none")
         return self.down(inner)

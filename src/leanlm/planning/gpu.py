@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from leanlm.memory import kernels, offload
 
@@ -25,6 +26,9 @@ KEPT = {0: 1, 1: 1, 2: 5, 3: 6}  # mode -> numbers that cuDNN keeps for each tok
 KERNEL = 4e-6  # seconds of the shortest one
 REACHED = 0.75  # of a data sheet's rates (H200: 0.75 by products in float32, 0.79 in bf16, 0.87 by copies)
 CUDNN = 8 << 20  # bytes of its workspace beside numbers and weights
+# what a GPU's autocast computes in float32 and a CPU's does not (aten/src/ATen/autocast_mode.h), of what models may use
+WIDE = {"pow", "square", "__pow__", "exp", "expm1", "log", "log1p", "log2", "rsqrt", "reciprocal", "softplus", "layer_norm",
+        "group_norm", "softmax", "log_softmax", "logsumexp", "sum", "prod", "cumsum", "cumprod", "norm"}  # fmt: skip
 RECURRENT = aten._cudnn_rnn, aten._cudnn_rnn_backward
 
 
@@ -43,10 +47,29 @@ def kernels_of_a_gpu(to_host: Callable[[int], None]) -> Iterator[None]:
             (offload, "_Pinned", partial(_Away, to_host)),
             *((torch._VF, cell, _recurrence(cell)) for cell in CELLS),
             (nn.RNNBase, "flatten_parameters", lambda self: None),
+            *(
+                (place, name, _wide(getattr(place, name)))
+                for name in WIDE
+                for place in (torch, Tensor, F)
+                if hasattr(place, name)
+            ),
         ]
         for place, name, function in replaced:
             patches.enter_context(mock.patch.object(place, name, function))
         yield
+
+
+def _wide(function: Callable[..., Any]) -> Callable[..., Any]:
+    """In float32 under a CPU's autocast, as under a GPU's."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(
+                Tensor, lambda part: part.float() if part.is_floating_point() else part, (args, kwargs)
+            )
+        return function(*args, **kwargs)
+
+    return run
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0,

@@ -1,0 +1,166 @@
+"""What is predicted of a GPU: against runs on an H200 (torch 2.11; predicted before they ran, see scripts/plan_gpu.py), and the
+paths that a GPU takes, on a CPU that is told to be one."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import composed
+from omegaconf import OmegaConf
+from torch import nn
+
+from leanlm.config import FOLDER, check
+from leanlm.memory import kernels, loss
+from leanlm.models.transformer import attend
+from leanlm.planning import gpu, reading
+from leanlm.planning.allocator import PAGES, reserved
+from leanlm.planning.device import Device, of_config
+from leanlm.planning.predict import predict
+from leanlm.planning.roofline import seconds
+from leanlm.planning.trace import Work
+from leanlm.strategies.plan import Plan
+
+MIB = 1 << 20
+WORDS = 10_573  # types of the text that was used
+RUNS = [  # overrides, types, MiB of tensors and MiB that torch's allocator took
+    ("model=llama model.width=512 model.depth=4 global_batch=16 sequence=1024 strategy.accumulate_grad_batches=4 optim=adamw "
+     "strategy.recompute=operators", 256, 737, 776),
+    ("model=gru model.width=1536 model.depth=4 global_batch=16 sequence=256 strategy.accumulate_grad_batches=4 optim=muon "
+     "strategy.optimizer_state=int8 strategy.precision=bf16-mixed", 256, 1060, 1148),
+    ("model=gpt2 model.depth=6 model.dropout=0.1 global_batch=32 sequence=256 optim=adamw strategy.recompute=operators "
+     "strategy.precision=bf16-mixed strategy.offload=activations", WORDS, 1653, 1770),
+    ("model=transformer model.positions=learned model.norm=layernorm model.norm_weight=true model.activation=swiglu "
+     "model.kv_heads=2 model.width=768 model.heads=8 model.depth=6 model.bias=false global_batch=32 sequence=256 "
+     "strategy.accumulate_grad_batches=4 strategy.precision=bf16 optim=adafactor", WORDS, 921, 946),
+    ("model=lstm model.embedding=128 model.cutoffs=[1000] model.width=1280 model.depth=1 model.locked=false model.dropout=0.2 "
+     "strategy.recompute=2 strategy.offload=optimizer global_batch=32 sequence=256 optim=adamw", WORDS, 891, 1130),
+    ("model=llama model.width=768 model.depth=8 global_batch=8 sequence=1024 strategy.recompute=operators "
+     "strategy.precision=bf16 optim=muon", WORDS, 1394, 1452),
+]  # fmt: skip
+
+
+def card(name: str = "h200") -> Device:
+    node: Any = OmegaConf.to_container(OmegaConf.load(Path(FOLDER, "device", f"{name}.yaml")))
+    return of_config(node)
+
+
+@pytest.mark.parametrize(("overrides", "types", "tensors", "taken"), RUNS)
+def test_bytes_are_those_that_runs_took(overrides: str, types: int, tensors: int, taken: int, text: Path) -> None:
+    settings = check(composed("data=text", f"data.path={text}", "data.tokenizer=byte", "max_steps=6", *overrides.split()))
+    parts = predict(settings, types, card()).fullest.parts
+    allocated = sum(parts.values()) - parts["allocator"] - parts["context"]
+    assert allocated == pytest.approx(tensors * MIB, rel=0.005)
+    assert allocated + parts["allocator"] == pytest.approx(taken * MIB, rel=0.025)
+
+
+def test_the_allocator_takes_what_torchs_did() -> None:
+    """tests/allocations.txt: those above 1 MiB in an LSTM's run (number:multiples of 512 bytes), for which 1,360 were taken."""
+    pairs = (event.split(":") for event in (Path(__file__).parent / "allocations.txt").read_text().split())
+    assert reserved((int(number), 512 * int(size)) for number, size in pairs) == 1360 * MIB
+
+
+def test_holes_are_filled_and_the_end_grows_by_pages() -> None:
+    def took(*sizes: int) -> int:
+        """Of large blocks: MiB, or minus the number of the one that goes."""
+        return reserved((size, 4 * MIB * size) if size > 0 else (-size, size) for size in sizes) // PAGES[1]
+
+    assert took(5) == 1
+    assert took(5, 6) == 3  # 44 MiB
+    assert took(5, 6, 1, -6, 4) == 3  # 16 of the 24 that are free
+    assert took(5, 6, 1, -6, 7) == 4  # 28 do not fit there, nor with the 12 at the end
+    assert reserved([(1, 100), (2, 600)]) == PAGES[0]
+
+
+def test_partial_sums_of_a_bias_gradient() -> None:
+    """48 and 132 MiB were seen for 768 and 3,072 columns of 8,192 rows."""
+    threads = card().threads
+    assert gpu._sum_over_rows(torch.empty(8192, 768, device="meta"), [0], threads) == 48 * MIB
+    assert gpu._sum_over_rows(torch.empty(8192, 3072, device="meta"), [0], threads) == 132 * MIB
+    assert gpu._sum_over_rows(torch.empty(8192, 768, device="meta"), [1], threads) == 0
+    assert gpu._sum_over_rows(torch.empty(64, 768, device="meta"), [0], threads) == 0
+
+
+def test_a_card_computes_while_its_machine_starts_operations() -> None:
+    fast = replace(card(), flops={"float32": 1e12}, bandwidth=1e12, overhead=1e-4)
+    product = Work(flops=3 * 10**9, dtype="float32")
+    work = {"step 1, micro-batch 0, head": Counter({product: 2})}
+    assert seconds(work, 1, Plan(), fast) == pytest.approx(2 * 3e-3 / gpu.REACHED)
+    assert seconds(work, 1, Plan(), replace(fast, overhead=1e-2)) == pytest.approx(2e-2)
+    sent = {"step 1, micro-batch 0, head": Counter({Work(collective="host", size=55 * 10**6): 1})}
+    assert seconds(sent, 1, Plan(), fast) == pytest.approx(1e-3 + fast.latency)
+    layer = {"step 1, micro-batch 0, head": Counter({Work(launches=500): 1})}
+    assert seconds(layer, 1, Plan(), fast) == pytest.approx(500 * gpu.KERNEL)
+
+
+def test_autocast_of_a_gpu_squares_in_float32() -> None:
+    half = torch.ones(3, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), gpu.kernels_of_a_gpu(lambda size: None):
+        kinds = [(half * half).dtype, torch.square(half).dtype, half.pow(2).dtype, F.softmax(half, 0).dtype]
+    assert kinds == [torch.bfloat16, *[torch.float32] * 3]
+    assert half.pow(2).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_the_loss_by_rows(bias: bool, ignored: bool, told: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leanlm.data.batches import IGNORE
+    from leanlm.models.head import Head
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(loss, "CHUNK_GPU", 128 * 1000)
+    head = Head(24, 1000, nn.LayerNorm(24), bias).double()
+    hidden, target = torch.randn(5, 60, 24, dtype=torch.float64, requires_grad=True), torch.randint(1000, (5, 60))
+    if ignored:
+        target[1, 3:40] = IGNORE
+    leaves = [hidden, *head.parameters()]
+    expected = F.cross_entropy(head(hidden).flatten(0, 1), target.flatten(), reduction="sum", ignore_index=IGNORE)
+    got = loss.token_loss(head, hidden, target)
+    torch.testing.assert_close(got, expected, atol=1e-9, rtol=0)
+    for ours, theirs in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+
+
+def test_grouped_attention_keeps_no_probabilities(told: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = torch.randn(2, 8, 16, 4), torch.randn(2, 2, 16, 4), torch.randn(2, 2, 16, 4)
+    plain = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    seen: list[tuple[int, bool]] = []
+    every = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention",
+        lambda q, k, v, *args, **kwargs: seen.append((k.shape[1], kwargs["enable_gqa"])) or every(q, k, v, *args, **kwargs),
+    )  # fmt: skip
+    torch.testing.assert_close(attend(query, key, value, None), plain)
+    assert seen == [(8, False)]
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrences_of_a_gpu_stay_in_float32_under_autocast(layer: Any, told: None) -> None:
+    net = layer(8, 8, batch_first=True)
+    kernels.choose(nn.ModuleList([net]), "onednn")
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = net(torch.randn(2, 5, 8).bfloat16())
+    assert out.dtype == torch.float32
+
+
+def test_evaluation_within_a_card(text: Path) -> None:
+    node: Any = OmegaConf.to_container(OmegaConf.load(Path(FOLDER, "device", "l4.yaml")))
+    base = ["data=text", f"data.path={text}", "data.tokenizer=byte", "model=small", "sequence=64"]
+
+    def within(rows: int, memory: int) -> Any:
+        settings = check(composed(*base, f"global_batch={rows}"))
+        return replace(settings, config=replace(settings.config, device=node | {"memory": memory}))
+
+    some = [within(rows, 1 << 30) for rows in (64, 512)]
+    few, many = (reading._total(reading._evaluation(one, 256, card("l4")), one.plan, card("l4")) for one in some)
+    assert card("l4").context < few < many < card("l4").context + 2048 * MIB
+    assert reading.rows_that_fit(within(512, many), 256).config.global_batch == 512
+    assert reading.rows_that_fit(within(512, many - 1), 256).config.global_batch == 256
