@@ -19,9 +19,9 @@ from leanlm.launch import launch, process_group
 from leanlm.memory import loss, malloc, offload, state
 from leanlm.planning import pretend, reading
 from leanlm.planning.device import Device, of_config
-from leanlm.planning.predict import ONE_PROCESS, _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
+from leanlm.planning.parts import ONE_PROCESS, peaks
+from leanlm.planning.predict import _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
 from leanlm.planning.simulate import ends, simulate, stages
-from leanlm.planning.trace import peaks
 from leanlm.strategies.plan import Plan
 
 MODEL = [

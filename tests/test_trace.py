@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
-from leanlm.planning.trace import Trace, peaks
+from leanlm.planning.parts import peaks
+from leanlm.planning.trace import Trace
 
 
 def test_a_trace_counts_what_real_tensors_hold() -> None:
@@ -68,7 +69,8 @@ LSTM = """
 import sys, torch, leanlm
 from torch._subclasses.fake_tensor import FakeTensorMode
 from leanlm.memory.malloc import return_freed_memory
-from leanlm.planning.trace import Trace, peaks
+from leanlm.planning.parts import peaks
+from leanlm.planning.trace import Trace
 return_freed_memory()
 torch.set_num_threads(1)
 

@@ -73,7 +73,6 @@ CI = [
     ("gpt2", "single", ("step in backward",)),
     ("gpt2", "shard at once", ("every block", "step in backward")),
     ("lstm", "single", ("native",)),
-    *([("gpt2", "single", ("operators", "compile"))] if torch.__version__ >= "2.13" else []),
     ("gpt2", "tensor", ("activations in a file",)),
 ]
 REST = [case for case in CASES if case not in CI]

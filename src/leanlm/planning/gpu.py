@@ -155,7 +155,8 @@ def taken(func: Any, args: Any, results: list[Tensor], threads: int) -> tuple[Te
             out, grad = args[6], args[7]
             space = 6 * _bytes(out) + _bytes(*weights) + CUDNN
             turned = _bytes(grad) if batch_first and not grad.transpose(0, 1).is_contiguous() else 0
-            order = (results[0], turned, space, -space, -turned, *results[1:], moved, space, -space, -moved)
+            order = (moved, turned, results[0], space, -space, -turned, -moved)
+            order += (moved, *results[1:], space, -space, -moved)
     elif packet in ATTENTION:  # the query's gradient in float32, and a sum for each query
         query = args[1]
         beside = (query.numel() + query.numel() // query.shape[-1]) * 4

@@ -8,18 +8,15 @@ import torch
 from leanlm.config import Settings
 from leanlm.planning import allocator, roofline
 from leanlm.planning.device import MARGIN, Device
+from leanlm.planning.parts import heap_of, peaks, with_overhead
 from leanlm.planning.simulate import Stages, Step, ends, simulate, stages
-from leanlm.planning.trace import BEFORE, FREED, WORKSPACES, Trace, Work, peaks
+from leanlm.planning.trace import BEFORE, Work
 from leanlm.strategies import balance
-from leanlm.strategies.plan import AXES, PRECISIONS, Plan
+from leanlm.strategies.plan import PRECISIONS, Plan
 from leanlm.strategies.schedules import SCHEDULES, stages_of
 
 MICROS = 2  # micro-batches that are simulated; the others are as the last of these (a pipeline's: see _fewer_micro_batches)
 BUFFERS_ALONE = ("1f1b", "interleaved")  # schedules under which a micro-batch more takes its buffers; others keep more of each
-# bytes of what a process that trains touches of its libraries, and makes of them; fitted to runs of scripts/plan_accuracy.py
-ONE_PROCESS, SEVERAL, DTENSOR, FSDP, PIPELINE, STAGES, BF16 = (size << 20 for size in (86, 20, 13, 8, 13, 22, 20))
-# of small tensors' bytes: what glibc's heap holds beyond them, in holes; a recurrence fills its holes with the same few sizes
-HEAP, HEAP_RECURRENT = 0.35, 0.12
 
 
 @dataclass
@@ -226,7 +223,9 @@ def _between(few: _View, more: _View, times: float) -> _View:
     for phase in few.work.keys() | more.work.keys():
         low, high = few.work.get(phase, Counter()), more.work.get(phase, Counter())
         work[phase] = Counter({kind: line(low[kind], high[kind]) for kind in low.keys() | high.keys()})
-    return _View(found, line(few.heap, more.heap), line(few.reserved, more.reserved), work)
+    sizes = [max(sum(parts.values()) for parts in its.values()) for its in (more.peaks, found)]
+    reserved = round(more.reserved * sizes[1] / sizes[0])  # holes do not grow evenly
+    return _View(found, line(few.heap, more.heap), reserved, work)
 
 
 def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device, recurrent: bool) -> Need:
@@ -238,48 +237,3 @@ def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device, recur
     optimizer = roofline.seconds(update, 1, plan, device)
     seconds = roofline.seconds(step, again, plan, device) + optimizer
     return Need(rank, parts, seconds, optimizer, device.memory, device.common // plan.world)
-
-
-def with_overhead(
-    parts: dict[str, int], heap: int, plan: Plan, device: Device, recurrent: bool, reserved: int = 0
-) -> dict[str, int]:
-    """Bytes of tensors by part, and with them what the process, the libraries and the allocator hold."""
-    parts = dict(parts)
-    freed = parts.pop(FREED)
-    if device.card:
-        return parts | {
-            "allocator": max(0, reserved - sum(parts.values())),
-            "context": device.context + _groups(plan) * device.communicator,
-        }
-    parts.pop(WORKSPACES, None)
-    holes = round((HEAP_RECURRENT if recurrent else HEAP) * heap)
-    return parts | {"overhead": _libraries(plan) + holes + freed, "process": device.process[int(plan.world > 1)]}
-
-
-def _groups(plan: Plan) -> int:
-    """Groups of ranks that one belongs to: of all, and of each axis if there are several."""
-    axes = sum(getattr(plan, axis) > 1 for axis in AXES)
-    return axes + (axes > 1)
-
-
-def _libraries(plan: Plan) -> int:
-    wanted = (
-        (plan.world == 1, ONE_PROCESS),
-        (plan.world > 1, SEVERAL),
-        (plan.shard * plan.tensor > 1, DTENSOR),
-        (plan.shard > 1, FSDP),
-        (plan.pipeline > 1, PIPELINE),
-        (plan.pipeline > 1 and plan.stages > plan.pipeline, STAGES),  # large tensors that take holes of the heap
-        (plan.precision.startswith("bf16"), BF16),
-    )
-    return sum(size for applies, size in wanted if applies)
-
-
-def heap_of(trace: Trace) -> int:
-    """Most bytes at a time of tensors that live in the C library's heap."""
-    now = most = 0
-    for _, size in trace.events:
-        if abs(size) < trace.own:
-            now += size
-            most = max(most, now)
-    return most

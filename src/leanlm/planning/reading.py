@@ -12,9 +12,9 @@ from leanlm.generate import generate
 from leanlm.memory import malloc
 from leanlm.planning import allocator, pretend
 from leanlm.planning import device as devices
-from leanlm.planning.predict import heap_of, with_overhead
+from leanlm.planning.parts import heap_of, peaks, with_overhead
 from leanlm.planning.report import mib
-from leanlm.planning.trace import Trace, peaks
+from leanlm.planning.trace import Trace
 from leanlm.strategies.plan import Plan
 
 

@@ -17,8 +17,7 @@ from leanlm.memory.malloc import LARGE
 from leanlm.planning import gpu
 from leanlm.planning.kernels import flops_of, lstm_scratch, lstm_workspace, read_again
 
-PARTS = ("weights", "gradients", "state", "activations", "logits", "buffers", "temporaries")
-FREED, WORKSPACES = "freed", "workspaces"
+WORKSPACES = "workspaces"  # part of cuBLAS
 HOST = "host"  # kind of communication
 BEFORE = "before"  # phase in which the optimizer gets its state, which no run has
 COLLECTIVES = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
@@ -269,32 +268,6 @@ class Trace(TorchDispatchMode):
         dtype = str(writes[0].dtype if writes and isinstance(writes[0], Tensor) else inputs[0].dtype).removeprefix("torch.")
         launched = 1 if self.card is None else gpu.launches(func, args)
         self.work[self.phase][Work(flops, moved, *pages, dtype, launches=launched)] += self.times
-
-
-def peaks(trace: Trace) -> dict[str, dict[str, int]]:
-    """Phase -> bytes of each part at the moment in it when most lived, and beside them `freed`: what the heap keeps of small
-    tensors that are gone, where it never shrinks. Of a name that comes again, its largest moment."""
-    live: dict[str, int] = dict.fromkeys((*PARTS, WORKSPACES, FREED), 0)
-    now, heap, most, found = 0, 0, 0, dict[str, tuple[int, dict[str, int]]]()
-    always = {number for number, part in trace.parts.items() if part == WORKSPACES}  # of every step but the first
-    live[WORKSPACES] = now = sum(size for number, size in trace.events if number in always)
-    borders = [*trace.phases, (len(trace.events), "")]
-    for (first, name), (end, _) in zip(borders, borders[1:], strict=False):
-        best = now + live[FREED], dict(live)
-        for number, size in trace.events[first:end]:
-            if number in always:
-                continue
-            live[trace.parts.get(number, "temporaries")] += size
-            now += size
-            if trace.pinned and abs(size) < trace.own:
-                heap += size
-                most = max(most, heap)
-                live[FREED] = most - heap
-            if now + live[FREED] > best[0]:
-                best = now + live[FREED], dict(live)
-        if best[0] > found.get(name, (-1, {}))[0]:
-            found[name] = best
-    return {name: parts for name, (_, parts) in found.items()}
 
 
 def _by_autograd() -> bool:
