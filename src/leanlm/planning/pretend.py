@@ -21,7 +21,8 @@ from leanlm.data.batches import Batch
 from leanlm.memory import loss, offload, state
 from leanlm.memory.offload import Scratch
 from leanlm.planning import gpu
-from leanlm.planning.trace import Trace, Work
+from leanlm.planning.trace import BEFORE, Trace, Work
+from leanlm.spread import local
 from leanlm.strategies.plan import Plan
 
 
@@ -39,7 +40,7 @@ def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # a question whether there is one
     with contextlib.ExitStack() as stack:
         for context in (ranks(rank, plan.world), meshes_with_numbers(), resizing(trace, plan), few_pieces(trace),
-                        alike_matrices(trace), tables_of_its_own(), sending(plan), file_of_pages(trace),
+                        alike_tensors(trace), tables_of_its_own(), sending(plan), file_of_pages(trace),
                         contextlib.nullcontext() if trace.card is None else gpu.kernels_of_a_gpu(trace.to_host),
                         FakeTensorMode(allow_non_fake_inputs=True), trace):  # fmt: skip
             stack.enter_context(context)
@@ -150,11 +151,11 @@ def sending(plan: Plan) -> Iterator[None]:
 @contextlib.contextmanager
 def few_pieces(trace: Trace) -> Iterator[None]:
     """Of a head's chunks of tokens and an optimizer's pieces of a tensor those between the first and the last are alike: one is
-    run, and its work counts for all."""
+    run, and its work counts for all. None is, where an optimizer only gets its state."""
 
     def few(every: Callable[..., Iterable[Any]]) -> Callable[..., Iterator[Any]]:
         def some(*args: Any) -> Iterator[Any]:
-            pieces = list(every(*args))
+            pieces = list(every(*args)) if trace.phase != BEFORE else []
             for i, piece in enumerate(pieces[:2] + pieces[2:][-1:]):
                 trace.times = max(1, len(pieces) - 2) if i == 1 else 1
                 yield piece
@@ -179,33 +180,65 @@ def tables_of_its_own() -> Iterator[None]:
     forget()
 
 
+class _Repeated:
+    """What a trace sees of something that is done once, and counts again for all that is like it."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.seen: dict[Any, Any] = {}
+
+    def __call__(self, key: Any, run: Callable[[], Any]) -> Any:
+        """What `run` returns: a new tensor, of which others with this key get one as large, or nothing."""
+        trace = self.trace
+        first, before = len(trace.events), Counter(trace.work[trace.phase])
+        if key not in self.seen:
+            made = run()
+            places = {number: i for i, number in enumerate(dict.fromkeys(number for number, _ in trace.events[first:]), 1)}
+            events = [(places[number], size) for number, size in trace.events[first:]]
+            parts = {i: trace.parts[number] for number, i in places.items() if number in trace.parts}
+            mine, layout = None, ((), ())
+            if made is not None:
+                mine, layout = places[trace.known[made.untyped_storage()._cdata]], (made.shape, made.stride())
+            dtype = None if made is None else made.dtype
+            self.seen[key] = events, parts, len(places), mine, layout, trace.work[trace.phase] - before, dtype
+            return made
+        events, parts, count, mine, layout, work, dtype = self.seen[key]
+        base, made = trace.count, None
+        trace.count += count
+        trace.parts |= {base + i: part for i, part in parts.items()}
+        for i, size in events:
+            if i == mine:
+                made = torch.empty_strided(*layout, dtype=dtype)
+            else:
+                trace.events.append((base + i, size))
+        trace.work[trace.phase] = before + work
+        return made
+
+
 @contextlib.contextmanager
-def alike_matrices(trace: Trace) -> Iterator[None]:
-    """Muon does the same to each matrix of a shape: it is done to one, and what the trace saw of it is repeated for others."""
-    every, seen = _muon._zeropower_via_newtonschulz, dict[Any, Any]()
+def alike_tensors(trace: Trace) -> Iterator[None]:
+    """Muon does the same to each matrix of a shape, and AdamW in pieces to each tensor: it is done to one. Where an optimizer
+    only gets its state, Muon's products are not taken."""
+    products, update = _muon._zeropower_via_newtonschulz, state.AdamW._update
+    matrices, tensors = _Repeated(trace), _Repeated(trace)
 
     def once(matrix: Tensor, *settings: Any) -> Tensor:
+        if trace.phase == BEFORE:
+            return matrix
         key = matrix.shape, matrix.stride(), matrix.dtype, settings
-        first, base, before = len(trace.events), trace.count, Counter(trace.work[trace.phase])
-        if key not in seen:
-            out = every(matrix, *settings)
-            mine = trace.known[out.untyped_storage()._cdata]
-            events = [(number - base, size) for number, size in trace.events[first:] if number > base]
-            parts = {number: trace.parts[base + number] for number, _ in events if base + number in trace.parts}
-            seen[key] = events, parts, mine - base, trace.work[trace.phase] - before, (out.shape, out.stride(), out.dtype)
-            return out
-        events, parts, mine, work, (shape, stride, dtype) = seen[key]
-        trace.count += max(number for number, _ in events)
-        trace.parts |= {base + number: part for number, part in parts.items()}
-        for number, size in events:
-            if number == mine:
-                out = torch.empty_strided(shape, stride, dtype=dtype)
-            else:
-                trace.events.append((base + number, size))
-        trace.work[trace.phase] = before + work
-        return out
+        return matrices(key, lambda: products(matrix, *settings))
 
-    with mock.patch.object(_muon, "_zeropower_via_newtonschulz", once):
+    def update_once(self: state.AdamW, parameter: Tensor, group: dict[str, Any]) -> None:
+        if parameter not in self.state or trace.phase == BEFORE:
+            return update(self, parameter, group)
+        mine = local(self.owned(parameter))
+        key = mine.shape, mine.stride(), mine.dtype, parameter.shape, str(getattr(parameter, "placements", None))
+        return tensors(key, lambda: update(self, parameter, group))
+
+    with (
+        mock.patch.object(_muon, "_zeropower_via_newtonschulz", once),
+        mock.patch.object(state.AdamW, "_update", update_once),
+    ):
         yield
 
 

@@ -87,7 +87,7 @@ def show(answer: "Answer", device: Device, devices: int, tokens: int, overrides:
 
     console, budget = Console(highlight=False, soft_wrap=True), budgets(device, devices)
     table = Table(title=f"plans that fit, fastest first: {budget} on {device.name}", title_justify="left")
-    parts = list(answer.least.fullest.parts)
+    parts = [part for part in answer.least.fullest.parts if any(found.fullest.parts[part] for found in answer.fitting)]
     for name in ("", "peak", "headroom", *parts, "step s", "tokens/s", "exactness"):
         table.add_column(name, justify="right")
     for number, found in enumerate(answer.fitting, 1):
@@ -95,7 +95,7 @@ def show(answer: "Answer", device: Device, devices: int, tokens: int, overrides:
         sizes = [f"{need.parts[part] / 2**20:,.0f}" for part in parts]
         table.add_row(str(number), mib(need.peak), mib(need.memory - need.peak), *sizes, f"{found.seconds:.3g}",
                       f"{tokens / found.seconds:,.0f}", found.plan.exactness)  # fmt: skip
-    wide = Console(width=max(console.width, 165), highlight=False)
+    wide = Console(width=max(console.width, 190), highlight=False)
     if answer.fitting:
         wide.print(table)
         wide.print("parts in MiB, of the rank with the least room")

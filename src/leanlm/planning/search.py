@@ -25,9 +25,9 @@ from leanlm.strategies.plan import Plan
 
 HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
 LATER = {"interleaved": 1.06, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
-SECONDS = 6.0  # after which no plan is begun, once two fit or it is clear that none does
+SECONDS = 7.5  # from the search's begin on, after which no plan is begun, once two (may) fit or it is clear that none does
 WORKER = 256 << 20  # bytes that a process which simulates takes (measured: 150 to 280 MiB)
-PATIENCE = 2.5  # seconds more for plans that were begun
+PATIENCE = 2.0  # seconds more for plans that were begun
 LONGEST = 20.0  # seconds more in which other plans are begun, if one fits alone, or none does but some come near
 ANSWER = 300.0  # as long as none has been simulated at all: on a machine that does much else
 
@@ -74,10 +74,11 @@ def search(
     Raises:
         UserError: no simulation has ended in time.
     """
+    until = time.monotonic() + SECONDS
     team = [_Worker(settings, vocabulary, device) for _ in range(max(1, min(cores(), 8, memory_limit() // WORKER)))]
     try:  # they import while plans are enumerated
         queue, candidates = _in_order(settings, vocabulary, device, devices, allow)
-        fitting, others = _simulated(queue, team, wanted)
+        fitting, others = _simulated(queue, team, wanted, until)
     finally:
         for worker in team:
             worker.process.kill()  # Lightning puts off SIGTERM until its loop is done
@@ -130,18 +131,18 @@ def _in_order(
     return queue, sum(map(len, groups))
 
 
-def _simulated(queue: list[_Family], team: list["_Worker"], wanted: int) -> tuple[list[Any], list[Any]]:
+def _simulated(queue: list[_Family], team: list["_Worker"], wanted: int, until: float) -> tuple[list[Any], list[Any]]:
     """Predictions that fit, and those that do not."""
     fitting: list[Any] = []
     others: list[Any] = []
     waiting, running = list(team), dict[Any, tuple[_Worker, _Family]]()
-    until = time.monotonic() + SECONDS
 
     def extra() -> float:
         if not fitting and not others:
             return ANSWER
         near = bool(fitting) or min(found.fullest.peak / found.fullest.memory for found in others) < HOPELESS
-        return LONGEST if len(fitting) < 2 and near else 0.0
+        known = len(fitting) + sum(found.tight for found in others)
+        return LONGEST if known < 2 and near else 0.0
 
     def more() -> bool:
         return len(fitting) < wanted and time.monotonic() < until + extra()
