@@ -120,7 +120,9 @@ def report(records: list[dict]) -> None:
         predicted = torch.tensor([plan["predicted"] for plan in record["plans"]])
         measured = torch.tensor([min(plan["runs"]) for plan in record["plans"]])
         print(f"{record['problem']}: {len(measured)} plans, rank correlation {spearman_corrcoef(predicted, measured):.2f}, "
-              f"auto's {measured[0] / measured.min():.2f} times the fastest")  # fmt: skip
+              f"auto's {measured[0] / measured.min():.2f} times the fastest", end="")  # fmt: skip
+        rounds = torch.tensor([plan["runs"][:2] for plan in record["plans"] if len(plan["runs"]) > 1])
+        print(f"; of the first two rounds with each other {spearman_corrcoef(*rounds.T):.2f}" if len(rounds) > 1 else "")
 
 
 if __name__ == "__main__":

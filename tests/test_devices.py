@@ -84,6 +84,13 @@ def test_a_processor_moves_operands_before_it_multiplies_and_a_card_meanwhile() 
     assert _cost(pages, processor) == pytest.approx(5e-3)
 
 
+def test_selective_recomputation_starts_operations_more_slowly() -> None:
+    processor = replace(of_config(CARD), accelerator="cpu", overhead=1e-5)
+    work = {f"step 1, micro-batch 0, {name}": Counter({Work(): 10}) for name in ("embed", "forward 0", "backward 0")}
+    assert seconds(work, 1, Plan(), processor) == pytest.approx(3e-4)
+    assert seconds(work, 1, Plan(recompute="operators"), processor) == pytest.approx(3e-4 + 2 * 0.7e-4)
+
+
 def test_the_probe_measures_two_processes_and_weighs_nothing_of_its_caller(tmp_path: Path) -> None:
     """A script, without a guard, that has more in memory than a run: processes that it starts would run it again."""
     script = tmp_path / "script.py"

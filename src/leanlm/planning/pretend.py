@@ -155,7 +155,7 @@ def few_pieces(trace: Trace) -> Iterator[None]:
 
     def few(every: Callable[..., Iterable[Any]]) -> Callable[..., Iterator[Any]]:
         def some(*args: Any) -> Iterator[Any]:
-            pieces = list(every(*args)) if trace.phase != BEFORE else []
+            pieces = [] if trace.gets_state else list(every(*args))
             for i, piece in enumerate(pieces[:2] + pieces[2:][-1:]):
                 trace.times = max(1, len(pieces) - 2) if i == 1 else 1
                 yield piece
@@ -223,7 +223,7 @@ def alike_tensors(trace: Trace) -> Iterator[None]:
     matrices, tensors = _Repeated(trace), _Repeated(trace)
 
     def once(matrix: Tensor, *settings: Any) -> Tensor:
-        if trace.phase == BEFORE:
+        if trace.gets_state:
             return matrix
         key = matrix.shape, matrix.stride(), matrix.dtype, settings
         return matrices(key, lambda: products(matrix, *settings))

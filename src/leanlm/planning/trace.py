@@ -94,6 +94,11 @@ class Trace(TorchDispatchMode):
         super().__enter__()
         return self
 
+    @property
+    def gets_state(self) -> bool:
+        """Whether nothing counts of what an optimizer does but its state; a heap that never shrinks keeps the rest as well."""
+        return self.phase == BEFORE and not self.pinned
+
     def enter(self, phase: str) -> None:
         """What comes next belongs to another phase."""
         self._copy(0)
