@@ -206,3 +206,20 @@ def test_a_plan_that_cannot_work_is_refused_with_what_would(plan: dict, message:
     with pytest.raises(UserError) as error:
         check(composed(*overrides(text, plan)))
     assert message in str(error.value)
+
+
+def _offloaded(size: int) -> bool:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    from leanlm.spread import local, with_layout
+
+    with process_group("cpu"):
+        mesh = init_device_mesh("cpu", (2,))
+        mine = torch.empty(size, device="meta")  # as one in a machine's memory is to the mesh of its GPUs
+        spread = with_layout(mine, (mesh, [Shard(0)], torch.Size([2 * size]), (1,)))
+        return local(spread).device.type == "meta" and spread.shape == (2 * size,)
+
+
+def test_what_another_device_holds_stays_there() -> None:
+    assert launch(_offloaded, (4,), 2)

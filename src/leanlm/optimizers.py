@@ -100,7 +100,7 @@ class Muon(torch.optim.Muon):
         ours = [
             i
             for i, (momentum, grad) in enumerate(zip(muon_momentum_bufs, grads, strict=True))
-            if self.stochastic or is_spread(momentum) or momentum.device != grad.device  # offloaded by a GPU
+            if self.stochastic or is_spread(momentum) or (self.scratch is not None and kernels.on_gpu(grad))
         ]
         for i in reversed(ours):  # torch updates what is left in the lists
             self._update(params_with_grad.pop(i), grads.pop(i), muon_momentum_bufs.pop(i), group)
@@ -124,6 +124,8 @@ class Muon(torch.optim.Muon):
         else:
             wide = weight.float().mul_(1 - group["lr"] * group["weight_decay"]).add_(change)
             weight.copy_(rounded(wide) if self.stochastic else wide)
+        if self.scratch is not None:  # before the next one comes
+            put_away(self.state[parameter], self.scratch)
 
 
 class Adafactor(torch.optim.Adafactor):

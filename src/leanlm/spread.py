@@ -58,6 +58,11 @@ def with_layout(mine: Tensor, layout: tuple[Any, ...] | None) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     mesh, placements, shape, stride = layout
+    if mine.device.type != mesh.device_type:  # in memory of a GPU's machine, from which `from_local` would fetch it
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+        spec = DTensorSpec(mesh, placements, tensor_meta=TensorMeta(torch.Size(shape), stride, mine.dtype))
+        return DTensor(mine, spec, requires_grad=False)
     return DTensor.from_local(mine, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 

@@ -115,13 +115,13 @@ def peak_memory() -> int:
 
 
 def memory_now(shared: bool = True) -> int:
-    """Memory of this process in bytes: allocated on its GPU, or resident (on Linux; elsewhere the largest so far).
+    """Memory of this process in bytes: taken of its GPU, or resident (on Linux; elsewhere the largest so far).
 
     Args:
         shared: with the pages of files, such as libraries, which other processes may have too.
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.memory_allocated()
+        return torch.cuda.memory_reserved()
     pages = Path("/proc/self/statm")
     if not pages.is_file():
         return peak_memory()

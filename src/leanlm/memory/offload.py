@@ -139,7 +139,7 @@ class _Kept:
 
 
 class _Pinned:
-    """An activation of a GPU in host memory, from which it is copied while the GPU computes."""
+    """An activation of a GPU in its machine's memory; the machine does not wait for the copies."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.device = tensor.device

@@ -250,7 +250,7 @@ def _average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) 
 
 
 def put_away(state: dict[str, Tensor], scratch: Away) -> None:
-    """Move the tensors of a parameter's state to a file, and let their pages leave memory."""
+    """Move the tensors of a parameter's state away, and let what they took leave memory."""
     for key, value in state.items():
         mine = local(value)
         if mine.numel() * mine.element_size() < SMALLEST:

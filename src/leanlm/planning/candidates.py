@@ -8,6 +8,7 @@ from typing import Any
 from leanlm.config import Settings, cuts
 from leanlm.memory import offload
 from leanlm.planning.device import MARGIN, Device
+from leanlm.planning.parts import groups
 from leanlm.planning.probe import sent
 from leanlm.planning.simulate import Stages, stages
 from leanlm.strategies import balance
@@ -110,7 +111,8 @@ class Estimate:
         device = self.device.share(plan.world)
         memories = device.memories if plan.pipeline > 1 else ()
         memory = sum(memories) / len(memories) if memories else device.memory
-        return memory * (1 - MARGIN) - device.context - 2 * device.workspace - device.process[int(plan.world > 1)]
+        card = device.context + 2 * device.workspace + groups(plan) * device.communicator
+        return memory * (1 - MARGIN) - card - device.process[int(plan.world > 1)]
 
     def __call__(self, plan: Plan) -> Rough:
         config, device = self.config, self.device.share(plan.world)

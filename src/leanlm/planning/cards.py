@@ -14,6 +14,7 @@ from leanlm.config import FOLDER
 from leanlm.errors import UserError
 
 ALIKE = 0.02  # share by which free memory may differ among devices that count as equal
+ASKING = 0.67  # of a card's context, what the process has that asks for free memory (H200: 527 of 785 MiB)
 AROUND = 5  # times as long as a bare operation takes to start, one takes with Python, autograd and modules around it
 # asked of another process: CUDA, once begun here, would take memory and could not be forked
 QUESTION = """
@@ -62,7 +63,10 @@ def as_node(memory: Any, devices: int | None) -> dict[str, Any] | None:
         raise UserError(
             f"devices={devices}: this machine has {len(cards)} GPUs; write a data sheet to plan for others, such as device=l4"
         )
-    sheets, free = [sheet(name) for name, _ in cards], [size for _, size in cards]
+    from leanlm.planning.device import size  # which imports this
+
+    sheets = [sheet(name) for name, _ in cards]
+    free = [found + round(ASKING * size(one["context"])) for (_, found), one in zip(cards, sheets, strict=True)]
     equal = max(free) - min(free) <= ALIKE * max(free)
     speeds = [each["bandwidth"] / sheets[0]["bandwidth"] for each in sheets]
     return {

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from leanlm.memory import kernels, offload
 
 aten = torch.ops.aten
-CELLS = {"rnn_relu": (0, 1), "rnn_tanh": (1, 1), "lstm": (2, 4), "gru": (3, 3)}  # name -> cuDNN's mode, gates
+CELLS = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}  # name -> cuDNN's mode
 ATTENTION = (aten._scaled_dot_product_efficient_attention_backward, aten._scaled_dot_product_flash_attention_backward)
 KEPT = {0: 1, 1: 1, 2: 5, 3: 6}  # mode -> numbers that cuDNN keeps for each token and unit
 KERNEL = 4e-6  # seconds of the shortest one
@@ -63,7 +63,9 @@ def _wide(function: Callable[..., Any]) -> Callable[..., Any]:
     """In float32 under a CPU's autocast, as under a GPU's."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled("cpu") and function.__name__ == "sum":  # reads what there is, adds in float32
+            kwargs.setdefault("dtype", torch.float32 if args[0].dtype in (torch.bfloat16, torch.float16) else None)
+        elif torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(
                 Tensor, lambda part: part.float() if part.is_floating_point() else part, (args, kwargs)
             )
@@ -86,7 +88,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = 
 
 
 def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """As one operation, which keeps a number for each token; what it takes is what a layer norm takes."""
+    """As one operation, which keeps a number for each token; what it takes is what a layer norm takes. From torch 2.12 on a
+    GPU's autocast computes it in float32."""
+    if kernels.under_autocast(x) and torch.__version__ >= "2.12":
+        x, weight = x.float(), None if weight is None else weight.float()
     return aten.native_layer_norm(x, list(shape), weight, None, eps or 1e-6)[0]
 
 
@@ -105,7 +110,7 @@ class _Away:
 
 
 def _recurrence(cell: str) -> Callable[..., Any]:
-    mode, _ = CELLS[cell]
+    mode = CELLS[cell]
 
     def run(x: Tensor, before: Any, weights: list[Tensor], bias: bool, layers: int, dropout: float, train: bool,
             bidirectional: bool, batch_first: bool) -> tuple[Tensor, ...]:  # fmt: skip
@@ -162,7 +167,7 @@ def taken(func: Any, args: Any, results: list[Tensor], threads: int) -> tuple[Te
         beside = (query.numel() + query.numel() // query.shape[-1]) * 4
         order = (*results, beside, -beside)
     elif packet is aten.sum and len(args) > 1 and args[1]:
-        beside = _sum_over_rows(args[0], args[1], threads)
+        beside = _sum_over_rows(getattr(args[0], "_local_tensor", args[0]), args[1], threads)
         order = (*results, beside, -beside)
     return order
 
@@ -187,8 +192,8 @@ def _bytes(*tensors: Tensor) -> int:
 def _sum_over_rows(x: Tensor, dims: list[int], threads: int) -> int:
     """Partial sums of `x` over its first dimensions, as the gradient of a bias takes them (torch's Reduce.cuh): blocks of 128
     threads, each with 4 columns in every thread, as many along the rows as fill the GPU."""
-    dims = sorted(dim % x.dim() for dim in dims)
-    if dims != list(range(len(dims))) or len(dims) == x.dim() or not threads or not x.is_contiguous():
+    dims = sorted(dim % x.dim() for dim in dims) if x.dim() else []
+    if not dims or dims != list(range(len(dims))) or len(dims) == x.dim() or not threads or not x.is_contiguous():
         return 0
     rows, columns = prod(x.shape[: len(dims)]), prod(x.shape[len(dims) :])
     each = rows // 4  # rows to a thread

@@ -57,14 +57,14 @@ def with_overhead(
     if device.card:
         return parts | {
             "allocator": max(0, reserved - sum(parts.values())),
-            "context": device.context + _groups(plan) * device.communicator,
+            "context": device.context + groups(plan) * device.communicator,
         }
     parts.pop(WORKSPACES, None)
     holes = round((HEAP_RECURRENT if recurrent else HEAP) * heap)
     return parts | {"overhead": _libraries(plan) + holes + freed, "process": device.process[int(plan.world > 1)]}
 
 
-def _groups(plan: Plan) -> int:
+def groups(plan: Plan) -> int:
     """Groups of ranks that one belongs to: of all, and of each axis if there are several."""
     axes = sum(getattr(plan, axis) > 1 for axis in AXES)
     return axes + (axes > 1)

@@ -28,7 +28,7 @@ LATER = {"interleaved": 1.06, "zero-bubble": 1.1}  # simulating these takes as l
 SECONDS = 7.5  # from the search's begin on, after which no plan is begun, once two (may) fit or it is clear that none does
 WORKER = 256 << 20  # bytes that a process which simulates takes (measured: 150 to 280 MiB)
 PATIENCE = 2.0  # seconds more for plans that were begun
-LONGEST = 20.0  # seconds more in which other plans are begun, if one fits alone, or none does but some come near
+LONGEST = 20.0  # seconds more in which other plans are begun, if one fits and no other may, or none does but some come near
 ANSWER = 300.0  # as long as none has been simulated at all: on a machine that does much else
 
 
@@ -141,7 +141,7 @@ def _simulated(queue: list[_Family], team: list["_Worker"], wanted: int, until: 
         if not fitting and not others:
             return ANSWER
         near = bool(fitting) or min(found.fullest.peak / found.fullest.memory for found in others) < HOPELESS
-        known = len(fitting) + sum(found.tight for found in others)
+        known = len(fitting) + (sum(found.tight for found in others) if fitting else 0)
         return LONGEST if known < 2 and near else 0.0
 
     def more() -> bool:

@@ -3,7 +3,8 @@
 Model, optimizer and trainer are built by the functions that training uses, and Lightning's loop runs them, under torch's
 FakeTensorMode and a process group that only pretends (torch.testing's FakeProcessGroup). What is replaced: the batches, which
 have a shape and no tokens; DDP's reducer, which is C++ and looks into memory, by one that holds its buckets; device meshes
-are made with real numbers; nothing is moved to a device or broadcast; and FSDP2 tells the trace when it empties a storage.
+are made with real numbers; nothing is moved to a device or broadcast; FSDP2 tells the trace when it empties a storage; and for
+a GPU, operations that it has other kernels for (gpu.py).
 """
 
 import contextlib

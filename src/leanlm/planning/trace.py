@@ -17,7 +17,7 @@ from leanlm.memory.malloc import LARGE
 from leanlm.planning import gpu
 from leanlm.planning.kernels import flops_of, lstm_scratch, lstm_workspace, read_again
 
-WORKSPACES = "workspaces"  # part of cuBLAS
+WORKSPACES = "workspaces"  # the part that is cuBLAS's
 HOST = "host"  # kind of communication
 BEFORE = "before"  # phase in which the optimizer gets its state, which no run has
 COLLECTIVES = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
