@@ -72,6 +72,7 @@ def test_holes_are_filled_and_the_end_grows_by_pages() -> None:
     assert took(5, 6) == 3  # 44 MiB
     assert took(5, 6, 1, -6, 4) == 3  # 16 of the 24 that are free
     assert took(5, 6, 1, -6, 7) == 4  # 28 do not fit there, nor with the 12 at the end
+    assert took(8, 2, 4, -8, 1, 8) == 5  # the 1 goes into the hole of 8, although the end has room for just that
     assert reserved([(1, 100), (2, 600)]) == PAGES[0]
 
 

@@ -216,9 +216,9 @@ def _offloaded(size: int) -> bool:
 
     with process_group("cpu"):
         mesh = init_device_mesh("cpu", (2,))
-        mine = torch.empty(size, device="meta")  # as one in a machine's memory is to the mesh of its GPUs
-        spread = with_layout(mine, (mesh, [Shard(0)], torch.Size([2 * size]), (1,)))
-        return local(spread).device.type == "meta" and spread.shape == (2 * size,)
+        mesh._device_type = "cuda"  # fetching it there would raise
+        spread = with_layout(torch.empty(size), (mesh, [Shard(0)], torch.Size([2 * size]), (1,)))
+        return local(spread).device.type == "cpu" and spread.shape == (2 * size,)
 
 
 def test_what_another_device_holds_stays_there() -> None:

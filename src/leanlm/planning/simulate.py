@@ -154,6 +154,7 @@ class _Phases(pl.Callback):
             for parameter in module.net.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
+            self._mark_state(optimizer)
             optimizer.zero_grad()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Batch, index: int) -> None:
@@ -178,7 +179,9 @@ class _Phases(pl.Callback):
         self.trace.enter(f"step {self.step}, optimizer")
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Batch, index: int) -> None:
-        (optimizer,) = trainer.optimizers
+        self._mark_state(trainer.optimizers[0])
+
+    def _mark_state(self, optimizer: torch.optim.Optimizer) -> None:
         state = [value for values in optimizer.state.values() for value in values.values()]
         self.trace.mark("state", [value for value in state if isinstance(value, Tensor)])
 
