@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
+from leanlm.memory.recompute import again
+from leanlm.planning.kernels import CHECKPOINTED, SELECTIVE
 from leanlm.planning.parts import peaks
 from leanlm.planning.trace import Trace
 
@@ -48,6 +50,26 @@ def test_new_pages_are_small_up_to_two_mebibytes_of_each_tensor() -> None:
     assert pages == {"1": [0, 1], "3": [1, 2], "8": [6, 2], "emptied": [0, 0], "filled": [6, 2]}
 
 
+def test_what_checkpointing_keeps_track_of_starts_more_slowly() -> None:
+    """A product, a sine, a tanh and a sine: what backward runs again starts as it does elsewhere."""
+
+    def starts(level: str) -> list[int]:
+        weight, x = torch.ones(4, 4, requires_grad=True), torch.ones(4, 4, requires_grad=True)
+        with Trace(vocabulary=7) as trace:
+            trace.enter("forward")
+            out = again(lambda x: (x @ weight).sin().tanh().sin(), x, level=level)
+            trace.enter("backward")
+            out.sum().backward()
+        return [
+            sum(kind.starts * n for kind, n in trace.work[phase].items() if kind.moved) for phase in ("forward", "backward")
+        ]
+
+    forward, backward = starts("keep")
+    assert forward == 4
+    assert starts("blocks") == [4 * CHECKPOINTED, backward + 3]  # but the last sine
+    assert starts("operators") == [4 * SELECTIVE, backward + 2]  # nor the product
+
+
 @pytest.mark.parametrize("pinned", [False, True])
 def test_a_heap_that_does_not_shrink_is_counted_beside_what_comes_later(pinned: bool) -> None:
     """Ten small tensors come and go, then a large one comes. Measured: a GRU of four layers of 1024 needed 773 MiB, 259 of
@@ -69,6 +91,8 @@ LSTM = """
 import sys, torch, leanlm
 from torch._subclasses.fake_tensor import FakeTensorMode
 from leanlm.memory.malloc import return_freed_memory
+from leanlm.memory.recompute import again
+from leanlm.planning.kernels import CHECKPOINTED, SELECTIVE
 from leanlm.planning.parts import peaks
 from leanlm.planning.trace import Trace
 return_freed_memory()

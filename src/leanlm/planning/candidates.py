@@ -153,7 +153,8 @@ class Estimate:
             seconds += sending("all-reduce", mine / plan.shard, plan.replicate) * (1.5 if plan.zero1 else 1)
         if plan.tensor > 1:  # hidden states twice forward and twice backward
             seconds += sending("all-reduce", 4 * self.hidden * rows * micros * self.blocks / plan.pipeline, plan.tensor)
-        starting = micros * self.blocks * 120 * device.overhead
+        operations = {"none": 200, "operators": 1100, "blocks": 500}.get(plan.recompute, 350)  # and what tracks them
+        starting = micros * self.blocks * operations * device.overhead
         seconds = max(seconds, starting) if device.card else seconds + starting
         seconds += micros * self.blocks * self.again / (plan.pipeline * plan.tensor * device.bandwidth * speed)
         if plan.offload != "none":

@@ -15,7 +15,7 @@ from leanlm.errors import UserError
 
 ALIKE = 0.02  # share by which free memory may differ among devices that count as equal
 ASKING = 0.67  # of a card's context, what the process has that asks for free memory (H200: 527 of 785 MiB)
-AROUND = 5  # times as long as a bare operation takes to start, one takes with Python, autograd and modules around it
+AROUND = 3.2  # times as long as an addition without work takes to start, an operation or view in a model takes
 # asked of another process: CUDA, once begun here, would take memory and could not be forked
 QUESTION = """
 import json, time, torch

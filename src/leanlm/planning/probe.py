@@ -1,7 +1,6 @@
 """Rates of this machine, and what processes weigh on it."""
 
 import json
-import math
 import mmap
 import statistics
 import subprocess
@@ -16,12 +15,14 @@ import torch
 
 from leanlm.launch import launch, process_group, world_size
 
-VERSION = 2  # of what is measured
+VERSION = 3  # of what is measured
 PRODUCTS = ("float32", "bfloat16", "float64")
 ROUNDS = 4
 SMALL = 1 << 20  # bytes of a tensor that gets pages of 4 KiB
 LARGE = 8 << 20  # of one that is as large as activations are
+HUGE = 16 << 20  # of one whose pages are large
 ENDS = 2 << 20  # bytes of it that get pages of 4 KiB, on average, as it begins anywhere; the others get pages of 2 MiB
+AROUND = 2.4  # times as long as an addition without work takes to start, an operation or view in a model takes
 MESSAGE, TIMES = 8 << 20, 9  # bytes that are sent to measure a link, and how often
 
 
@@ -58,33 +59,36 @@ def _rates() -> dict[str, Any]:
     large, small = torch.randn(LARGE // 4), torch.zeros(8)
     # an operation as models have them: it computes a little for each number
     kinds["bandwidth"] = partial(torch.ops.aten.gelu.out, large, out=torch.empty_like(large))
-    kinds["paging"] = lambda: torch.ones(LARGE // 4)
-    kinds["small_paging"] = lambda: torch.frombuffer(mmap.mmap(-1, SMALL), dtype=torch.float32).fill_(1)
+    kinds["paging"] = lambda: torch.ones(HUGE // 4)
+    pages = partial(mmap.mmap, -1, SMALL, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    kinds["small_paging"] = lambda: torch.frombuffer(pages(), dtype=torch.float32).fill_(1)
     kinds["overhead"] = lambda: small + small
-    best = dict.fromkeys(kinds, math.inf)
+    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(ROUNDS):  # a shared processor is slower for a while, then fast again
         for kind, run in kinds.items():
-            best[kind] = min(best[kind], fastest(run))
+            taken[kind] += timed(run)
+    # how soon the system has pages varies from one to the next
+    best = {kind: (statistics.median if "paging" in kind else min)(times) for kind, times in taken.items()}
     small_paging = SMALL / best["small_paging"]
     huge = max(best["paging"] - ENDS / small_paging, best["paging"] / 4)  # noise may leave nothing of it
     return {
         "flops": {kind: 2 * n**3 / best[kind] for kind in PRODUCTS},
         "bandwidth": 2 * LARGE / best["bandwidth"],
-        "paging": (LARGE - ENDS) / huge,
+        "paging": (HUGE - ENDS) / huge,
         "small_paging": small_paging,
-        "overhead": 4 * best["overhead"],  # with Python, autograd and modules around it
+        "overhead": AROUND * best["overhead"],
     }
 
 
-def fastest(run: Callable[[], Any], during: float = 0.1) -> float:
-    """Of one run, the best of several."""
+def timed(run: Callable[[], Any], during: float = 0.1) -> list[float]:
+    """Seconds of each of several runs, but the first."""
     run()
-    best, until = math.inf, time.perf_counter() + during
+    found, until = [], time.perf_counter() + during
     while time.perf_counter() < until:
         begin = time.perf_counter()
         run()
-        best = min(best, time.perf_counter() - begin)
-    return best
+        found.append(time.perf_counter() - begin)
+    return found
 
 
 def _process() -> tuple[int, dict[str, Any]]:

@@ -8,7 +8,6 @@ from leanlm.planning.probe import sent
 from leanlm.planning.trace import Work
 from leanlm.strategies.plan import Plan
 
-SELECTIVE = 0.7  # of an operation's start, more where torch's selective recomputation looks at each (measured: 8.6 us of 12)
 OVERLAP = 0.7  # share of the computation beside which gradients and weights can be sent
 
 
@@ -22,13 +21,11 @@ def seconds(work: dict[str, Counter[Work]], micros: int, plan: Plan, device: Dev
     computing = starting = blocking = beside = 0.0
     for phase, counter in work.items():
         again = micros if "micro-batch 1" in phase else 1
-        looked_at = plan.recompute == "operators" and ("forward" in phase or "backward" in phase)
-        start = device.overhead * (1 + SELECTIVE * looked_at)
         for kind, count in counter.items():
             times = again * count
             if not kind.collective:
                 computing += times * _computing(kind, device)
-                starting += times * start
+                starting += times * kind.starts * device.overhead
             elif plan.readers > 1 and kind.ranks > 1 and plan.tensor == 1 and not device.shared:
                 beside += times * _sending(kind, device)
             else:

@@ -1,6 +1,5 @@
 """What a training step allocates and computes, seen operation by operation, with real tensors or with fake ones."""
 
-import sys
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from leanlm.memory.malloc import LARGE
 from leanlm.planning import gpu
-from leanlm.planning.kernels import flops_of, lstm_scratch, lstm_workspace, read_again
+from leanlm.planning.kernels import caller, flops_of, lstm_scratch, lstm_workspace, read_again, starts
 
 WORKSPACES = "workspaces"  # the part that is cuBLAS's
 HOST = "host"  # kind of communication
@@ -23,7 +22,6 @@ BEFORE = "before"  # phase in which the optimizer gets its state, which no run h
 COLLECTIVES = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
                "reduce_scatter": "reduce-scatter", "send": "send", "recv": "recv", "broadcast": "broadcast"}  # fmt: skip
 DEVICE = torch.ops.prim.device.default
-WRAPPERS = ("torch._dynamo", "torch._compile", "leanlm.lazy")  # modules that stand between a mode and what called it
 
 
 class Work(NamedTuple):
@@ -39,6 +37,7 @@ class Work(NamedTuple):
         size: bytes of the payload.
         ranks: that take part.
         launches: of a GPU's kernels, one after the other.
+        starts: operations that take as long to start.
     """
 
     flops: int = 0
@@ -50,6 +49,7 @@ class Work(NamedTuple):
     size: int = 0
     ranks: int = 1
     launches: int = 1
+    starts: int = 1
 
 
 class Trace(TorchDispatchMode):
@@ -263,8 +263,9 @@ class Trace(TorchDispatchMode):
                 self._copy(payload if collective in ("all-gather", "reduce-scatter") else 0)
             return
         writes = fresh or ([args[0]] if kind.rstrip("_") != kind and inputs else [])
-        if not writes and "out" not in kwargs:
-            return  # a view
+        if not writes and "out" not in kwargs:  # a view
+            self.work[self.phase][Work(starts=starts())] += self.times
+            return
         flops = flops_of(func, args, kwargs, out)
         moved = sum(map(_bytes, {id(part): part for part in [*inputs, *fresh]}.values())) + read_again(func, args)
         pages = _pages(size for size in map(_bytes, fresh) if size >= self.own)
@@ -272,15 +273,13 @@ class Trace(TorchDispatchMode):
             self._workspace(torch._C._current_graph_task_id() != -1)
         dtype = str(writes[0].dtype if writes and isinstance(writes[0], Tensor) else inputs[0].dtype).removeprefix("torch.")
         launched = 1 if self.card is None else gpu.launches(func, args)
-        self.work[self.phase][Work(flops, moved, *pages, dtype, launches=launched)] += self.times
+        kind_of_work = Work(flops, moved, *pages, dtype, launches=launched, starts=starts())
+        self.work[self.phase][kind_of_work] += self.times
 
 
 def _by_autograd() -> bool:
     """Whether autograd's engine itself has called the operation at hand, to sum gradients; not a backward in Python."""
-    frame = sys._getframe(2)
-    while frame.f_back and frame.f_globals["__name__"].startswith(WRAPPERS):
-        frame = frame.f_back
-    return frame.f_code.co_name == "_engine_run_backward"
+    return caller(2).f_code.co_name == "_engine_run_backward"
 
 
 def _local(tensor: Any) -> Tensor:
