@@ -22,6 +22,7 @@ from leanlm.planning.device import Device, of_config
 from leanlm.planning.parts import ONE_PROCESS, peaks
 from leanlm.planning.predict import _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
 from leanlm.planning.simulate import ends, simulate, stages
+from leanlm.planning.trace import Work
 from leanlm.strategies.plan import Plan
 
 MODEL = [
@@ -224,7 +225,10 @@ def test_one_tensor_of_a_shape_says_what_an_optimizer_does_to_each(
     ]
     assert events[0] == events[1]
     assert in_step(peaks(once)) == in_step(peaks(each))
-    assert in_step(once.work) == in_step(each.work)
+    works, views = [in_step(trace.work) for trace in (once, each)], Work()
+    counts = [sum(work.pop(views, 0) for work in its.values()) for its in works]
+    assert counts[0] == pytest.approx(counts[1], rel=0.1)  # of the first spread tensor of a shape torch looks at more
+    assert works[0] == works[1]
 
 
 def in_step(phases: dict[str, Any]) -> dict[str, Any]:
