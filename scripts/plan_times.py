@@ -5,7 +5,7 @@ python scripts/plan_times.py --plans 4 --only 0 2 --into ...       fewer plans, 
 
 Of each problem: the plan that `strategy=auto` takes, and others spread evenly over the rough order of all that fit, with every
 count of micro-batches. They are run in rounds, so that a machine that is slower for a while is so for all; a plan's time is
-that of its fastest step. The rank correlation is Spearman's.
+that of its fastest step, of some 20 seconds in each round. The rank correlation is Spearman's.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from leanlm.planning.simulate import stages
 from leanlm.prepare import tokens
 from leanlm.strategies.plan import Plan
 
-STEPS = 8
+SECONDS, FEWEST, MOST = 20.0, 6, 32  # of a run's steps together; how many they are
 # small: a virtual machine may lend its host the pages that were free for seconds, and getting them back takes long
 PROBLEMS = [
     "model=gpt2 model.width=384 model.depth=6 global_batch=8 sequence=128",
@@ -82,7 +82,7 @@ def main() -> None:
     asked.into.parent.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for line in asked.into.read_text().splitlines()] if asked.into.exists() else []
     with tempfile.TemporaryDirectory() as folder:
-        common = [*whole_run(Path(folder), STEPS), "log_every=1", f"checkpoint_every={STEPS}"]
+        common = [*whole_run(Path(folder), FEWEST), "log_every=1"]
         for number in asked.only:
             if PROBLEMS[number] in [record["problem"] for record in known]:
                 continue
@@ -102,8 +102,10 @@ def main() -> None:
             for turn in range(asked.rounds):
                 for i, plan in enumerate(record["plans"]):
                     run = Path(folder, f"{number}-{i}-{turn}")
+                    steps = max(FEWEST, min(MOST, round(SECONDS / plan["predicted"])))
+                    length = [f"{key}={steps}" for key in ("max_steps", "val_every", "checkpoint_every")]
                     try:
-                        plan["runs"].append(size * measure(overrides + plan["plan"].split(), run))
+                        plan["runs"].append(size * measure(overrides + plan["plan"].split() + length, run))
                     except (RuntimeError, subprocess.TimeoutExpired) as error:
                         print(f"{plan['plan']}: {error}", flush=True)
                         continue

@@ -100,7 +100,7 @@ def test_a_run_that_meets_the_end_of_memory_goes_on_with_a_plan_for_less(
 
 
 def test_a_search_whose_time_is_up_goes_on_until_two_plans_can_be_compared(text: Path) -> None:
-    with mock.patch("leanlm.planning.search.SECONDS", 0.0):
+    with mock.patch.multiple(searching, SECONDS=0.0, SHORTEST=0.0):
         answer = search(settings(text), 256, replace(HERE, memory=4 << 30), 2, wanted=6)
     assert len(answer.fitting) >= 2
     assert answer.simulated < answer.candidates
@@ -143,6 +143,7 @@ class _Answers:
 def test_all_families_are_looked_at_before_it_is_said_that_none_fits(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest had been tried, and a budget refused that a slower plan would have kept."""
     monkeypatch.setattr(searching, "SECONDS", 0.0)
+    monkeypatch.setattr(searching, "SHORTEST", 0.0)
     monkeypatch.setattr(searching, "_Worker", _Answers)
     asked = settings(text)
     for far, all_of_them in ((1.1, True), (2.0, False)):  # budgets

@@ -13,12 +13,14 @@ from conftest import composed
 from omegaconf import OmegaConf
 from torch import nn
 
+from leanlm import build
 from leanlm.config import FOLDER, check
 from leanlm.memory import kernels, loss
 from leanlm.models.transformer import attend
 from leanlm.planning import gpu, reading
 from leanlm.planning.allocator import PAGES, reserved
 from leanlm.planning.device import Device, of_config
+from leanlm.planning.parts import FREED, PARTS, with_overhead
 from leanlm.planning.predict import predict
 from leanlm.planning.roofline import seconds
 from leanlm.planning.trace import Work
@@ -95,6 +97,26 @@ def test_a_card_computes_while_its_machine_starts_operations() -> None:
     assert seconds(sent, 1, Plan(), fast) == pytest.approx(1e-3 + fast.latency)
     layer = {"step 1, micro-batch 0, head": Counter({Work(launches=500): 1})}
     assert seconds(layer, 1, Plan(), fast) == pytest.approx(500 * gpu.KERNEL)
+
+
+def test_nccl_weighs_once_for_each_group_of_ranks() -> None:
+    def context(**axes: int) -> int:
+        return with_overhead(dict.fromkeys((*PARTS, FREED), 0), 0, Plan(**axes), card(), False)["context"]
+
+    one = card().communicator
+    assert context() == card().context
+    assert context(replicate=2) == card().context + one
+    assert context(replicate=2, shard=2) == card().context + 3 * one  # each axis, and all ranks
+    assert context(pipeline=2, shard=2, tensor=2) == card().context + 4 * one
+
+
+def test_averages_in_host_memory_go_to_the_card_and_back_in_each_step(text: Path) -> None:
+    settings = check(composed("data=text", f"data.path={text}", "data.tokenizer=byte", "model=gpt2", "model.width=192",
+                              "model.depth=2", "optim=adamw", "strategy.offload=optimizer"))  # fmt: skip
+    count = sum(parameter.numel() for parameter in build.model(settings.config, settings.plan, 256).parameters())
+    slow, fast = (replace(card(), links={"host": rate}, latency=0.0) for rate in (1e9, 1e12))
+    more = predict(settings, 256, slow).seconds - predict(settings, 256, fast).seconds
+    assert more == pytest.approx(2 * 8 * count * (1e-9 - 1e-12), rel=0.01)  # but of the smallest tensors
 
 
 def test_autocast_of_a_gpu_squares_in_float32() -> None:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
 from leanlm.memory.recompute import again
-from leanlm.planning.kernels import CHECKPOINTED, SELECTIVE
+from leanlm.planning.kernels import CHECKPOINTED, LAYOUT, SELECTIVE
 from leanlm.planning.parts import peaks
 from leanlm.planning.trace import Trace
 
@@ -33,8 +33,8 @@ def test_a_trace_counts_what_real_tensors_hold() -> None:
     assert flops == 2 * 16 * 64 * 32
 
 
-def test_new_pages_are_small_up_to_two_mebibytes_of_each_tensor() -> None:
-    """A tensor begins anywhere (measured: 606 faults of 4 KiB for 2.4 MiB, 769 for 3, 516 for 8)."""
+def test_new_pages_come_slowly_up_to_four_mebibytes_of_each_tensor() -> None:
+    """Measured, as long as 1 MiB took: of 4 MiB 4 times, of 6 MiB 5, of 8 MiB 5.5, of 16 MiB 8 times."""
     with Trace(vocabulary=7, own=512 << 10) as trace:
         for mebibytes in (1, 3, 8):
             trace.enter(str(mebibytes))
@@ -47,7 +47,7 @@ def test_new_pages_are_small_up_to_two_mebibytes_of_each_tensor() -> None:
         trace.resized(held)
     pages = {name: [sum(getattr(kind, what) * n for kind, n in trace.work[name].items()) >> 20 for what in ("fresh", "small")]
              for name in ("1", "3", "8", "emptied", "filled")}  # fmt: skip
-    assert pages == {"1": [0, 1], "3": [1, 2], "8": [6, 2], "emptied": [0, 0], "filled": [6, 2]}
+    assert pages == {"1": [0, 1], "3": [0, 3], "8": [4, 4], "emptied": [0, 0], "filled": [4, 4]}
 
 
 def test_what_checkpointing_keeps_track_of_starts_more_slowly() -> None:
@@ -92,7 +92,7 @@ import sys, torch, leanlm
 from torch._subclasses.fake_tensor import FakeTensorMode
 from leanlm.memory.malloc import return_freed_memory
 from leanlm.memory.recompute import again
-from leanlm.planning.kernels import CHECKPOINTED, SELECTIVE
+from leanlm.planning.kernels import CHECKPOINTED, LAYOUT, SELECTIVE
 from leanlm.planning.parts import peaks
 from leanlm.planning.trace import Trace
 return_freed_memory()
@@ -142,7 +142,7 @@ def test_a_recurrence_reads_its_weights_again_for_each_token(monkeypatch: pytest
     moved()  # what is done once
     with_them = moved()
     monkeypatch.setattr("leanlm.planning.trace.read_again", lambda *_: 0)
-    assert with_them - moved() == 3 * (tokens - 1) * 4 * width * width * 4
+    assert (with_them - moved()) * LAYOUT == 3 * (tokens - 1) * 4 * width * width * 4  # of what a product moves, that counts
 
 
 def test_a_trace_counts_the_arithmetic_of_attention() -> None:

@@ -1,10 +1,12 @@
 """leanlm: train language models on the devices you have. Same loss curve, any memory budget."""
 
 import os
+import time
 
 from leanlm.lazy import put_off_imports
 
 __version__ = "0.1.0"
+BEGAN = time.monotonic()
 
 put_off_imports()
 

@@ -5,6 +5,7 @@ from contextlib import suppress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE = 2 << 20  # bytes of a tensor for which torch asks for pages of this size: new ones then cost little
+ENDS = 4 << 20  # of such a tensor, come as slowly as small pages do: a part has small ones, and threads wait for each other
 SMALL = 512 << 10  # of a tensor that gets pages of its own in a large model
 MODEL = 8_000_000  # parameters from which on a model is large
 KEPT = 32 << 20  # bytes at the end of the heap that may stay for what comes next

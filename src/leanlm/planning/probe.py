@@ -1,6 +1,7 @@
 """Rates of this machine, and what processes weigh on it."""
 
 import json
+import math
 import mmap
 import statistics
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from leanlm.launch import launch, process_group, world_size
+from leanlm.memory.malloc import ENDS
 
 VERSION = 3  # of what is measured
 PRODUCTS = ("float32", "bfloat16", "float64")
@@ -21,7 +23,6 @@ ROUNDS = 4
 SMALL = 1 << 20  # bytes of a tensor that gets pages of 4 KiB
 LARGE = 8 << 20  # of one that is as large as activations are
 HUGE = 16 << 20  # of one whose pages are large
-ENDS = 2 << 20  # bytes of it that get pages of 4 KiB, on average, as it begins anywhere; the others get pages of 2 MiB
 AROUND = 2.4  # times as long as an addition without work takes to start, an operation or view in a model takes
 MESSAGE, TIMES = 8 << 20, 9  # bytes that are sent to measure a link, and how often
 
@@ -63,12 +64,10 @@ def _rates() -> dict[str, Any]:
     pages = partial(mmap.mmap, -1, SMALL, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     kinds["small_paging"] = lambda: torch.frombuffer(pages(), dtype=torch.float32).fill_(1)
     kinds["overhead"] = lambda: small + small
-    taken: dict[str, list[float]] = {kind: [] for kind in kinds}
+    best = dict.fromkeys(kinds, math.inf)
     for _ in range(ROUNDS):  # a shared processor is slower for a while, then fast again
         for kind, run in kinds.items():
-            taken[kind] += timed(run)
-    # how soon the system has pages varies from one to the next
-    best = {kind: (statistics.median if "paging" in kind else min)(times) for kind, times in taken.items()}
+            best[kind] = min(best[kind], fastest(run))
     small_paging = SMALL / best["small_paging"]
     huge = max(best["paging"] - ENDS / small_paging, best["paging"] / 4)  # noise may leave nothing of it
     return {
@@ -80,15 +79,15 @@ def _rates() -> dict[str, Any]:
     }
 
 
-def timed(run: Callable[[], Any], during: float = 0.1) -> list[float]:
-    """Seconds of each of several runs, but the first."""
+def fastest(run: Callable[[], Any], during: float = 0.1) -> float:
+    """Of one run, the best of several."""
     run()
-    found, until = [], time.perf_counter() + during
+    best, until = math.inf, time.perf_counter() + during
     while time.perf_counter() < until:
         begin = time.perf_counter()
         run()
-        found.append(time.perf_counter() - begin)
-    return found
+        best = min(best, time.perf_counter() - begin)
+    return best
 
 
 def _process() -> tuple[int, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from leanlm.planning import gpu
+from leanlm.planning import gpu, kernels
 from leanlm.planning.device import Device
 from leanlm.planning.probe import sent
 from leanlm.planning.trace import Work
@@ -44,5 +44,6 @@ def _computing(kind: Work, device: Device) -> float:
     moving = kind.moved / device.bandwidth
     if device.card:
         return max(kind.launches * gpu.KERNEL, arithmetic / gpu.REACHED, moving / gpu.REACHED)
-    # a processor lays a product's operands out anew before it multiplies them: with few rows that takes most of the time
+    if kind.flops:
+        moving *= kernels.LAYOUT
     return arithmetic + moving + kind.fresh / device.paging + kind.small / device.small_paging

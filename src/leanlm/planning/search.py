@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from leanlm import BEGAN
 from leanlm.config import Settings
 from leanlm.errors import UserError
 from leanlm.planning.candidates import Estimate, families
@@ -25,7 +26,8 @@ from leanlm.strategies.plan import Plan
 
 HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
 LATER = {"interleaved": 1.06, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
-SECONDS = 7.5  # from the search's begin on, after which no plan is begun, once two (may) fit or it is clear that none does
+SECONDS = 10.5  # from the program's begin on, after which no plan is begun, once two (may) fit or it is clear that none does
+SHORTEST = 5.0  # seconds of a search that begins late
 WORKER = 256 << 20  # bytes that a process which simulates takes (measured: 150 to 280 MiB)
 PATIENCE = 2.0  # seconds more for plans that were begun
 LONGEST = 20.0  # seconds more in which other plans are begun, if one fits and no other may, or none does but some come near
@@ -74,7 +76,7 @@ def search(
     Raises:
         UserError: no simulation has ended in time.
     """
-    until = time.monotonic() + SECONDS
+    until = max(BEGAN + SECONDS, time.monotonic() + SHORTEST)
     team = [_Worker(settings, vocabulary, device) for _ in range(max(1, min(cores(), 8, memory_limit() // WORKER)))]
     try:  # they import while plans are enumerated
         queue, candidates = _in_order(settings, vocabulary, device, devices, allow)
@@ -85,7 +87,7 @@ def search(
             worker.process.join()
     if not fitting and not others:
         raise UserError(
-            f"none of {candidates} plans could be simulated within {SECONDS + ANSWER:.0f} s: write fewer devices, "
+            f"none of {candidates} plans could be simulated within {ANSWER:.0f} s: write fewer devices, "
             "a shorter sequence or a smaller model"
         )
     fitting.sort(key=lambda found: found.seconds)

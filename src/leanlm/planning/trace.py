@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from leanlm.memory.malloc import LARGE
+from leanlm.memory.malloc import ENDS, LARGE
 from leanlm.planning import gpu
 from leanlm.planning.kernels import caller, flops_of, lstm_scratch, lstm_workspace, read_again, starts
 
@@ -30,8 +30,8 @@ class Work(NamedTuple):
     Attributes:
         flops: floating-point operations in matrix products, attention and recurrences.
         moved: bytes that it reads and writes.
-        fresh: of these, bytes of new pages of 2 MiB; on a CPU what is freed goes back to the system.
-        small: bytes of new pages of 4 KiB: of tensors below 2 MiB, and on average as much at the two ends of larger ones.
+        fresh: of these, bytes of new pages beyond `small`; on a CPU what is freed goes back to the system.
+        small: bytes that come as slowly as pages of 4 KiB do: of each tensor as many as `malloc.ENDS`.
         dtype: of its result.
         collective: kind of communication; empty: none.
         size: bytes of the payload.
@@ -294,7 +294,7 @@ def _bytes(tensor: Any) -> int:
 def _pages(sizes: Iterable[int]) -> tuple[int, int]:
     """`fresh` and `small` bytes of new tensors, see `Work`."""
     every = list(sizes)
-    small = sum(min(size, LARGE) for size in every)
+    small = sum(min(size, ENDS) for size in every)
     return sum(every) - small, small
 
 
