@@ -91,8 +91,6 @@ LSTM = """
 import sys, torch, leanlm
 from torch._subclasses.fake_tensor import FakeTensorMode
 from leanlm.memory.malloc import return_freed_memory
-from leanlm.memory.recompute import again
-from leanlm.planning.kernels import CHECKPOINTED, LAYOUT, SELECTIVE
 from leanlm.planning.parts import peaks
 from leanlm.planning.trace import Trace
 return_freed_memory()
