@@ -14,7 +14,7 @@ from torch.profiler import profile
 from leanlm.memory.recompute import again
 from leanlm.planning.kernels import CHECKPOINTED, LAYOUT, SELECTIVE
 from leanlm.planning.parts import peaks
-from leanlm.planning.trace import Trace
+from leanlm.planning.trace import Trace, Work
 
 
 def test_a_trace_counts_what_real_tensors_hold() -> None:
@@ -31,6 +31,7 @@ def test_a_trace_counts_what_real_tensors_hold() -> None:
     assert sum(found["forward"].values()) == floats * (64 * 32 + 16 * 64 + 2 * 16 * 32)  # weight, input, two outputs
     flops = sum(work.flops * count for work, count in trace.work["forward"].items())
     assert flops == 2 * 16 * 64 * 32
+    assert trace.work["forward"][Work()] == 1  # the transposed view of the weight, which is started too
 
 
 def test_new_pages_come_slowly_up_to_four_mebibytes_of_each_tensor() -> None:
