@@ -1,6 +1,8 @@
 """Runs many configurations in one group of processes: starting processes costs more than these runs."""
 
+import importlib
 import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,26 +21,33 @@ from leanlm.strategies.checkpoint import checkpoints, load
 MANY = 20  # jobs in one group of processes: each leaves threads of gloo behind, which end with the process
 
 
-def run_all(jobs: dict[Path, list[str]], processes: int = 1) -> None:
+def run_all(jobs: dict[Path, list[str]], processes: int = 1, compiler: str = "inductor") -> None:
     """Train each job (folder -> overrides) under its plan, all with the same number of processes.
 
-    They are forked from a server that has imported everything and done nothing.
+    They are forked from a server that has imported everything and done nothing. `compiler` is torch's name of what
+    `strategy.compile` makes graphs for; a graph that is made anew after the first step is an error.
     """
     multiprocessing.set_forkserver_preload(["runner", "torch._dynamo"])  # the optimizers import it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("leanlm.launch.START_METHOD", "forkserver")
         for first in range(0, len(jobs), MANY):
-            launch(_work, (dict(list(jobs.items())[first : first + MANY]),), processes)
+            launch(_work, (dict(list(jobs.items())[first : first + MANY]), compiler), processes)
 
 
-def _work(jobs: dict[Path, list[str]]) -> None:
+def _work(jobs: dict[Path, list[str]], compiler: str) -> None:
     with process_group("cpu"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.compile", partial(torch.compile, backend=compiler))
+        dynamo = importlib.import_module("torch._dynamo.config")
         patch.setattr("leanlm.fit.loss_curve", lambda *_: None)  # takes as long as the training; test_commands looks at it
         for name, small in (("offload.SMALLEST", 0), ("state.SMALLEST", 64), ("state.PIECE", 1024)):
             patch.setattr(f"leanlm.memory.{name}", small)  # so that what they bound is met with here
         for path, overrides in jobs.items():
+            torch.compiler.reset()
             config = composed(*overrides)
-            fit(check(config), OmegaConf.to_container(config, resolve=True), path)
+            checked = check(config)
+            # torch keeps graphs by code: those of two stages count as one made anew
+            patch.setattr(dynamo, "error_on_recompile", checked.plan.stages == checked.plan.pipeline)
+            fit(checked, OmegaConf.to_container(config, resolve=True), path)
 
 
 def losses(path: Path) -> list[float]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from leanlm.config import typed
 from leanlm.models.contract import Model, initialize
-from leanlm.models.dropout import rows_of_step
+from leanlm.models import dropout
 
 
 def build(vocabulary: int, sequence: int, *overrides: str) -> Model:
@@ -171,16 +171,16 @@ def test_no_position_sees_the_future(model: str) -> None:
 def test_dropout_reaches_every_site_once() -> None:
     """All sites differ, so no two masks of a step are equal."""
     net = build(50, 16, "model=transformer", "model.width=16", "model.depth=2", "model.heads=2", "model.dropout=0.2")
-    sites = [module.site for module in net.modules() if hasattr(module, "site")]
-    assert len(sites) == 5
-    assert len(set(sites)) == 5
+    every = dropout.sites(net)
+    assert len(every) == 5
+    assert len({each.site for each in every}) == 5
     net.train()
     tokens, rows = torch.randint(50, (4, 16)), torch.arange(4)
-    with rows_of_step(1, 7, rows):
-        first = net(tokens)[0]
-        again = net(tokens)[0]
-    with rows_of_step(1, 8, rows):
-        other = net(tokens)[0]
+    dropout.draw(every, dropout.row_keys(1, 7, rows, every))
+    first = net(tokens)[0]
+    again = net(tokens)[0]
+    dropout.draw(every, dropout.row_keys(1, 8, rows, every))
+    other = net(tokens)[0]
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
 

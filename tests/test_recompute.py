@@ -1,6 +1,7 @@
 """What is kept for backward, counted: recomputation, windows of time, offload, kernels of recurrent layers."""
 
 import gc
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from leanlm import build
 from leanlm.config import check
 from leanlm.memory import kernels, loss, offload
 from leanlm.memory.recompute import levels
+from leanlm.models.contract import initialize
+from leanlm.strategies.stage import Stage
 
 GPT2 = ["model=gpt2", "model.heads=4"]
 
@@ -144,20 +147,28 @@ def test_a_tied_embedding_has_one_gradient(text: Path, monkeypatch: pytest.Monke
     torch.testing.assert_close(found[True][1], found[False][1])
 
 
-def test_compiled_blocks_train_and_others_evaluate(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[nn.Module] = []
-    monkeypatch.setattr(torch, "compile", lambda block: lambda *inputs: calls.append(block) or block(*inputs))
+def test_training_is_compiled_and_evaluation_is_not(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def compiled(function: Any, **settings: Any) -> Any:
+        return lambda *inputs: calls.append(getattr(function, "__name__", "loss")) or function(*inputs)
+
+    monkeypatch.setattr(torch, "compile", compiled)
     settings = check(
         composed("data=text", f"data.path={text}", *GPT2, "model.width=32", "sequence=12", "strategy.compile=true")
     )
-    cut = build.cut(settings.config, settings.plan, 20)
-    (stage,) = cut.stages.values()
+    net = build.model(settings.config, settings.plan, 20)
+    initialize(net, 1)
     tokens = torch.arange(48).view(4, 12) % 20
-    stage(tokens, torch.arange(4), tokens)
-    assert calls == list(stage.blocks.values())
-    stage.eval()
-    stage(tokens, torch.arange(4), tokens)
-    assert len(calls) == len(stage.blocks)
+    for replicate, wanted in ((1, ["_read"]), (2, ["forward"] * (1 + len(net.blocks)) + ["loss"])):
+        stage = Stage(net, list(net.blocks), True, True, 1, replace(settings.plan, replicate=replicate))
+        stage(tokens, torch.arange(4), tokens)
+        assert calls == wanted
+        stage.eval()
+        stage(tokens, torch.arange(4), tokens)
+        assert calls == wanted
+        stage.train()
+        calls.clear()
 
 
 def test_offloaded_activations_are_not_in_memory(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

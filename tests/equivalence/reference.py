@@ -12,7 +12,7 @@ from conftest import composed
 
 from leanlm import build
 from leanlm.config import Settings, check
-from leanlm.models.dropout import rows_of_step
+from leanlm.models.dropout import draw, row_keys, sites
 from leanlm.prepare import tokens
 from leanlm.strategies.schedules import SCHEDULES
 
@@ -79,8 +79,8 @@ def plain_loop(settings: Settings) -> tuple[list[float], dict[str, torch.Tensor]
         batch = next(batches)
         for o in optimizers:
             o.zero_grad()
-        with rows_of_step(config.seed, step, torch.arange(ROWS)):
-            logits, states = net(batch.input, None if batch.fresh or not net.carries_state else states)
+        draw(sites(net), row_keys(config.seed, step, torch.arange(ROWS), sites(net)))
+        logits, states = net(batch.input, None if batch.fresh or not net.carries_state else states)
         if net.carries_state:
             states = [tuple(part.detach() for part in state) for state in states]
         loss = F.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=-100)  # a mean over counted tokens

@@ -20,13 +20,28 @@ def on_gpu(tensor: Tensor) -> bool:
 
 
 def under_autocast(tensor: Tensor) -> bool:
-    kind = tensor.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    """Whether autocast chooses the types of products with a tensor."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def low_precision(tensor: Tensor) -> torch.dtype:
     """The type in which products with a tensor are computed."""
     return torch.get_autocast_dtype(tensor.device.type) if under_autocast(tensor) else tensor.dtype
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU's tensor on a device; a GPU's queue is not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, where the total may be in float32 and the factors in bf16: a GPU adds in float32 then."""
+    if total.dtype == left.dtype:
+        torch.addmm(total, left, right, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(left.to(total.dtype) @ right.to(total.dtype))
 
 
 def choose(net: nn.Module, kernel: str) -> None:

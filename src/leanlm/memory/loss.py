@@ -22,14 +22,21 @@ from torch import Tensor
 
 from leanlm.data.batches import IGNORE
 from leanlm.memory import kernels
+from leanlm.memory.softmax import cross_entropy_
 from leanlm.models.head import Head
 from leanlm.spread import is_spread
 
-CHUNK, CHUNK_GPU = 1 << 22, 1 << 24  # logits held at a time: 16 MiB in float32; a GPU is slow at small pieces: 64 MiB
+CHUNK = 1 << 22  # logits that a CPU holds at a time: 16 MiB in float32
+SHARE = 128  # one part in so many of a GPU's memory may be logits
+LEAST = 32 << 20  # bytes of a GPU's logits, below which its kernels are slow
+SUM = 8  # bytes that adding to a number of a weight's gradient moves: a chunk has as many of logits, or adding would cost more
 SHORTEST = 128  # tokens in a chunk, below which matrix products get slow
 LOST = 80  # nats of a token whose probability is near the smallest number of float32: it is taken from the logits
 EVEN = 32  # a CPU takes two to four times as long for the softmax of a number of tokens that this does not divide
-ROWS = 4096  # of a weight's gradient that bf16 products are added to at a time: adding makes a float32 copy of them
+ROWS = 4096  # of a weight's gradient that a CPU adds bf16 products to at a time: adding makes a float32 copy of them
+ALIGNED = 64  # a GPU multiplies at half the speed where this does not divide the vocabulary
+
+Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # the loss, gradients of hidden, weight and bias
 
 
 def token_loss(head: Head, hidden: Tensor, target: Tensor) -> Tensor:
@@ -43,7 +50,7 @@ def token_loss(head: Head, hidden: Tensor, target: Tensor) -> Tensor:
 
 def _choice_loss(hidden: Tensor, projection: Any, target: Tensor) -> Tensor:
     split = is_spread(projection.weight)
-    if not split and target.numel() * projection.out_features <= _chunk(hidden):
+    if not split and target.numel() * projection.out_features <= _chunk(hidden, projection.out_features):
         logits = projection(hidden)
         wide = torch.promote_types(logits.dtype, torch.float32)  # a sum of 1,000 tokens has few digits left in bf16
         return F.cross_entropy(logits.to(wide), target, reduction="sum", ignore_index=IGNORE)
@@ -52,7 +59,11 @@ def _choice_loss(hidden: Tensor, projection: Any, target: Tensor) -> Tensor:
     if split:
         rows = _Rows.of(weight)
         weight, bias = (part if part is None else part.to_local() for part in (weight, bias))
-    return _ChunkedLoss.apply(hidden, weight, bias, target, rows, torch.is_grad_enabled() and not _Pass.is_repeated)
+    training = torch.is_grad_enabled() and not _Pass.is_repeated
+    if torch.compiler.is_compiling() and not split:
+        needs = [training and part is not None and part.requires_grad for part in (hidden, weight, bias)]
+        return _loss_in_a_graph(hidden, weight, bias, target, needs)[0]
+    return _ChunkedLoss.apply(hidden, weight, bias, target, rows, training)
 
 
 class _Pass:
@@ -83,27 +94,12 @@ class _Rows(NamedTuple):
         return cls(mesh.get_group(), min(len(weight), mesh.get_local_rank() * longest), longest)
 
 
-def chunks(tokens: int, size: int) -> Iterable[int]:
-    """The first token of each chunk."""
-    return range(0, tokens, size)
-
-
-def _chunk(hidden: Tensor) -> int:
-    return CHUNK_GPU if kernels.on_gpu(hidden) else CHUNK
-
-
-def _even(tokens: int, size: int) -> int:
-    """A chunk size near `size` that leaves no short rest."""
-    return max(EVEN, round(tokens / max(1, round(tokens / size)) / EVEN) * EVEN)
-
-
 class _ChunkedLoss(torch.autograd.Function):
-    """Logits are `[vocabulary, tokens of a chunk]`. On a CPU they also lie so in memory: their product is then twice as fast. A
-    GPU's softmax wants those of a token to be neighbours (H200: 267 of a step's 534 ms where they were not, 0.6 ms now)."""
+    """The loss, whose gradients are there before backward."""
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -111,87 +107,19 @@ class _ChunkedLoss(torch.autograd.Function):
         rows: _Rows | None,
         training: bool,  # in here gradients are always off, and what needs one is told as if they were on
     ) -> Tensor:
-        need_hidden, need_weight, need_bias = (need and training for need in ctx.needs_input_grad[:3])
-        matrix = weight.to(hidden.dtype)  # bf16 under autocast, otherwise the weight itself
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        gpu = kernels.on_gpu(hidden)
-        size = _even(len(hidden), max(SHORTEST, _chunk(hidden) // (rows.longest if rows else len(weight))))
-        empty = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk fills them, if there is one
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = empty(weight) if need_weight else None
-        d_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        narrow = hidden.new_empty(0)  # the products' results; one buffer for all chunks of a size
-        some_ignored = bool((target == IGNORE).any())  # asked once: a GPU is waited for
-        for first in chunks(len(hidden), size):
-            x, y = hidden[first : first + size], target[first : first + size]
-            tokens = len(x)
-            if tokens % EVEN:
-                x, y = F.pad(x, (0, 0, 0, -tokens % EVEN)), F.pad(y, (0, -tokens % EVEN), value=IGNORE)
-            if narrow.shape[1:] != (len(x),):
-                narrow = hidden.new_empty(len(x), len(weight)).t() if gpu else hidden.new_empty(len(weight), len(x))
-                logits = narrow if narrow.dtype == wide else torch.empty_like(narrow, dtype=wide)
-            if bias is None:
-                torch.mm(matrix, x.t(), out=narrow)
-            else:
-                torch.addmm(bias.to(x.dtype)[:, None], matrix, x.t(), out=narrow)
-            if logits is not narrow:
-                logits.copy_(narrow)
-            counted = y != IGNORE
-            if rows is None:
-                here, row = counted, y.where(counted, 0)[None]
-                if gpu:
-                    torch.log_softmax(logits.t(), 1, out=logits.t())
-                    each = -logits.gather(0, row)[0]
-                    probability = logits.exp_()
-                else:
-                    probability = torch.softmax(logits, 0, out=logits)
-                    each = -probability.gather(0, row)[0].log()
-                    lost = counted & (each > LOST)
-                    if lost.any():
-                        again = F.linear(x[lost], matrix, bias if bias is None else bias.to(x.dtype)).to(wide)
-                        each[lost] = F.cross_entropy(again, y[lost], reduction="none")
-            else:
-                position = y - rows.first
-                here = counted & (position >= 0) & (position < len(weight))
-                row = position.where(here, 0)[None]
-                largest, aim = logits.amax(0), logits.gather(0, row)[0]
-                dist.all_reduce(largest, dist.ReduceOp.MAX, rows.group)
-                probability = logits.sub_(largest).exp_()
-                total, aim = sums = torch.stack((probability.sum(0), aim.where(here, 0)))
-                dist.all_reduce(sums, group=rows.group)
-                probability.div_(total)
-                each = largest + total.log() - aim
-            loss += each.where(counted, 0).sum()
-            if not (need_hidden or need_weight or need_bias):
-                continue
-            gradient = probability.scatter_add_(0, row, -here.to(wide)[None])
-            if some_ignored or tokens < len(x):
-                gradient.mul_(counted)
-            if d_bias is not None:
-                d_bias += gradient.sum(1)
-            if gradient is not narrow:
-                narrow.copy_(gradient)
-            if d_hidden is not None:
-                d_hidden[first : first + size] = (matrix.t() @ narrow).t()[:tokens]
-            if d_weight is not None and d_weight.dtype == narrow.dtype:
-                torch.addmm(d_weight, narrow, x, beta=int(first > 0), out=d_weight)
-            elif d_weight is not None:
-                for part, some in zip(d_weight.split(ROWS), narrow.split(ROWS), strict=True):
-                    part.copy_(some @ x) if first == 0 else part.add_(some @ x)
-        if d_hidden is not None and rows is not None:
-            dist.all_reduce(d_hidden, group=rows.group)
+        needs = [need and training for need in ctx.needs_input_grad[:3]]
+        loss, *gradients = _in_chunks(hidden, weight, bias, target, rows, needs)
         if not training:  # nothing will read them; recomputation compares their shapes
-            d_hidden, d_weight, d_bias = (
+            gradients = [
                 like.new_empty(()).expand_as(like) if like is not None and need else None
                 for like, need in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-            )
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+            ]
+        ctx.save_for_backward(*gradients)
         ctx.scaled = False
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         # a zero-bubble schedule runs this twice, once for the hidden state and once for the weights; in place, because
         # the gradient of a large head is worth not copying (.data: autograd counts changes of what it has saved)
         gradients = ctx.saved_tensors
@@ -200,3 +128,181 @@ class _ChunkedLoss(torch.autograd.Function):
                 part.data.mul_(grad)
         ctx.scaled = True
         return *gradients, None, None, None
+
+
+@torch.library.custom_op("leanlm::chunked_loss", mutates_args=())
+def _loss_in_a_graph(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `_ChunkedLoss`, as one operation of a compiler's graph; an empty tensor where no gradient is needed."""
+    loss, *gradients = _in_chunks(hidden, weight, bias, target, None, needs)
+    return loss, *(hidden.new_empty(0) if part is None else part for part in gradients)  # type: ignore[return-value]
+
+
+@_loss_in_a_graph.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+    parts = zip((hidden, weight, bias), needs, strict=True)
+    loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return loss, *(torch.empty_like(part) if part is not None and need else hidden.new_empty(0) for part, need in parts)
+
+
+def _keep_gradients(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.needs = inputs[4]
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    parts = zip(ctx.saved_tensors, ctx.needs, strict=True)
+    return *((part * grad).to(part.dtype) if need else None for part, need in parts), None, None
+
+
+_loss_in_a_graph.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+def _in_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: _Rows | None, needs: list[bool]
+) -> Results:
+    """Loss of tokens `target [n]` given `hidden [n, h]`, and the gradients that are needed of hidden, weight and bias."""
+    if kernels.on_gpu(hidden) and rows is None:
+        return _by_rows(hidden, weight, bias, target, needs)
+    return _by_columns(hidden, weight, bias, target, rows, needs)
+
+
+def chunks(tokens: int, size: int) -> Iterable[int]:
+    """The first token of each chunk."""
+    return range(0, tokens, size)
+
+
+def logits_memory(device: torch.device) -> int:
+    """Bytes that a GPU has for logits: a share of its memory, whatever else is in it at the moment."""
+    return share_of(torch.cuda.get_device_properties(device).total_memory)
+
+
+def share_of(memory: int) -> int:
+    """The same for every card that is sold with so much: of a power of two, since each keeps some of it to itself."""
+    return (1 << (memory * 9 // 8).bit_length() - 1) // SHARE
+
+
+def _chunk(hidden: Tensor, classes: int) -> int:
+    """Logits that are held at a time."""
+    if not kernels.on_gpu(hidden):
+        return CHUNK
+    pays = SUM * hidden.shape[1] * classes
+    return max(LEAST, min(pays, logits_memory(hidden.device))) // kernels.low_precision(hidden).itemsize
+
+
+def _even(tokens: int, size: int) -> int:
+    """A chunk size near `size` that leaves no short rest."""
+    return max(EVEN, round(tokens / max(1, round(tokens / size)) / EVEN) * EVEN)
+
+
+def _by_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, needs: list[bool]) -> Results:
+    """Logits are `[tokens of a chunk, vocabulary]`, as a GPU's softmax wants them: its neighbours are those of a token."""
+    need_hidden, need_weight, need_bias = needs
+    more = -len(weight) % ALIGNED
+    matrix = weight.to(hidden.dtype)
+    if more and hidden.dtype.itemsize == 2:
+        matrix = F.pad(matrix, (0, 0, 0, more))
+    added = None if bias is None else F.pad(bias.to(hidden.dtype), (0, len(matrix) - len(bias)))
+    size = _even(len(hidden), max(SHORTEST, _chunk(hidden, len(weight)) // (len(weight) + more)))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    buffer = hidden.new_empty(min(size, len(hidden)), len(weight) + more)[:, : len(matrix)]
+    d_hidden = torch.empty_like(hidden) if need_hidden else None
+    d_weight = torch.zeros_like(matrix, dtype=wide) if need_weight else None
+    d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    for first in chunks(len(hidden), size):
+        x, y = hidden[first : first + size], target[first : first + size]
+        logits = buffer[: len(x)]
+        if added is None:
+            torch.mm(x, matrix.t(), out=logits)
+        else:
+            torch.addmm(added, x, matrix.t(), out=logits)
+        loss += cross_entropy_(logits, y, len(weight), any(needs)).sum()
+        gradient = logits
+        if d_hidden is not None:
+            torch.mm(gradient, matrix, out=d_hidden[first : first + size])
+        if d_weight is not None:
+            kernels.add_product_(d_weight, gradient.t(), x)
+        if d_bias is not None:
+            d_bias += gradient[:, : len(d_bias)].sum(0, dtype=wide)
+    return (
+        loss,
+        d_hidden,
+        None if d_weight is None else d_weight[: len(weight)].to(weight.dtype),
+        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+    )
+
+
+def _by_columns(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rows: _Rows | None, needs: list[bool]
+) -> Results:
+    """Logits are `[vocabulary, tokens of a chunk]`: on a CPU their product is then twice as fast. And for a vocabulary that is
+    split over devices; those of a GPU lie in memory by tokens all the same."""
+    need_hidden, need_weight, need_bias = needs
+    matrix = weight.to(hidden.dtype)  # bf16 under autocast, otherwise the weight itself
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    gpu = kernels.on_gpu(hidden)
+    longest = rows.longest if rows else len(weight)
+    size = _even(len(hidden), max(SHORTEST, _chunk(hidden, longest) // longest))
+    empty = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk fills them, if there is one
+    d_hidden = torch.empty_like(hidden) if need_hidden else None
+    d_weight = empty(weight) if need_weight else None
+    d_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    narrow = hidden.new_empty(0)  # the products' results; one buffer for all chunks of a size
+    some_ignored = gpu or bool((target == IGNORE).any())  # asked once, and not of a GPU, which would be waited for
+    for first in chunks(len(hidden), size):
+        x, y = hidden[first : first + size], target[first : first + size]
+        tokens = len(x)
+        if tokens % EVEN:
+            x, y = F.pad(x, (0, 0, 0, -tokens % EVEN)), F.pad(y, (0, -tokens % EVEN), value=IGNORE)
+        if narrow.shape[1:] != (len(x),):
+            narrow = hidden.new_empty(len(x), len(weight)).t() if gpu else hidden.new_empty(len(weight), len(x))
+            logits = narrow if narrow.dtype == wide else torch.empty_like(narrow, dtype=wide)
+        if bias is None:
+            torch.mm(matrix, x.t(), out=narrow)
+        else:
+            torch.addmm(bias.to(x.dtype)[:, None], matrix, x.t(), out=narrow)
+        if logits is not narrow:
+            logits.copy_(narrow)
+        counted = y != IGNORE
+        if rows is None:
+            here, row = counted, y.where(counted, 0)[None]
+            probability = torch.softmax(logits, 0, out=logits)
+            each = -probability.gather(0, row)[0].log()
+            lost = counted & (each > LOST)
+            if lost.any():
+                again = F.linear(x[lost], matrix, bias if bias is None else bias.to(x.dtype)).to(wide)
+                each[lost] = F.cross_entropy(again, y[lost], reduction="none")
+        else:
+            position = y - rows.first
+            here = counted & (position >= 0) & (position < len(weight))
+            row = position.where(here, 0)[None]
+            largest, aim = logits.amax(0), logits.gather(0, row)[0]
+            dist.all_reduce(largest, dist.ReduceOp.MAX, rows.group)
+            probability = logits.sub_(largest).exp_()
+            total, aim = sums = torch.stack((probability.sum(0), aim.where(here, 0)))
+            dist.all_reduce(sums, group=rows.group)
+            probability.div_(total)
+            each = largest + total.log() - aim
+        loss += each.where(counted, 0).sum()
+        if not any(needs):
+            continue
+        gradient = probability.scatter_add_(0, row, -here.to(wide)[None])
+        if some_ignored or tokens < len(x):
+            gradient.mul_(counted)
+        if d_bias is not None:
+            d_bias += gradient.sum(1)
+        if gradient is not narrow:
+            narrow.copy_(gradient)
+        if d_hidden is not None:
+            d_hidden[first : first + size] = (matrix.t() @ narrow).t()[:tokens]
+        if d_weight is not None and d_weight.dtype == narrow.dtype:
+            torch.addmm(d_weight, narrow, x, beta=int(first > 0), out=d_weight)
+        elif d_weight is not None:
+            for part, some in zip(d_weight.split(ROWS), narrow.split(ROWS), strict=True):
+                part.copy_(some @ x) if first == 0 else part.add_(some @ x)
+    if d_hidden is not None and rows is not None:
+        dist.all_reduce(d_hidden, group=rows.group)
+    return loss, d_hidden, d_weight, d_bias

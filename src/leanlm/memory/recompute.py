@@ -57,6 +57,8 @@ def again(function: Callable[..., Any], *inputs: Any, level: str = "blocks") -> 
     attention; the rest is computed again. Bitwise."""
     if level == "keep" or not torch.is_grad_enabled():
         return function(*inputs)
+    if torch.compiler.is_compiling():  # where there are no losses to be made again, nor a choice of operators
+        return checkpoint(function, *inputs, use_reentrant=False)
     contexts: Any = partial(create_selective_checkpoint_contexts, _policy) if level == "operators" else _contexts
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
 

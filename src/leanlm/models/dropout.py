@@ -6,40 +6,22 @@ recomputing it or resuming a run gives the same mask. The hash is MurmurHash3's 
 domain) with a 64-bit key mixed in twice; keys come from SplitMix64 (Steele et al., OOPSLA 2014).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-
-class _Draw:
-    """Which rows of which step are being computed, and the position of their first token; None outside training."""
-
-    key: int = 0
-    rows: Tensor | None = None
-    first: int = 0
-
-
-@contextmanager
-def rows_of_step(seed: int, step: int, rows: Tensor, first: int = 0) -> Iterator[None]:
-    """Within it, dropout draws for the global row numbers `rows [b]` of optimizer step `step`, from position `first` on."""
-    before = _Draw.key, _Draw.rows, _Draw.first
-    _Draw.key, _Draw.rows, _Draw.first = _splitmix(_splitmix(seed) ^ step), rows, first
-    try:
-        yield
-    finally:
-        _Draw.key, _Draw.rows, _Draw.first = before
 
 
 class RowDropout(nn.Module):
     """Zero elements of `hidden [b, s, h]` with probability `rate`, scale the others by 1 / (1 - rate).
 
     `locked`: one mask per row for all positions (variational dropout, Gal and Ghahramani 2016). In eval mode, or with
-    rate 0, the identity. Raises RuntimeError in training mode outside `rows_of_step`.
+    rate 0, the identity. `draw` says which rows of which step it computes; RuntimeError in training mode before that.
     """
 
-    site: int = 0
+    site: int = 0  # a number of the module's global name
+    keys: Tensor | None = None  # [b], of the rows at hand
+    first: int = 0  # position of their first token
 
     def __init__(self, rate: float, locked: bool = False) -> None:
         super().__init__()
@@ -49,27 +31,42 @@ class RowDropout(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return hidden
-        if _Draw.rows is None:
-            raise RuntimeError("dropout in training mode needs leanlm.models.dropout.rows_of_step(seed, step, rows)")
-        return torch.where(self._keep(hidden), hidden / (1 - self.rate), 0)
-
-    @torch.compiler.disable  # a compiler would take the key, which each step changes, for a constant
-    def _keep(self, hidden: Tensor) -> Tensor:
+        if self.keys is None:
+            raise RuntimeError("dropout in training mode needs leanlm.models.dropout.draw(part, keys)")
         width = hidden.shape[2]
-        positions, first = (1, 0) if self.locked else (hidden.shape[1], _Draw.first)
-        assert _Draw.rows is not None
-        keep = keep_mask(_Draw.key ^ self.site, _Draw.rows, positions * width, self.rate, first * width)
-        return keep.view(len(hidden), positions, width)
+        positions, first = (1, 0) if self.locked else (hidden.shape[1], self.first)
+        keep = keep_mask(self.keys, positions * width, self.rate, first * width)
+        return torch.where(keep.view(len(hidden), positions, width), hidden / (1 - self.rate), 0)
 
     def extra_repr(self) -> str:
         return f"{self.rate}, locked={self.locked}"
 
 
-def keep_mask(key: int, rows: Tensor, elements: int, rate: float, first: int = 0) -> Tensor:
-    """Bool `[rows, elements]`, each True with probability 1 - `rate`: elements from number `first` on of each row's mask."""
-    row_keys = _splitmix_tensor(rows.long() ^ _signed(_splitmix(key), 64))[:, None]
-    low, high = row_keys.to(torch.int32), (row_keys >> 32).to(torch.int32)
-    bits = torch.arange(first, first + elements, dtype=torch.int32, device=rows.device) * _signed(0x9E3779B1, 32) ^ low
+def sites(part: nn.Module) -> list[RowDropout]:
+    """The dropouts of a model, or of a part of one, that draw masks."""
+    return [module for module in part.modules() if isinstance(module, RowDropout) and module.rate > 0]
+
+
+def draw(dropouts: Sequence[RowDropout], keys: Tensor, first: int = 0) -> None:
+    """Let the dropouts draw the masks of the rows with `keys [b, len(dropouts)]`, from position `first` on.
+
+    The keys are tensors on the device: a compiler would take numbers for constants.
+    """
+    for i, dropout in enumerate(dropouts):
+        dropout.keys, dropout.first = keys[:, i], first
+
+
+def row_keys(seed: int, step: int, rows: Tensor, dropouts: Sequence[RowDropout]) -> Tensor:
+    """What the masks of global rows `rows [b]` in optimizer step `step` are made of, `[b, len(dropouts)]`."""
+    of_step = _splitmix(_splitmix(seed) ^ step)
+    of_sites = [_signed(_splitmix(of_step ^ dropout.site), 64) for dropout in dropouts]
+    return _splitmix_tensor(rows.long()[:, None] ^ torch.tensor(of_sites, dtype=torch.long))
+
+
+def keep_mask(keys: Tensor, elements: int, rate: float, first: int = 0) -> Tensor:
+    """Bool `[b, elements]`, each True with probability 1 - `rate`: elements from number `first` on of each row's mask."""
+    low, high = keys[:, None].to(torch.int32), (keys[:, None] >> 32).to(torch.int32)
+    bits = torch.arange(first, first + elements, dtype=torch.int32, device=keys.device) * _signed(0x9E3779B1, 32) ^ low
     bits = _scramble(bits, 16, 0x85EBCA6B)
     bits = bits.bitwise_xor_(high)
     bits = _scramble(bits, 13, 0xC2B2AE35)

@@ -14,6 +14,7 @@ from leanlm.memory import kernels
 from leanlm.models.contract import Model
 from leanlm.models.dropout import RowDropout
 from leanlm.models.head import head_problems, make_head
+from leanlm.models.linear import together
 
 Norm = Literal["layernorm", "rmsnorm"]
 Activation = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
@@ -202,12 +203,12 @@ class Attention(nn.Module):
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.size)).transpose(1, 2)  # [b, s, n*d] -> [b, n, s, d]
 
-        query, key, value = split(self.query(hidden)), split(self.key(hidden)), split(self.value(hidden))
+        query, key, value = map(split, together(hidden, self.query, self.key, self.value))
         if self.qk_norm:
             query, key = F.rms_norm(query, (self.size,)), F.rms_norm(key, (self.size,))
         start = cache.length if cache else 0
         if self.rope_base:
-            query, key = rotate(query, start, self.rope_base), rotate(key, start, self.rope_base)
+            query, key = rotate((query, key), start, self.rope_base)
         mask = None
         if cache:
             key, value = cache.append(key, value)
@@ -240,15 +241,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     return attention(query, key, value)
 
 
-def rotate(x: Tensor, start: int, base: float) -> Tensor:
-    """Rotary positions on `x [b, n, s, d]` whose first position is `start`; pairs (i, i + d/2) as Llama's code has it."""
+def rotate(parts: tuple[Tensor, ...], start: int, base: float) -> list[Tensor]:
+    """Rotary positions on `x [b, n, s, d]`, each of which begins at position `start`; pairs (i, i + d/2) as Llama's code has
+    it."""
+    x = parts[0]
     half = x.shape[-1] // 2
     compute = torch.promote_types(x.dtype, torch.float32)  # angles lose positions in bf16
     frequency = base ** (-torch.arange(half, device=x.device, dtype=compute) / half)
     angle = torch.arange(start, start + x.shape[2], device=x.device, dtype=compute)[:, None] * frequency  # [s, d/2]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    def turned(first: Tensor, second: Tensor) -> Tensor:
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    return [turned(part[..., :half], part[..., half:]) for part in parts]
 
 
 class MLP(nn.Module):
@@ -260,12 +266,12 @@ class MLP(nn.Module):
         self.down = nn.Linear(inner, width, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        up = self.up(hidden)
         if self.gate is not None:
-            inner = F.silu(self.gate(hidden)) * up
+            up, gate = together(hidden, self.up, self.gate)
+            inner = F.silu(gate) * up
         elif self.activation == "relu2":
-            inner = F.relu(up)
+            inner = F.relu(self.up(hidden))
             inner = inner * inner  # not `square`: a GPU's autocast computes powers in float32
         else:
-            inner = F.gelu(up, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+            inner = F.gelu(self.up(hidden), approximate="tanh" if self.activation == "gelu_tanh" else "none")
         return self.down(inner)

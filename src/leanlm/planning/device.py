@@ -16,7 +16,7 @@ from leanlm.planning.probe import VERSION, measured
 from leanlm.runs import write
 
 LISTS = ("memory", "speed")  # of a config, what may be given for each device
-SIZES = ("context", "workspace", "communicator")
+SIZES = ("total", "context", "workspace", "communicator")
 MARGIN = 0.05  # of a budget that is left free: predictions have errors
 SLICE = 2.5e-3  # seconds that processes, two of which share a core, reach a collective apart (measured: 1.5 to 4.7 ms)
 UNITS = {"": 1, "B": 1}
@@ -32,6 +32,7 @@ class Device:
         name: of the device.
         accelerator: auto, cpu or cuda.
         memory: bytes that a process may use on it; of a machine that is shared, all its processes.
+        total: bytes of a GPU, whatever may be used of it.
         flops: name of a number type -> floating-point operations per second in matrix products.
         bandwidth: bytes per second to and from its memory.
         link: bytes per second from one device to another, in one direction.
@@ -60,6 +61,7 @@ class Device:
     link: float
     latency: float
     overhead: float
+    total: int = 0
     context: int = 0
     workspace: int = 0
     communicator: int = 0

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from leanlm.memory import kernels, offload
+from leanlm.memory import kernels, loss, offload
 
 aten = torch.ops.aten
 CELLS = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}  # name -> cuDNN's mode
@@ -33,15 +33,18 @@ RECURRENT = aten._cudnn_rnn, aten._cudnn_rnn_backward
 
 
 @contextlib.contextmanager
-def kernels_of_a_gpu(to_host: Callable[[int], None]) -> Iterator[None]:
+def kernels_of_a_gpu(memory: int, to_host: Callable[[int], None]) -> Iterator[None]:
     """Within it, fake tensors of a CPU go through the operations that a GPU would compute with.
 
     Args:
+        memory: bytes of the card.
         to_host: is told of bytes that go to host memory or come back.
     """
     with contextlib.ExitStack() as patches:
         replaced: list[tuple[Any, str, Callable[..., Any]]] = [
             (kernels, "on_gpu", lambda tensor: True),
+            (kernels, "add_product_", _add_product_),
+            (loss, "logits_memory", lambda device: loss.share_of(memory)),
             (F, "scaled_dot_product_attention", _attention),
             (F, "rms_norm", _rms_norm),
             (offload, "_Pinned", partial(_Away, to_host)),
@@ -57,6 +60,10 @@ def kernels_of_a_gpu(to_host: Callable[[int], None]) -> Iterator[None]:
         for place, name, function in replaced:
             patches.enter_context(mock.patch.object(place, name, function))
         yield
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
 
 
 def _wide(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,7 +34,8 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Floating-point operations of a call in matrix products, attention and recurrences."""
     packet, backward = func._overloadpacket, str(func._schema.name).endswith("backward")
     if packet in flop_registry:
-        return int(flop_registry[packet](*args, **kwargs, out_val=out))
+        factors = [part for part in args if not isinstance(part, torch.dtype)]  # of the result, which torch's formulas do not take
+        return int(flop_registry[packet](*factors, **kwargs, out_val=out))
     if packet in ATTENTION:  # as if no position were masked: what a causal mask saves, small products cost (measured)
         query, key = args[1:3] if backward else args[:2]
         return (10 if backward else 4) * query.numel() * key.shape[-2]

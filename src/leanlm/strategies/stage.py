@@ -1,7 +1,7 @@
 """A stage: consecutive parts of a model that one device computes; the whole model where there is no pipeline."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from math import isqrt
 from typing import Any
@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanlm.memory import kernels
 from leanlm.memory.loss import token_loss
 from leanlm.memory.offload import activations
 from leanlm.memory.recompute import again, levels
 from leanlm.models.contract import Model
-from leanlm.models.dropout import rows_of_step
+from leanlm.models.dropout import draw, row_keys, sites
 from leanlm.strategies.plan import Plan
-
-Draws = Callable[[int], AbstractContextManager[None]]  # position of the first token -> where dropout draws for it
 
 
 class Stage(nn.Module):
@@ -31,7 +30,7 @@ class Stage(nn.Module):
         first: whether it reads tokens, with the embedding.
         last: whether it ends with the head and the loss.
         seed: of the dropout masks.
-        plan: what it keeps for backward.
+        plan: what it keeps for backward, and whether it is compiled.
 
     Attributes:
         before: first row of a micro-batch -> the states of its blocks after the last step.
@@ -45,13 +44,35 @@ class Stage(nn.Module):
         self.carries_state, self.seed = net.carries_state, seed
         self.levels = levels(plan.recompute, list(self.blocks.values()), plan.compile)
         self.window = plan.recompute_window
-        # for training only: generation, with a new length at each token, would compile again and again
-        self.compiled = {name: torch.compile(block) for name, block in self.blocks.items() if plan.compile}
+        self.dropouts, self.dropouts_of = sites(self), [sites(block) for block in self.blocks.values()]
+        self.loss: Callable[[Tensor, Tensor], Tensor] = partial(token_loss, self.head)
+        self.graph: Callable[..., tuple[Tensor, list[Any]]] | None = None  # of the whole stage, compiled
+        if plan.compile:
+            self._compile(plan)
         self.offloads = plan.offload in ("activations", "all")
         self.step, self.fresh = 0, True
         self.before: dict[int, list[Any]] = {}
         self.after: dict[int, list[Any]] = {}
         self.evaluation: list[Any] | None = None
+
+    def _compile(self, plan: Plan) -> None:
+        """One graph of the stage; where gradients are sent while backward goes on, or weights come and go, one of each part.
+
+        Evaluation and generation, whose lengths change, are not compiled.
+        """
+        if plan.readers == plan.tensor == 1:
+            self.graph = torch.compile(self._read, fullgraph=True, dynamic=False)
+            return
+        whole = plan.tensor == 1  # torch's split matrices break graphs
+
+        def in_training(part: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+            compiled = torch.compile(function, fullgraph=whole, dynamic=False)
+            return lambda *inputs: (compiled if part.training else function)(*inputs)
+
+        for part in ([] if self.embed is None else [self.embed]) + list(self.blocks.values()):
+            part.forward = in_training(part, part.forward)  # within the hooks of FSDP2, which are not compiled
+        if whole:
+            self.loss = in_training(self, self.loss)
 
     def begin(self, step: int, fresh: bool) -> None:
         """Say which step the next forward passes belong to, and whether carried state starts anew with it."""
@@ -62,51 +83,77 @@ class Stage(nn.Module):
 
         Args:
             x: tokens `[b, s]` in the first stage, else hidden `[b, s, h]`.
-            rows: their row numbers in the global batch, `[b]`.
+            rows: their row numbers in the global batch, `[b]`, on the CPU.
             targets: `[b, s]`; only the last stage reads it. None: only the next token of one row is asked for.
 
         Returns:
             hidden `[b, s, h]`; in the last stage the summed loss in nats, or without targets logits `[v]`.
         """
+        x = x if self.embed is not None else _Received.apply(x)
+        states = self._states(rows)
         if not self.training:
-            out, after = self._read(x, targets, self._states(rows), lambda first: nullcontext())
+            out, after = self._read(x, targets, states)
             self.evaluation = after if self.carries_state else None
+        else:
+            keys = None
+            if self.dropouts:
+                keys = kernels.to_device(row_keys(self.seed, self.step, rows, self.dropouts), x.device)
+            with activations(self) if self.offloads else nullcontext():
+                out, after = self._train(x, targets, states, keys)
+            if self.carries_state:
+                self.after[int(rows[0])] = [tuple(part.detach() for part in state) for state in after]
+        if self.head is not None:
             return out
-        read = self._read_in_windows if self.window else self._read
-        draws = partial(rows_of_step, self.seed, self.step, rows.to(x.device))
-        with activations(self) if self.offloads else nullcontext():
-            out, after = read(x, targets, self._states(rows), draws)
-        if self.carries_state:
-            self.after[int(rows[0])] = [tuple(part.detach() for part in state) for state in after]
-        return out
+        out = out.contiguous()
+        return out.clone() if out._is_view() else out  # of one row it may be; zero-bubble detaches it in place
 
-    def _read_in_windows(self, x: Tensor, targets: Tensor | None, states: Any, draws: Draws) -> tuple[Tensor, list[Any]]:
+    def _train(self, x: Tensor, targets: Tensor | None, states: Any, keys: Tensor | None) -> tuple[Tensor, list[Any]]:
+        if self.graph is not None:
+            if keys is not None:
+                draw(self.dropouts, keys)
+            return self.graph(x, targets)
+        return (self._read_in_windows if self.window else self._read)(x, targets, states, keys)
+
+    def _read_in_windows(
+        self, x: Tensor, targets: Tensor | None, states: Any, keys: Tensor | None
+    ) -> tuple[Tensor, list[Any]]:
         """As `_read`, a piece of the sequence at a time, each computed again in backward from the states before it."""
         window = self.window if self.window > 0 else 4 * isqrt(x.shape[1])
         outs = []
         for first in range(0, x.shape[1], window):
             piece = slice(first, first + window)
             mine = None if targets is None else targets[:, piece]
-            out, states = again(self._read, x[:, piece], mine, states, draws, first)
+            out, states = again(self._read, x[:, piece], mine, states, keys, first)
             outs.append(out)
         return (torch.cat(outs, 1) if self.head is None else torch.stack(outs).sum()), states
 
     def _read(
-        self, x: Tensor, targets: Tensor | None, states: list[Any] | None, draws: Draws, first: int = 0
+        self, x: Tensor, targets: Tensor | None, states: Any = None, keys: Tensor | None = None, first: int = 0
     ) -> tuple[Tensor, list[Any]]:
-        """What `forward` returns and the states after it, of tokens from position `first` on."""
-        with draws(first):
-            hidden = _Received.apply(x) if self.embed is None else self.embed(x, first)
+        """What `forward` returns and the states after it, of tokens from position `first` on.
+
+        `keys [b, dropouts]`: of the rows' masks; None: they have been drawn, or none are wanted.
+        """
+        if keys is not None:
+            draw(self.dropouts, keys, first)
+        hidden = x if self.embed is None else self.embed(x, first)
         sent = hidden.dtype  # a recurrence may leave bf16 under autocast; the next stage expects what it was promised
         after = []
-        for i, ((name, block), level) in enumerate(zip(self.blocks.items(), self.levels, strict=True)):
-            run = self.compiled.get(name, block) if self.training else block
-            hidden, state = again(_drawing(draws, first, run), hidden, states[i] if states else None, level=level)
+        for i, (block, level) in enumerate(zip(self.blocks.values(), self.levels, strict=True)):
+            run = block if keys is None or level == "keep" else partial(self._draw_again, i, block, keys, first)
+            hidden, state = again(run, hidden, states[i] if states else None, level=level)
             after.append(state)
         if self.head is None:
-            out = hidden.to(sent).contiguous()
-            return out.clone() if out._is_view() else out, after  # of one row it may be; zero-bubble detaches it in place
-        return (self.head(hidden[:, -1:])[0, 0] if targets is None else token_loss(self.head, hidden, targets)), after
+            return hidden.to(sent), after
+        return (self.head(hidden[:, -1:])[0, 0] if targets is None else self.loss(hidden, targets)), after
+
+    def _draw_again(self, number: int, block: nn.Module, keys: Tensor, first: int, hidden: Tensor, state: Any) -> Any:
+        """A block with its own rows' masks: by the time that it is computed again, others may have been drawn."""
+        mine = self.dropouts_of[number]
+        if mine:
+            place = self.dropouts.index(mine[0])
+            draw(mine, keys[:, place : place + len(mine)], first)
+        return block(hidden, state)
 
     def _states(self, rows: Tensor) -> list[Any] | None:
         if not self.carries_state or self.fresh:
@@ -137,16 +184,6 @@ class Stage(nn.Module):
             self.before[first_row + micro * size] = [
                 tuple(mine[key][rows] for key in sorted(mine) if key.rpartition(".")[0] == name) for name in self.blocks
             ]
-
-
-def _drawing(draws: Draws, first: int, block: Callable[..., Any]) -> Callable[..., Any]:
-    """The block, which draws the same dropout masks whenever it is called."""
-
-    def run(hidden: Tensor, state: Any) -> Any:
-        with draws(first):
-            return block(hidden, state)
-
-    return run
 
 
 class _Received(torch.autograd.Function):
