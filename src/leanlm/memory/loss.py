@@ -130,13 +130,15 @@ class _ChunkedLoss(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-@torch.library.custom_op("leanlm::chunked_loss", mutates_args=())
-def _loss_in_a_graph(
+def chunked_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `_ChunkedLoss`, as one operation of a compiler's graph; an empty tensor where no gradient is needed."""
+    """As `_ChunkedLoss`, for a compiler's graph, in which it is one operation; an empty tensor where no gradient is needed."""
     loss, *gradients = _in_chunks(hidden, weight, bias, target, None, needs)
     return loss, *(hidden.new_empty(0) if part is None else part for part in gradients)  # type: ignore[return-value]
+
+
+_loss_in_a_graph = torch.library.custom_op("leanlm::chunked_loss", chunked_loss, mutates_args=())
 
 
 @_loss_in_a_graph.register_fake

@@ -34,7 +34,9 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Floating-point operations of a call in matrix products, attention and recurrences."""
     packet, backward = func._overloadpacket, str(func._schema.name).endswith("backward")
     if packet in flop_registry:
-        factors = [part for part in args if not isinstance(part, torch.dtype)]  # of the result, which torch's formulas do not take
+        factors = [
+            part for part in args if not isinstance(part, torch.dtype)
+        ]  # of the result, which torch's formulas do not take
         return int(flop_registry[packet](*factors, **kwargs, out_val=out))
     if packet in ATTENTION:  # as if no position were masked: what a causal mask saves, small products cost (measured)
         query, key = args[1:3] if backward else args[:2]
@@ -50,8 +52,11 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def read_again(func: Any, args: Any) -> int:
-    """Bytes that a kernel reads more often than once: a recurrence its weights for each token, twice in backward. With few rows
-    that takes most of the time (measured, width 512: a fifth as long with 1 row as with 32): all of these count, not LAYOUT."""
+    """Bytes that a kernel moves more often than once: a recurrence its weights for each token, twice in backward. With few rows
+    that takes most of the time (measured, width 512: a fifth as long with 1 row as with 32): all of these count, not LAYOUT.
+    Logits are written over with their gradient."""
+    if str(func._schema.name) == "leanlm::cross_entropy_":
+        return args[0].nbytes
     if func._overloadpacket not in RECURRENT:
         return 0
     again = args[0].shape[0] - 1

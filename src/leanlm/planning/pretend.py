@@ -21,6 +21,7 @@ from leanlm.data.batches import Batch
 from leanlm.memory import loss, offload, state
 from leanlm.memory.offload import Scratch
 from leanlm.planning import gpu
+from leanlm.planning.compiled import compiler_of
 from leanlm.planning.trace import BEFORE, Trace, Work
 from leanlm.spread import local
 from leanlm.strategies.plan import Plan
@@ -41,6 +42,7 @@ def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for context in (ranks(rank, plan.world), meshes_with_numbers(), resizing(trace, plan), few_pieces(trace),
                         alike_tensors(trace), tables_of_its_own(), sending(plan), file_of_pages(trace),
+                        compiler_of(trace),
                         contextlib.nullcontext() if trace.card is None else gpu.kernels_of_a_gpu(trace.card.total or trace.card.memory, trace.to_host),
                         FakeTensorMode(allow_non_fake_inputs=True), trace):  # fmt: skip
             stack.enter_context(context)

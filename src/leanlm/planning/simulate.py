@@ -56,7 +56,9 @@ def simulate(
         blocks: build at most so many of each stage, of a model whose `depth` is their number; None: all.
         device: of a CPU, the copies that gloo makes count too; of a GPU, its kernels; None: torch's part on a CPU.
     """
-    plan = replace(settings.plan, compile=False)  # what a compiler fuses is not known before; it holds no more
+    plan = settings.plan
+    if device is None or device.card is None:
+        plan = replace(plan, compile=False)  # on a CPU a compiler holds no more
     config = replace(settings.config, device={"accelerator": "cpu"})
     whole = stages(config, plan, vocabulary)
     card = device.card if device is not None else None
@@ -165,6 +167,8 @@ class _Phases(pl.Callback):
         self.trace.enter(f"step {self.step}, micro-batch {min(self.micro, 1)}, {name}")
 
     def _block(self, place: str, after: str, block: Any, inputs: Any, outputs: Any) -> None:
+        if torch.compiler.is_compiling():  # a graph has no blocks
+            return
         hidden = outputs[0]
         if hidden.requires_grad and not self.backwards:
             hidden.register_hook(lambda _: self._back(place))

@@ -2,7 +2,8 @@
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Work(NamedTuple):
         moved: bytes that it reads and writes.
         fresh: of these, bytes of new pages beyond `small`; on a CPU what is freed goes back to the system.
         small: bytes that come as slowly as pages of 4 KiB do: of each tensor as many as `malloc.ENDS`.
-        dtype: of its result.
+        dtype: of its result, or its factors.
         collective: kind of communication; empty: none.
         size: bytes of the payload.
         ranks: that take part.
@@ -88,6 +89,7 @@ class Trace(TorchDispatchMode):
         self.count = 0
         self.phase, self.faked = "build", False
         self.times = 1  # that what runs now counts for
+        self.counting = True
 
     def __enter__(self) -> "Trace":
         self.faked = active_fake_mode() is not None
@@ -98,6 +100,15 @@ class Trace(TorchDispatchMode):
     def gets_state(self) -> bool:
         """Whether nothing counts of what an optimizer does but its state; a heap that never shrinks keeps the rest as well."""
         return self.phase == BEFORE and not self.pinned
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Within it, storages come and go, and operations are no work."""
+        before, self.counting = self.counting, False
+        try:
+            yield
+        finally:
+            self.counting = before
 
     def enter(self, phase: str) -> None:
         """What comes next belongs to another phase."""
@@ -191,7 +202,8 @@ class Trace(TorchDispatchMode):
             backward = name.endswith("backward")
             touched = self.sizes[self.known[args[-1].untyped_storage()._cdata]] if backward else 0
             self._passing(lstm_scratch(backward, args, touched))
-        self._count(func, name, args, kwargs, out, inputs, fresh)
+        if self.counting:
+            self._count(func, name, args, kwargs, out, inputs, fresh)
         return out
 
     def _see(self, tensor: Tensor, name: str, touched: int | None = None) -> bool:
@@ -271,7 +283,8 @@ class Trace(TorchDispatchMode):
         pages = _pages(size for size in map(_bytes, fresh) if size >= self.own)
         if flops and self.card is not None and func._overloadpacket not in gpu.RECURRENT:
             self._workspace(torch._C._current_graph_task_id() != -1)
-        dtype = str(writes[0].dtype if writes and isinstance(writes[0], Tensor) else inputs[0].dtype).removeprefix("torch.")
+        made = inputs[1] if flops and len(inputs) > 1 else writes[0] if writes and isinstance(writes[0], Tensor) else inputs[0]
+        dtype = str(made.dtype).removeprefix("torch.")  # of a product that of its factors, whatever it is summed in
         launched = 1 if self.card is None else gpu.launches(func, args)
         kind_of_work = Work(flops, moved, *pages, dtype, launches=launched, starts=starts())
         self.work[self.phase][kind_of_work] += self.times

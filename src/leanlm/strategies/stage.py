@@ -114,9 +114,7 @@ class Stage(nn.Module):
             return self.graph(x, targets)
         return (self._read_in_windows if self.window else self._read)(x, targets, states, keys)
 
-    def _read_in_windows(
-        self, x: Tensor, targets: Tensor | None, states: Any, keys: Tensor | None
-    ) -> tuple[Tensor, list[Any]]:
+    def _read_in_windows(self, x: Tensor, targets: Tensor | None, states: Any, keys: Tensor | None) -> tuple[Tensor, list[Any]]:
         """As `_read`, a piece of the sequence at a time, each computed again in backward from the states before it."""
         window = self.window if self.window > 0 else 4 * isqrt(x.shape[1])
         outs = []
