@@ -121,7 +121,7 @@ def test_averages_in_host_memory_go_to_the_card_and_back_in_each_step(text: Path
 
 def test_autocast_of_a_gpu_squares_in_float32() -> None:
     half = torch.ones(3, dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16), gpu.kernels_of_a_gpu(1 << 34, lambda size: None):
+    with torch.autocast("cpu", torch.bfloat16), gpu.kernels_of_a_gpu(card(), lambda size: None):
         kinds = [(half * half).dtype, torch.square(half).dtype, half.pow(2).dtype, F.softmax(half, 0).dtype, half.sum().dtype]
     assert kinds == [torch.bfloat16, *[torch.float32] * 4]
     with torch.autocast("cpu", torch.bfloat16):  # and no longer

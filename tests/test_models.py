@@ -7,8 +7,8 @@ from hydra.utils import instantiate
 from torch import nn
 
 from leanlm.config import typed
-from leanlm.models.contract import Model, initialize
 from leanlm.models import dropout
+from leanlm.models.contract import Model, initialize
 
 
 def build(vocabulary: int, sequence: int, *overrides: str) -> Model:

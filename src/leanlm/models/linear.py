@@ -15,8 +15,9 @@ def together(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     copied = torch.compiler.is_compiling() or kernels.low_precision(x) != layers[0].weight.dtype
     if not copied or not all(map(_plain, layers)):
         return tuple(layer(x) for layer in layers)
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    out = F.linear(x, torch.cat([layer.weight for layer in layers]), torch.cat(biases) if biases else None)
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    weights: list[Tensor] = [layer.weight for layer in layers]
+    out = F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
     return out.split([layer.out_features for layer in layers], -1)
 
 

@@ -1,10 +1,11 @@
 """What torch's compiler makes of a stage, without compiling it: what is kept for backward, kernels, and what they move.
 
 The graphs are those that the compiler gets: AOTAutograd's, cut in two where backward needs the fewest bytes. No code is
-generated for them. Which operations share a kernel follows the main rules of torch's code generation (torch._inductor): matrix
-products, attention and operations of our own stand alone. Of the others only those results come to memory that such an operation
-reads, that leave the graph, that sum up rows, or that several need and are dearer to make again than to read. Those between the
-same two matrix products that read each other or the same share a kernel; sums over all rows take two more.
+generated for them. Which operations share a kernel follows the main rules of torch's code generation (torch._inductor):
+- matrix products, attention and operations of our own stand alone;
+- of the others only those results come to memory that such an operation reads, that leave the graph, that sum up rows, or that
+  several need and are dearer to make again than to read;
+- those between the same two matrix products that read each other, or the same, share a kernel; sums over rows take two more.
 """
 
 import operator
@@ -96,7 +97,7 @@ def _as_a_compiler() -> Iterator[None]:
             return function(*inputs)
 
     with (
-        mock.patch.object(torch.compiler, "is_compiling", lambda: True),
+        mock.patch.object(torch.compiler, "is_compiling", return_value=True),
         mock.patch.object(recompute, "checkpoint", checkpoint),
     ):
         yield
@@ -219,7 +220,7 @@ class _Kernels:
         for i, kernel in enumerate(self.order):
             done = [part for part in self._needs(kernel) if self.last[part] == i and part not in kept]
             if kernel in self.alone:
-                function = loss.chunked_loss if "chunked_loss" in str(kernel.target) else kernel.target
+                function: Any = loss.chunked_loss if "chunked_loss" in str(kernel.target) else kernel.target
                 here[kernel] = function(*self._values(kernel.args, here, trace), **self._values(kernel.kwargs, here, trace))
             else:
                 self._run_together(kernel, here, done, trace)
@@ -238,7 +239,8 @@ class _Kernels:
         if parts not in self.views:
             return here[parts]
         with trace.uncounted():
-            return parts.target(*self._values(parts.args, here, trace), **self._values(parts.kwargs, here, trace))
+            function: Any = parts.target
+            return function(*self._values(parts.args, here, trace), **self._values(parts.kwargs, here, trace))
 
     def _run_together(self, kernel: fx.Node, here: dict[fx.Node, Any], done: list[fx.Node], trace: Trace) -> None:
         mine = self.members[kernel]

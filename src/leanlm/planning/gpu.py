@@ -33,18 +33,18 @@ RECURRENT = aten._cudnn_rnn, aten._cudnn_rnn_backward
 
 
 @contextlib.contextmanager
-def kernels_of_a_gpu(memory: int, to_host: Callable[[int], None]) -> Iterator[None]:
+def kernels_of_a_gpu(card: Any, to_host: Callable[[int], None]) -> Iterator[None]:
     """Within it, fake tensors of a CPU go through the operations that a GPU would compute with.
 
     Args:
-        memory: bytes of the card.
+        card: its `Device`.
         to_host: is told of bytes that go to host memory or come back.
     """
     with contextlib.ExitStack() as patches:
         replaced: list[tuple[Any, str, Callable[..., Any]]] = [
             (kernels, "on_gpu", lambda tensor: True),
             (kernels, "add_product_", _add_product_),
-            (loss, "logits_memory", lambda device: loss.share_of(memory)),
+            (loss, "logits_memory", lambda device: loss.share_of(card.total or card.memory)),
             (F, "scaled_dot_product_attention", _attention),
             (F, "rms_norm", _rms_norm),
             (offload, "_Pinned", partial(_Away, to_host)),

@@ -43,7 +43,7 @@ def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
         for context in (ranks(rank, plan.world), meshes_with_numbers(), resizing(trace, plan), few_pieces(trace),
                         alike_tensors(trace), tables_of_its_own(), sending(plan), file_of_pages(trace),
                         compiler_of(trace),
-                        contextlib.nullcontext() if trace.card is None else gpu.kernels_of_a_gpu(trace.card.total or trace.card.memory, trace.to_host),
+                        contextlib.nullcontext() if trace.card is None else gpu.kernels_of_a_gpu(trace.card, trace.to_host),
                         FakeTensorMode(allow_non_fake_inputs=True), trace):  # fmt: skip
             stack.enter_context(context)
         yield

@@ -45,7 +45,7 @@ class Stage(nn.Module):
         self.levels = levels(plan.recompute, list(self.blocks.values()), plan.compile)
         self.window = plan.recompute_window
         self.dropouts, self.dropouts_of = sites(self), [sites(block) for block in self.blocks.values()]
-        self.loss: Callable[[Tensor, Tensor], Tensor] = partial(token_loss, self.head)
+        self.loss: Callable[[Tensor, Tensor], Tensor] = partial(token_loss, net.head)
         self.graph: Callable[..., tuple[Tensor, list[Any]]] | None = None  # of the whole stage, compiled
         if plan.compile:
             self._compile(plan)
