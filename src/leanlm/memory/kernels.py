@@ -50,17 +50,32 @@ def choose(net: nn.Module, kernel: str) -> None:
         warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # torch's own switch touches that too
     for part in net.modules():
         if isinstance(part, nn.RNNBase):
-            part.forward = partial(_recurrence, part.forward, kernel == "native", isinstance(part, nn.LSTM))
+            part.forward = partial(_recurrence, part, part.forward, kernel == "native")
 
 
-def _recurrence(forward: Any, native: bool, lstm: bool, hidden: Tensor, before: Any = None) -> Any:
-    """In float32 where autocast's kernels would not do: token by token a CPU's would keep a bf16 copy of the weights for each
-    token, and cuDNN's take fp16 (torch's autocast gives them no other), in which small gradients are lost."""
+def _recurrence(part: nn.RNNBase, forward: Any, native: bool, hidden: Tensor, before: Any = None) -> Any:
+    """A recurrent layer `forward`, where autocast's own choice of types would not do: token by token a CPU's kernels would keep
+    a bf16 copy of the weights for each token, and cuDNN's take fp16, in which small gradients are lost."""
     gpu = on_gpu(hidden)
-    if under_autocast(hidden) and (gpu or native or not lstm):
+    if under_autocast(hidden) and (gpu or native or not isinstance(part, nn.LSTM)):
         with torch.autocast(hidden.device.type, enabled=False):
-            return _recurrence(forward, native, lstm, *tree_map_only(Tensor, Tensor.float, (hidden, before)))
+            if gpu:
+                return _in_low_precision(part, torch.get_autocast_dtype(hidden.device.type), hidden, before)
+            return _recurrence(part, forward, native, *tree_map_only(Tensor, Tensor.float, (hidden, before)))
     if gpu or not native:
         return forward(hidden, before)
     with torch.backends.mkldnn.flags(enabled=False):
         return forward(hidden, before)
+
+
+def _in_low_precision(part: nn.RNNBase, low: torch.dtype, hidden: Tensor, before: Any) -> Any:
+    """A recurrent layer with weights, inputs and state in `low`; the state after it is in float32, as it is carried."""
+    cell = {nn.LSTM: torch._VF.lstm, nn.GRU: torch._VF.gru}.get(type(part)) or getattr(torch._VF, part.mode.lower())
+    x, weights = hidden.to(low), [weight.to(low) for weight in part._flat_weights]
+    if before is None:
+        zeros = x.new_zeros(part.num_layers, len(x), part.hidden_size)
+        before = (zeros, zeros) if isinstance(part, nn.LSTM) else zeros
+    before = tree_map_only(Tensor, lambda state: state.to(low), before)
+    out, *after = cell(x, before, weights, part.bias, part.num_layers, 0.0, part.training, False, part.batch_first)
+    after = [state.float() for state in after]
+    return out, tuple(after) if isinstance(part, nn.LSTM) else after[0]

@@ -28,7 +28,7 @@ from leanlm.spread import is_spread
 
 CHUNK = 1 << 22  # logits that a CPU holds at a time: 16 MiB in float32
 SHARE = 128  # one part in so many of a GPU's memory may be logits
-LEAST = 32 << 20  # bytes of a GPU's logits, below which its kernels are slow
+LEAST = 32 << 20  # bytes of a GPU's logits, below which its kernels are slow, and so many in float32 need no chunks
 SUM = 8  # bytes that adding to a number of a weight's gradient moves: a chunk has as many of logits, or adding would cost more
 SHORTEST = 128  # tokens in a chunk, below which matrix products get slow
 LOST = 80  # nats of a token whose probability is near the smallest number of float32: it is taken from the logits
@@ -50,7 +50,7 @@ def token_loss(head: Head, hidden: Tensor, target: Tensor) -> Tensor:
 
 def _choice_loss(hidden: Tensor, projection: Any, target: Tensor) -> Tensor:
     split = is_spread(projection.weight)
-    if not split and target.numel() * projection.out_features <= _chunk(hidden, projection.out_features):
+    if not split and target.numel() * projection.out_features <= (LEAST // 4 if kernels.on_gpu(hidden) else CHUNK):
         logits = projection(hidden)
         wide = torch.promote_types(logits.dtype, torch.float32)  # a sum of 1,000 tokens has few digits left in bf16
         return F.cross_entropy(logits.to(wide), target, reduction="sum", ignore_index=IGNORE)
