@@ -19,11 +19,12 @@ from leanlm.memory import kernels, loss
 from leanlm.models.transformer import attend
 from leanlm.planning import gpu, reading
 from leanlm.planning.allocator import PAGES, reserved
+from leanlm.planning.candidates import families
 from leanlm.planning.device import Device, of_config
 from leanlm.planning.parts import FREED, PARTS, peaks, with_overhead
 from leanlm.planning.predict import predict
 from leanlm.planning.roofline import seconds
-from leanlm.planning.simulate import simulate
+from leanlm.planning.simulate import simulate, stages
 from leanlm.planning.trace import Work
 from leanlm.strategies.plan import Plan
 
@@ -81,6 +82,21 @@ def test_launches_and_bytes_of_a_step(compiled: str, most: int, memory: float, t
     ]
     assert 200 < sum(count * kind.launches for kind, count in work if kind.moved or kind.flops) < most
     assert max(sum(parts.values()) for parts in peaks(step.trace).values()) < memory * 9299 * MIB
+
+
+def test_auto_compiles_what_earns_it_back(text: Path) -> None:
+    """GPT-2 small saves some 9 ms a step and compiles for 46 s: 2,000 steps do not earn that, 20,000 do; a CPU's never."""
+
+    def asked(steps: int, device: Device) -> set[Any]:
+        settings = gpt2(text, "strategy=auto", f"max_steps={steps}")
+        whole = stages(settings.config, settings.plan, 50304)
+        return {plan.compile for plans in families(settings, 1, whole, device, ()) for plan in plans}
+
+    assert asked(2000, card("h100")) == {False}
+    assert asked(20000, card("h100")) == {False, True}
+    cpu = replace(card("h100"), accelerator="cpu")
+    assert asked(20000, cpu) == {"auto"}
+    assert not Plan().compiled
 
 
 def test_the_allocator_takes_what_torchs_did() -> None:

@@ -9,7 +9,7 @@ import inspect
 import json
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from leanlm.errors import UserError
 from leanlm.launch import launched, world_size
 from leanlm.optim import Optim
 from leanlm.strategies.plan import Plan
-from leanlm.strategies.resolve import cuts_of_model, of_optimizer, resolve
+from leanlm.strategies.resolve import cuts_of_model, earns_compiling, of_optimizer, resolve
 
 FOLDER = str(Path(__file__).resolve().parents[2] / "conf")
 
@@ -118,7 +118,7 @@ def check(config: DictConfig) -> Settings:
         problems += fits(checked, {split: corpus.size(split) for split in corpus.splits}, at_most=True)
     if problems or corpus is None:
         raise UserError(*problems)
-    return Settings(checked, plan, corpus, devices)
+    return Settings(checked, replace(plan, compile=_compile(checked, plan)), corpus, devices)
 
 
 def fits(config: Config, sizes: dict[str, int], at_most: bool = False) -> list[str]:
@@ -235,9 +235,39 @@ def _model(config: Config) -> list[str]:
     return [f"model: {problem}" for problem in _target(config.model["_target_"]).problems(**arguments)]
 
 
+def _compile(config: Config, plan: Plan) -> Any:
+    """What `strategy.compile=auto` becomes once it is known where the run will be: true, or auto, which does not compile."""
+    import torch
+
+    on_gpu = config.device["accelerator"] != "cpu" and torch.cuda.is_available() and importlib.util.find_spec("triton")
+    if plan.compile != "auto" or plan.auto or not on_gpu or not can_compile(config, plan):
+        return plan.compile
+    return True if worth_compiling(config, plan) else "auto"
+
+
+def can_compile(config: Config, plan: Plan) -> bool:
+    """Whether nothing stands against compiling a model under a plan on a GPU."""
+    asked = replace(plan, compile=True)
+    able = _target(config.model["_target_"]).compiles and plan.tensor == 1
+    return able and not resolve(asked, plan.world, config.global_batch)[1] and not cuts(config, asked)
+
+
+def worth_compiling(config: Config, plan: Plan) -> bool:
+    """Whether a run on a GPU is long enough for compiling to be earned back."""
+    from leanlm.models.contract import without_storage
+    from leanlm.strategies.balance import costs
+
+    arguments = {key: value for key, value in config.model.items() if key != "_target_"}
+    with without_storage():
+        net = _target(config.model["_target_"])(vocabulary=256, sequence=config.sequence, **arguments)
+    operations = 3 * sum(costs(net).values()) * config.global_batch / plan.world
+    blocks = -(-len(net.blocks) // plan.pipeline)
+    return earns_compiling(operations, plan.accumulate_grad_batches, blocks, config.max_steps)
+
+
 def cuts(config: Config, plan: Plan) -> list[str]:
     """Problems of a plan with this model, found on one that has no storage."""
-    if plan.pipeline * plan.tensor == 1 and not plan.recompute_window and not plan.compile:
+    if plan.pipeline * plan.tensor == 1 and not plan.recompute_window and not plan.compiled:
         return []
     return cuts_of_model(plan, *_facts(json.dumps(config.model), config.sequence))
 

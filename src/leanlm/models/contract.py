@@ -25,6 +25,7 @@ class Model(nn.Module):
     """
 
     carries_state: ClassVar[bool] = False  # True: the state after step s is the state before step s + 1
+    compiles: ClassVar[bool] = False  # True: torch's compiler makes one graph of it, and strategy.compile=auto may ask for it
 
     # What a tensor axis may split: name of a submodule, `*` for any block -> "vocabulary" (an embedding, or the head's
     # projection, by token types), "colwise" (a linear layer by outputs), "rowwise" (by inputs, which a colwise layer made),

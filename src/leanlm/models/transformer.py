@@ -47,6 +47,7 @@ class Transformer(Model):
             kernel).
     """
 
+    compiles = True
     tensor_split = {
         "embed.tokens": "vocabulary",
         "blocks.*.attention": "input",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from leanlm.config import Settings, cuts
+from leanlm.config import Settings, can_compile, cuts, worth_compiling
 from leanlm.memory import offload
 from leanlm.planning.device import MARGIN, Device
 from leanlm.planning.parts import groups
@@ -13,7 +13,7 @@ from leanlm.planning.probe import sent
 from leanlm.planning.simulate import Stages, stages
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
-from leanlm.strategies.resolve import of_optimizer, resolve
+from leanlm.strategies.resolve import SAVED, of_optimizer, resolve
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def families(settings: Settings, devices: int, whole: Stages, device: Device, al
     if "optimizer_state" in allow:
         changes += [{**change, "optimizer_state": kind} for change in changes for kind in ("int8",)]
     found = []
+    settled = base.compile if device.card is None or base.compile != "auto" else False  # on a CPU auto never compiles
     for pipeline, replicate, shard, tensor in meshes(devices):
         axes: dict[str, Any] = {"pipeline": pipeline, "replicate": replicate, "shard": shard, "tensor": tensor}
         schedules = ("1f1b", "interleaved", "zero-bubble") if pipeline > 1 else ("1f1b",)
@@ -57,12 +58,17 @@ def families(settings: Settings, devices: int, whole: Stages, device: Device, al
         offloads = offload.CHOICES if devices == 1 else ("none", "all")
         uneven = [("1f1b", blocks) for blocks in _uneven(whole, device, pipeline, devices)]
         orders = [*((schedule, None) for schedule in schedules), *uneven]
-        for lever, change, (schedule, blocks), divided, away in product(levers, changes, orders, zero1, offloads):
+        mine = replace(base, **axes)
+        asks = settled is False and base.compile == "auto" and can_compile(config, mine) and worth_compiling(config, mine)
+        choices = product(levers, changes, orders, zero1, offloads, (settled, True) if asks else (settled,))
+        for lever, change, (schedule, blocks), divided, away, compiled in choices:
+            if compiled is True and lever.get("recompute") == "operators":  # a compiler chooses these itself
+                continue
             plans = []
             for micros in range(1, config.global_batch // (replicate * shard) + 1):
                 if config.global_batch % (replicate * shard * micros):
                     continue
-                plan = replace(base, **axes, **lever, **change, schedule=schedule, zero1=divided, offload=away,
+                plan = replace(mine, **lever, **change, schedule=schedule, zero1=divided, offload=away, compile=compiled,
                                accumulate_grad_batches=micros, stages_per_device=None, stage_blocks=blocks)  # fmt: skip
                 if plan.step_in_backward and micros > 1:
                     continue
@@ -159,6 +165,8 @@ class Estimate:
         seconds += micros * self.blocks * self.again / (plan.pipeline * plan.tensor * device.bandwidth * speed)
         if plan.offload != "none":
             seconds *= 1.5
+        if plan.compiled:
+            seconds *= 1 - SAVED
         half = device.flops.get("bfloat16", device.flops["float32"])
         seconds += self.update / plan.pipeline / (half * speed) + 40 * held / (device.bandwidth * speed)
         return Rough(seconds, 2 * held + state + kept)

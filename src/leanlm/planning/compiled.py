@@ -12,6 +12,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import count
 from typing import Any
 from unittest import mock
@@ -73,17 +74,19 @@ class _Compiled:
                     draw([dropout], key[:, None])
                 return self.function(*inputs)[0]
 
-        def generated(graph: fx.GraphModule, example: Any) -> Callable[..., Any]:
+        def generated(graph: fx.GraphModule, example: Any, backward: bool = False) -> Callable[..., Any]:
             kernels = _Kernels(graph)
 
             def run(inputs: list[Any]) -> list[Any]:
+                if backward:
+                    self.trace.enter(f"{self.trace.phase.rpartition(',')[0]}, backward")
                 return kernels.run(inputs, self.trace)
 
             run._boxed_call = True  # type: ignore[attr-defined]  # it lets go of its inputs as they are done with
             return run
 
-        decompositions = core_aten_decompositions()
-        return aot_function(flat, generated, generated, min_cut_rematerialization_partition, decompositions)  # type: ignore
+        partition: Any = min_cut_rematerialization_partition
+        return aot_function(flat, generated, partial(generated, backward=True), partition, dict(core_aten_decompositions()))
 
 
 @contextmanager
@@ -107,6 +110,7 @@ class _Kernels:
     """A graph's kernels, in the order in which they run."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
+        self.place = {node: i for i, node in enumerate(graph.graph.nodes)}
         self.nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
         self.inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         self.results = next(node for node in graph.graph.nodes if node.op == "output").args[0]
@@ -204,12 +208,14 @@ class _Kernels:
                     need(self.group[node])
         return list(order)
 
-    def _needs(self, kernel: fx.Node) -> set[fx.Node]:
+    def _needs(self, kernel: fx.Node) -> list[fx.Node]:
         """What a kernel reads from memory."""
         if kernel in self.alone:
-            return {*self._bases((kernel.args, kernel.kwargs))} - self.constants.keys()
-        mine = self.members[kernel]
-        return {part for node in mine for part in self.reads[node]} - {*mine}
+            found = {*self._bases((kernel.args, kernel.kwargs))} - self.constants.keys()
+        else:
+            mine = self.members[kernel]
+            found = {part for node in mine for part in self.reads[node]} - {*mine}
+        return sorted(found, key=self.place.__getitem__)
 
     def run(self, inputs: list[Any], trace: Trace) -> list[Any]:
         """The graph's results, with memory and work as its kernels take them. Empties the list of inputs."""

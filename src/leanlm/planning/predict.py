@@ -190,7 +190,8 @@ def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, devi
     plan = settings.plan
     even = whole.alike and plan.recompute in ("none", "blocks", "operators")
     ended = 2 * ends(plan)  # so many blocks of a stage are simulated, and one more: what the others add is the difference
-    whole_run = device.card is not None and plan.world == 1  # holes of its allocator do not grow evenly
+    # holes of its allocator do not grow evenly; of a compiled stage, to trace all blocks takes longest
+    whole_run = device.card is not None and plan.world == 1 and not plan.compiled
     if not even or whole_run or max(map(len, whole.split)) <= ended + 1:
         step = simulate(settings, vocabulary, rank, device=device)
         return _view(step), step.order

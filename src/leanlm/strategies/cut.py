@@ -68,7 +68,7 @@ class Cut:
 
             split_matrices(net, self.mesh["tensor"])
         self._fill_and_shard(seed)
-        if net.head is not None and plan.tensor == 1 and not plan.compile:  # a compiler sums these gradients itself
+        if net.head is not None and plan.tensor == 1 and not plan.compiled:  # a compiler sums these gradients itself
             add_rows(net, net.head)
 
     def coordinate(self, axis: str) -> int:

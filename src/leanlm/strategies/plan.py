@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ class Plan:
             Muon), or all.
         return_freed_memory: on a CPU, let large tensors leave the process as soon as they are freed.
         rnn_kernel: of recurrent layers on a CPU: onednn, or native, which keeps fewer bytes for backward.
-        compile: let torch.compile fuse the operations of each block.
+        compile: true, false, or auto: let torch.compile fuse the operations of a stage; auto, until it is settled, does not.
         precision: fp32, bf16-mixed (weights in fp32, products in bf16), bf16, bf16-stochastic (weights are rounded up or
             down by chance, so that small updates are not lost), or fp64 for parity runs.
     """
@@ -77,7 +78,7 @@ class Plan:
     offload: str = "none"
     return_freed_memory: bool = True
     rnn_kernel: str = "onednn"
-    compile: bool = False
+    compile: Any = "auto"
     precision: str = "fp32"
 
     @property
@@ -124,12 +125,17 @@ class Plan:
         return global_batch // (self.readers * self.accumulate_grad_batches)
 
     @property
+    def compiled(self) -> bool:
+        """Whether training is compiled."""
+        return self.compile is True
+
+    @property
     def exactness(self) -> str:
         """`rounding`: the same mathematics as one device in fp32, summed in another order; `changes`: the curve may
         move."""
         if self.precision.startswith("bf16") or self.optimizer_state != "fp32":
             return "changes"
-        other_order = self.recompute_window or self.rnn_kernel != "onednn" or self.compile
+        other_order = self.recompute_window or self.rnn_kernel != "onednn" or self.compiled
         return "rounding" if other_order or self.world * self.accumulate_grad_batches > 1 else "bitwise"
 
     def describe(self) -> str:

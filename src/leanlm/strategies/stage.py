@@ -42,12 +42,12 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleDict({name: net.blocks[name] for name in blocks})
         self.head = net.head if last else None
         self.carries_state, self.seed = net.carries_state, seed
-        self.levels = levels(plan.recompute, list(self.blocks.values()), plan.compile)
+        self.levels = levels(plan.recompute, list(self.blocks.values()), plan.compiled)
         self.window = plan.recompute_window
         self.dropouts, self.dropouts_of = sites(self), [sites(block) for block in self.blocks.values()]
         self.loss: Callable[[Tensor, Tensor], Tensor] = partial(token_loss, net.head)
         self.graph: Callable[..., tuple[Tensor, list[Any]]] | None = None  # of the whole stage, compiled
-        if plan.compile:
+        if plan.compiled:
             self._compile(plan)
         self.offloads = plan.offload in ("activations", "all")
         self.step, self.fresh = 0, True
