@@ -70,8 +70,8 @@ def _recurrence(part: nn.RNNBase, forward: Any, native: bool, hidden: Tensor, be
 
 def _in_low_precision(part: nn.RNNBase, low: torch.dtype, hidden: Tensor, before: Any) -> Any:
     """A recurrent layer with weights, inputs and state in `low`; the state after it is in float32, as it is carried."""
-    cell = {nn.LSTM: torch._VF.lstm, nn.GRU: torch._VF.gru}.get(type(part)) or getattr(torch._VF, part.mode.lower())
-    x, weights = hidden.to(low), [weight.to(low) for weight in part._flat_weights]
+    cell: Any = getattr(torch._VF, part.mode.lower())  # lstm, gru, rnn_tanh or rnn_relu
+    x, weights = hidden.to(low), [weight.to(low) for weight in part._flat_weights if weight is not None]
     if before is None:
         zeros = x.new_zeros(part.num_layers, len(x), part.hidden_size)
         before = (zeros, zeros) if isinstance(part, nn.LSTM) else zeros

@@ -85,8 +85,9 @@ class _Compiled:
             run._boxed_call = True  # type: ignore[attr-defined]  # it lets go of its inputs as they are done with
             return run
 
-        partition: Any = min_cut_rematerialization_partition
-        return aot_function(flat, generated, partial(generated, backward=True), partition, dict(core_aten_decompositions()))
+        graphs: Any = aot_function  # its annotations want more than it does
+        backward, cut = partial(generated, backward=True), min_cut_rematerialization_partition
+        return graphs(flat, generated, backward, cut, core_aten_decompositions())
 
 
 @contextmanager
