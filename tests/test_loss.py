@@ -1,5 +1,10 @@
 """The chunked head and loss against logits held whole."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,6 +63,35 @@ def test_an_adaptive_softmax_equals_torchs(chunk: int, missing: bool, monkeypatc
     gradients = torch.autograd.grad(expected, leaves, allow_unused=True)
     for ours, theirs in zip(torch.autograd.grad(got, leaves), gradients, strict=True):  # ours: zeros, never None
         torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, atol=1e-9, rtol=0)
+
+
+def rows_by_kernel() -> None:
+    """In a process of its own, where Triton interprets: the kernel of a GPU against torch's cross-entropy and its gradient."""
+    from leanlm.memory import softmax_kernel
+
+    torch.manual_seed(0)
+    for dtype, most in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+        logits, target = (4 * torch.randn(6, 20032)).to(dtype), torch.randint(20000, (6,))
+        target[2] = IGNORE
+        exact = logits[:, :20000].double().requires_grad_()
+        wanted = F.cross_entropy(exact, target, reduction="none", ignore_index=IGNORE)
+        (gradient,) = torch.autograd.grad(wanted.sum(), exact)
+        before = logits.clone()
+        nats = softmax_kernel.cross_entropy_(logits, target, 20000, gradient=False)
+        assert torch.equal(logits, before)
+        torch.testing.assert_close(nats.double(), wanted.detach(), rtol=0, atol=1e-5)
+        softmax_kernel.cross_entropy_(logits, target, 20000, gradient=True)
+        torch.testing.assert_close(logits[:, :20000].double(), gradient, rtol=0, atol=most)
+        assert logits[:, 20000:].count_nonzero() == logits[2].count_nonzero() == 0
+
+
+def test_the_kernel_of_a_gpu() -> None:
+    """3 blocks of columns, the last of them short; 32 columns that only align the rows."""
+    pytest.importorskip("triton", reason="Triton has no build for this system")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    code = "import test_loss; test_loss.rows_by_kernel()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
 
 
 def test_tied_weights_get_both_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,10 @@ def _rows(logits, target, nats, stride, classes, columns, GRADIENT: tl.constexpr
     place = tl.arange(0, BLOCK)
     largest = float("-inf")
     total = 0.0
-    for first in range(0, classes, BLOCK):
-        x = tl.load(logits + first + place, mask=first + place < classes, other=float("-inf")).to(tl.float32)
+    for first in range(0, columns, BLOCK):
+        at = first + place  # whole vectors are read where columns, not classes, bound them
+        x = tl.load(logits + at, mask=at < columns, other=float("-inf")).to(tl.float32)
+        x = tl.where(at < classes, x, float("-inf"))
         higher = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - higher) + tl.sum(tl.exp(x - higher), 0)
         largest = higher
@@ -41,6 +43,7 @@ def _rows(logits, target, nats, stride, classes, columns, GRADIENT: tl.constexpr
     if GRADIENT:
         for first in range(0, columns, BLOCK):
             at = first + place
-            x = tl.load(logits + at, mask=at < classes, other=float("-inf")).to(tl.float32)
+            x = tl.load(logits + at, mask=at < columns, other=float("-inf")).to(tl.float32)
+            x = tl.where(at < classes, x, float("-inf"))
             x = (tl.exp(x - log_total) - tl.where(at == wanted, 1.0, 0.0)) * counted
             tl.store(logits + at, x.to(logits.dtype.element_ty), mask=at < columns)
