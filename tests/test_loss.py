@@ -88,7 +88,8 @@ def rows_by_kernel() -> None:
 def test_the_kernel_of_a_gpu() -> None:
     """3 blocks of columns, the last of them short; 32 columns that only align the rows."""
     pytest.importorskip("triton", reason="Triton has no build for this system")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    folders = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(folders)}
     code = "import test_loss; test_loss.rows_by_kernel()"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
