@@ -47,7 +47,7 @@ class Record(pl.Callback):
             return
         step = trainer.global_step
         writes = step % self.every == 0 or step == 1 or step == trainer.max_steps
-        loss = float(module.global_loss()) if writes else math.nan  # a GPU is waited for here alone, and before the clock is read
+        loss = float(module.global_loss()) if writes else math.nan  # waits for a GPU: before the clock is read
         now = time.perf_counter()
         self.seconds, self.mark = self.seconds + now - self.mark, now
         self.tokens += batch.step_tokens
