@@ -160,7 +160,7 @@ def _sample(cut: Cut, tokenizer: Tokenizer, prompt: str, tokens: int) -> str | N
     try:
         return prompt + "".join(stream(tokenizer, _write(cut, begin, tokens)))
     except Exception as error:  # whatever it is, the run has done its work
-        say(f"no sample: {type(error).__name__}: {str(error).splitlines()[:1]}")
+        say(f"no sample could be made: {type(error).__name__}: {error}".splitlines()[0])
         return None
 
 
