@@ -106,7 +106,7 @@ def check(config: DictConfig) -> Settings:
     problems += found + checked.optim.problems() + _device(checked.device) + _loggers(checked.logger) + _model(checked)
     problems += of_optimizer(plan, checked.optim.name, checked.clip)
     if not problems:
-        problems += cuts(checked, plan) + ([] if auto else on_gpus(plan, checked.device["accelerator"]))
+        problems += cuts(checked, plan) + on_gpus(plan, checked.device["accelerator"])
     occupied = checked.run_dir and Path(checked.run_dir, "config.yaml").is_file()
     if occupied and not (checked.resume and Path(checked.run_dir).resolve() == Path(checked.resume).resolve()):
         problems.append(

@@ -114,11 +114,11 @@ def on_gpus(plan: Plan, accelerator: str) -> list[str]:
     largest, axis = max(zip(plan.sizes, AXES, strict=True))
     room = gpus * largest // processes  # along that axis, if the others stay
     fewer = max((n for n in range(1, room + 1) if largest % n == 0), default=0)
-    instead = f"strategy.{axis}={fewer}" if fewer else "strategy=single"
-    readers = plan.readers // (replace(plan, **{axis: fewer}).readers if fewer else 1)
+    kept = {**dict(zip(AXES, plan.sizes, strict=True)), axis: fewer} if fewer else dict.fromkeys(AXES, 1)
+    micros = plan.accumulate_grad_batches * plan.readers // (kept["replicate"] * kept["shard"])
     return [
-        f"the plan takes {product} = {processes} GPUs, one for each process, and this machine has {gpus}: write {instead} "
-        f"strategy.accumulate_grad_batches={readers * plan.accumulate_grad_batches}, or device=cpu"
+        f"the plan takes {product} = {processes} GPUs, one for each process, and this machine has {gpus}: write "
+        f"{f'strategy.{axis}={fewer}' if fewer else 'strategy=single'} strategy.accumulate_grad_batches={micros}, or device=cpu"
     ]
 
 
