@@ -46,8 +46,8 @@ def _work(jobs: dict[Path, list[str]], compiler: str) -> None:
             config = composed(*overrides)
             checked = check(config)
             # torch keeps graphs by code: those of two stages count as one made anew
-            patch.setattr(dynamo, "error_on_recompile", checked.plan.stages == checked.plan.pipeline)
-            fit(checked, OmegaConf.to_container(config, resolve=True), path)
+            with dynamo.patch(error_on_recompile=checked.plan.stages == checked.plan.pipeline):
+                fit(checked, OmegaConf.to_container(config, resolve=True), path)
 
 
 def losses(path: Path) -> list[float]:

@@ -12,7 +12,7 @@ from leanlm.cli import command_line
 from leanlm.config import FOLDER, Config, check
 from leanlm.errors import UserError
 from leanlm.strategies.plan import Plan
-from leanlm.strategies.resolve import resolve
+from leanlm.strategies.resolve import on_gpus, resolve
 
 
 def problems(*arguments: str) -> list[str]:
@@ -165,6 +165,40 @@ def test_resolve_fills_what_is_left_open() -> None:
         "global_batch=16 does not divide by replicate=3 x accumulate_grad_batches=2 = 6: write global_batch=12 or 18"
     ]
     assert Plan(replicate=2, accumulate_grad_batches=4).micro_batch(32) == 4
+
+
+@pytest.mark.parametrize(
+    ("gpus", "arguments", "said"),
+    [
+        (2, ["strategy.replicate=4"], "replicate=4 = 4 GPUs, one for each process, and this machine has 2: write "
+            "strategy.replicate=2 strategy.accumulate_grad_batches=2, or device=cpu"),
+        (3, ["strategy.replicate=2", "strategy.tensor=2"], "strategy.tensor=1 strategy.accumulate_grad_batches=1, or"),
+        (1, ["strategy=hsdp", "devices=4"], "write strategy=single strategy.accumulate_grad_batches=4, or device=cpu"),
+        (1, ["strategy=ddp"], "replicate=2 = 2 GPUs, one for each process, and this machine has 1: write "
+            "strategy.replicate=1 strategy.accumulate_grad_batches=2"),
+    ],
+)  # fmt: skip
+def test_more_processes_than_gpus(
+    gpus: int, arguments: list[str], said: str, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leanlm.config.on_gpus", on_gpus)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    arguments = ["data=text", f"data.path={text}", "model=gpt2", "global_batch=16", "sequence=16", *arguments]
+    check(composed(*arguments))  # no GPU that torch can use
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check(composed(*arguments, "device=cpu"))
+    with pytest.raises(UserError, match="one for each process") as refused:
+        check(composed(*arguments))
+    assert said in str(refused.value)
+    instead = str(refused.value).partition("write ")[2].partition(", or")[0].split()
+    check(composed(*arguments, *instead, "devices=null"))
+    for name, value in {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": gpus + 1, "WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    assert on_gpus(Plan(replicate=4), "auto") == [
+        f"{gpus + 1} processes were started on this machine, which has {gpus} GPUs: start {gpus}, or write device=cpu"
+    ]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(gpus))
+    assert on_gpus(Plan(replicate=4), "auto") == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Generation with a state or a cache against reading everything anew; and a sentence's probability by the chain rule."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import composed
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from leanlm import build as builders
 from leanlm.config import check
 from leanlm.evaluate import Evaluate, evaluate, restore
 from leanlm.fit import fit
@@ -115,6 +117,41 @@ def test_a_sentence_by_the_chain_rule(run: Run) -> None:
             total += float(net.eval()(torch.tensor([numbers[:i]]))[0][0, -1].log_softmax(-1)[numbers[i]])
     assert found["log_probability"] == pytest.approx(total, abs=1e-9)
     assert found["tokens"] == len(sentence)
+
+
+def test_a_sample_comes_last_and_may_fail(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    there: list[str] = []
+
+    def fails(*arguments: object, **settings: object) -> Iterator[int]:
+        there.extend(path.name for path in tmp_path.iterdir())
+        yield 1
+        raise RuntimeError("no memory\nfor this")
+
+    monkeypatch.setattr("leanlm.fit.generate", fails)
+    config = composed(*MODELS["lstm"], "data=text", f"data.path={text}", "data.tokenizer=char", "global_batch=4", "sequence=16",
+                      "max_steps=2", "device=cpu", "logger=csv")  # fmt: skip
+    result = fit(check(config), OmegaConf.to_container(config, resolve=True), tmp_path)
+    assert {"metrics.csv", "loss.png", "result.json"} <= {*there}
+    assert Run(tmp_path).results()["loss"] == result["loss"]
+    said = capsys.readouterr().out
+    assert "no sample could be made: RuntimeError: no memory\n" in said
+    assert "for this" not in said
+
+
+@pytest.mark.parametrize("model", ["lstm", "gpt2"])
+def test_weights_are_where_the_cut_says(model: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained, restored or in the end sampled from: from the beginning, and after Lightning has let go of its module."""
+    monkeypatch.setattr(builders, "device", lambda config: torch.device("meta"))  # as a GPU, another than the CPU
+    settings = check(composed(*MODELS[model], "data=text", f"data.path={text}", "data.tokenizer=char", "model.tied=true"))
+    cut = builders.cut(settings.config, settings.plan, 29)
+    module = builders.module(settings, cut)
+    tensors = {*cut.net.parameters(), *cut.net.buffers(), module.split_loss.nats}
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert cut.net.head.projection.weight is cut.net.embed.get_parameter(next(n for n, _ in cut.net.embed.named_parameters()))
+    module.cpu()  # which Lightning calls in the end
+    assert {tensor.device.type for tensor in module.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("lanes", [1, 5])

@@ -117,7 +117,7 @@ def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Seque
     config, plan = settings.config, settings.plan
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    return pl.Trainer(
+    made = pl.Trainer(
         accelerator=config.device["accelerator"],
         devices=local_world_size(),
         num_nodes=world_size() // local_world_size(),
@@ -137,6 +137,9 @@ def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Seque
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Lightning asks all ranks for a SIGTERM before each batch and waits for the device's answer; `Checkpoints` has that signal
+    made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return made
 
 
 def strategy(plan: Plan) -> Strategy | str:
@@ -153,6 +156,9 @@ class BucketsOnly(DDPStrategy):
     all is summed at once: the mean that the step's last one takes leaves what is a mean already as it is. `zero_grad` must
     then keep the gradients (`module.py`).
     """
+
+    def determine_ddp_device_ids(self) -> None:
+        """None: with a device's number DDP would copy row numbers to it, which Python reads on the CPU."""
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

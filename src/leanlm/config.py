@@ -23,7 +23,7 @@ from leanlm.errors import UserError
 from leanlm.launch import launched, world_size
 from leanlm.optim import Optim
 from leanlm.strategies.plan import Plan
-from leanlm.strategies.resolve import cuts_of_model, earns_compiling, of_optimizer, resolve
+from leanlm.strategies.resolve import cuts_of_model, earns_compiling, of_optimizer, on_gpus, resolve
 
 FOLDER = str(Path(__file__).resolve().parents[2] / "conf")
 
@@ -106,7 +106,7 @@ def check(config: DictConfig) -> Settings:
     problems += found + checked.optim.problems() + _device(checked.device) + _loggers(checked.logger) + _model(checked)
     problems += of_optimizer(plan, checked.optim.name, checked.clip)
     if not problems:
-        problems += cuts(checked, plan)
+        problems += cuts(checked, plan) + on_gpus(plan, checked.device["accelerator"])
     occupied = checked.run_dir and Path(checked.run_dir, "config.yaml").is_file()
     if occupied and not (checked.resume and Path(checked.run_dir).resolve() == Path(checked.resume).resolve()):
         problems.append(

@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from leanlm.callbacks.plots import loss_curve
 from leanlm.callbacks.progress import Progress
 from leanlm.callbacks.record import Record, memory_now, of_ranks, peak_memory
 from leanlm.config import Settings
+from leanlm.data.prefetch import prefetched
 from leanlm.data.tokenizer import Tokenizer, stream
 from leanlm.data.tokens import Tokens
 from leanlm.errors import UserError
@@ -71,7 +74,8 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
     loggers = build.loggers(asked, str(run.path))
     trainer = build.trainer(settings, callbacks, loggers, asked.max_steps)
     validation = build.whole_split(settings, tokens.tokenizer, net, tokens.splits["validation"])
-    trainer.fit(module, batches, validation)
+    with closing(prefetched(batches, cut.device)) as ahead:
+        trainer.fit(module, ahead, validation)
 
     nats, split = record.val_loss, "validation"
     result = {
@@ -95,13 +99,16 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
         result["predicted_seconds_per_step"] = settings.predicted["seconds_per_step"]
     if cut.device.type == "cuda":
         result["peak_allocated_bytes"] = of_ranks(torch.cuda.max_memory_allocated())
+    if rank() == 0:
+        loss_curve({"": run}, run.path / "loss.png")
+        write(run.result, json.dumps(result, indent=2))
+    sample = None
     if rank() == 0 or settings.plan.cuts_model:
         sample = _sample(cut, tokens.tokenizer, asked.sample, asked.sample_tokens)
     if rank() == 0:
-        with open(run.path / "samples.txt", "a") as file:
-            file.write(f"--- step {trainer.global_step}\n{sample}\n")
-        loss_curve({"": run}, run.path / "loss.png")
-        write(run.result, json.dumps(result, indent=2))
+        if sample is not None:
+            with open(run.path / "samples.txt", "a") as file:
+                file.write(f"--- step {trainer.global_step}\n{sample}\n")
         _report(result, sample, run)
     return result
 
@@ -144,23 +151,29 @@ def _where_to_start(settings: Settings, tokens: Tokens) -> Path | None:
     return start
 
 
-def _sample(cut: Cut, tokenizer: Tokenizer, prompt: str, tokens: int) -> str:
-    """Text that the model writes; all ranks must call it when the model is spread over them."""
+def _sample(cut: Cut, tokenizer: Tokenizer, prompt: str, tokens: int) -> str | None:
+    """Text that the model writes; None if that fails. All ranks must call it when the model is spread over them."""
     try:
         begin = [tokenizer.start, *map(int, tokenizer.encode(prompt.encode()))]
     except UserError:  # the prompt has characters that this text does not
         begin, prompt = [tokenizer.start], ""
+    try:
+        return prompt + "".join(stream(tokenizer, _write(cut, begin, tokens)))
+    except Exception as error:  # whatever it is, the run has done its work
+        say(f"no sample could be made: {type(error).__name__}: {error}".splitlines()[0])
+        return None
+
+
+def _write(cut: Cut, begin: list[int], tokens: int) -> Iterator[int]:
     cut.net.eval()
-    if cut.plan.cuts_model:
-        for stage in cut.stages.values():
-            stage.eval()
-        numbers = generate_cut(cut, begin, tokens, temperature=0.8)
-    else:
-        numbers = generate(cut.net, begin, tokens, temperature=0.8)
-    return prompt + "".join(stream(tokenizer, numbers))
+    if not cut.plan.cuts_model:
+        return generate(cut.net, begin, tokens, temperature=0.8)
+    for stage in cut.stages.values():
+        stage.eval()
+    return generate_cut(cut, begin, tokens, temperature=0.8)
 
 
-def _report(result: dict[str, Any], sample: str, run: Run) -> None:
+def _report(result: dict[str, Any], sample: str | None, run: Run) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -181,7 +194,8 @@ def _report(result: dict[str, Any], sample: str, run: Run) -> None:
     ):
         table.add_row(f"[bold]{name}", value)
     console = Console(highlight=False)
-    console.rule("a sample")
-    console.print(sample, markup=False, soft_wrap=True)
-    console.rule()
+    if sample is not None:
+        console.rule("a sample")
+        console.print(sample, markup=False, soft_wrap=True)
+        console.rule()
     console.print(table)

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from leanlm import optim, optimizers
 from leanlm.data.batches import IGNORE, Batch
+from leanlm.memory import kernels
 from leanlm.optim import Optim
 from leanlm.spread import local
 from leanlm.strategies import gradients
@@ -69,7 +70,13 @@ class LanguageModel(pl.LightningModule):
         self.split_loss = TokenLoss().to(cut.device)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch._replace(input=batch.input.to(device), target=batch.target.to(device))  # row numbers stay where they are
+        """What is not there yet, such as the batches of a validation; row numbers stay on the CPU, where Python reads them."""
+        there = [part if part.device == device else kernels.to_device(part, device) for part in (batch.input, batch.target)]
+        return batch._replace(input=there[0], target=there[1])
+
+    def cpu(self) -> "LanguageModel":
+        """Nothing: Lightning calls it when a fit or an evaluation ends, and the model is still needed on its device."""
+        return self
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         for stage in self.cut.stages.values():

@@ -39,6 +39,7 @@ class Checkpoints(pl.Callback):
         self.global_batch, self.fingerprint, self.start = global_batch, fingerprint, start
         self.saved = -1
         self.signal, self.first_signal = 0, 0.0
+        self.told = Told()
         self.handlers: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -78,6 +79,7 @@ class Checkpoints(pl.Callback):
             self._stop_if_told(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.told.wait()
         if self.saved != trainer.global_step:
             self.save(trainer, module)
         self._restore_handlers()
@@ -114,12 +116,7 @@ class Checkpoints(pl.Callback):
 
     def _stop_if_told(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, LanguageModel)
-        number = self.signal
-        if module.plan.world > 1:  # signals reach the ranks at different times; stop all at the same step
-            told = torch.tensor(number, device=module.cut.device)
-            dist.all_reduce(told, dist.ReduceOp.MAX)
-            number = int(told)
-        if number:
+        if number := self.told(self.signal) if module.plan.world > 1 else self.signal:
             if self.saved != trainer.global_step:
                 self.save(trainer, module)
             name = signal.Signals(number).name
@@ -134,3 +131,32 @@ class Checkpoints(pl.Callback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
+
+
+class Told:
+    """Whether a signal has reached any rank: signals come to them at different times, and all must stop at the same step.
+
+    Each call begins an exchange between the ranks' processors (gloo), which the next one reads: no device is waited for, nor a
+    rank that is less than a step behind. All ranks must make the same calls.
+    """
+
+    def __init__(self) -> None:
+        self.group: Any = None
+        self.number, self.work = torch.tensor(0), None
+
+    def __call__(self, number: int) -> int:
+        """The largest number of any rank in the call before."""
+        if self.group is None:
+            self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        if found := self.wait():
+            return found
+        self.number = torch.tensor(number)
+        self.work = dist.all_reduce(self.number, dist.ReduceOp.MAX, self.group, async_op=True)
+        return 0
+
+    def wait(self) -> int:
+        """What the last call has begun comes to; none is under way any more."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return int(self.number)

@@ -45,12 +45,13 @@ class Record(pl.Callback):
         assert isinstance(module, LanguageModel)
         if batch.micro < module.plan.batches_per_step - 1:
             return
+        step = trainer.global_step
+        writes = step % self.every == 0 or step == 1 or step == trainer.max_steps
+        loss = float(module.global_loss()) if writes else math.nan  # waits for a GPU: before the clock is read
         now = time.perf_counter()
         self.seconds, self.mark = self.seconds + now - self.mark, now
         self.tokens += batch.step_tokens
-        step = trainer.global_step
-        if step % self.every == 0 or step == 1 or step == trainer.max_steps:
-            loss = float(module.global_loss())
+        if writes:
             self._finite(loss, "training", step, module)
             seconds, tokens = self.seconds - self.logged[0], self.tokens - self.logged[1]
             self.logged = self.seconds, self.tokens

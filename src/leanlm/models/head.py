@@ -64,7 +64,7 @@ class AdaptiveHead(Head):
         for i, (down, up) in enumerate(bands):
             inside = (target >= ends[i]) & (target < ends[i + 1])
             short = short.masked_fill(inside, ends[0] + i)
-            rows = inside.nonzero()[:, 0]
+            rows = inside.nonzero()[:, 0]  # their count decides the sizes of what follows: here a GPU is waited for
             # computed where there are none, too: DDP waits for the gradient of every parameter
             more = -len(rows) % ROUND
             wanted = F.pad(target[rows] - ends[i], (0, more), value=IGNORE)

@@ -42,7 +42,7 @@ class Cut:
     """
 
     def __init__(self, net: Model, plan: Plan, seed: int, device: torch.device, cost: dict[str, float] | None = None) -> None:
-        """`net` has no storage yet if the plan cuts it; `cost` is that of its parts, for a pipeline."""
+        """`net` has no storage yet if the plan cuts it; what is kept goes to `device`. `cost`: of the parts, for a pipeline."""
         self.net, self.plan, self.device = net, plan, device
         cost = cost or dict.fromkeys(["embed", *net.blocks, "head"], 0.0)
         self.split = split = balance.split(cost, plan)
@@ -62,6 +62,8 @@ class Cut:
         self.shared = self._shared_by_stages()
         numbers = stages_of(self.coordinate("pipeline"), plan.pipeline, len(split), SCHEDULES[plan.schedule].v_shape)
         self._drop([name for number in numbers for name in split[number]], 0 in numbers, len(split) - 1 in numbers)
+        if device.type != "cpu":  # what has no storage yet gets it there
+            net._apply(lambda part: part if part.is_meta else part.to(device))
         self.stages = {n: Stage(net, split[n], n == 0, n == len(split) - 1, seed, plan) for n in numbers}
         if self.mesh is not None and plan.tensor > 1:
             from leanlm.strategies.tensor import split_matrices

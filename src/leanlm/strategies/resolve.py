@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 
+from leanlm.launch import launched, local_world_size
 from leanlm.memory import kernels, offload, recompute, state
 from leanlm.strategies.plan import AXES, PRECISIONS, Plan
 from leanlm.strategies.schedules import SCHEDULES
@@ -102,6 +103,25 @@ def of_optimizer(plan: Plan, name: str, clip: float) -> list[str]:
             f"backward; write strategy.shard={plan.replicate} strategy.replicate=1"
         )
     return problems
+
+
+def on_gpus(plan: Plan, accelerator: str) -> list[str]:
+    """What cannot work about a plan, after `resolve`, on the GPUs of this machine: each process needs one of its own."""
+    processes, gpus = local_world_size() if launched() else plan.world, torch.cuda.device_count()
+    if accelerator == "cpu" or not torch.cuda.is_available() or processes <= gpus:
+        return []
+    if launched():
+        return [f"{processes} processes were started on this machine, which has {gpus} GPUs: start {gpus}, or write device=cpu"]
+    product = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, plan.sizes, strict=True) if size > 1)
+    largest, axis = max(zip(plan.sizes, AXES, strict=True))
+    room = gpus * largest // processes  # along that axis, if the others stay
+    fewer = max((n for n in range(1, room + 1) if largest % n == 0), default=0)
+    kept = {**dict(zip(AXES, plan.sizes, strict=True)), axis: fewer} if fewer else dict.fromkeys(AXES, 1)
+    micros = plan.accumulate_grad_batches * plan.readers // (kept["replicate"] * kept["shard"])
+    return [
+        f"the plan takes {product} = {processes} GPUs, one for each process, and this machine has {gpus}: write "
+        f"{f'strategy.{axis}={fewer}' if fewer else 'strategy=single'} strategy.accumulate_grad_batches={micros}, or device=cpu"
+    ]
 
 
 def _devices(plan: Plan, devices: int | None) -> tuple[Plan, list[str]]:

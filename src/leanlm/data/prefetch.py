@@ -1,0 +1,71 @@
+"""Batches that are on a GPU before they are asked for: a thread gathers, pins and copies them, on a stream of its own."""
+
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from queue import Queue
+from typing import Any
+
+import torch
+
+from leanlm.data.batches import Batch
+
+AHEAD = 3  # micro-batches that are ready, beside the one at hand
+
+
+def prefetched(batches: Iterable[Batch], device: torch.device) -> Generator[Batch]:
+    """The same batches in the same order, with input and target on `device`; a CPU makes each when it is asked for."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    with closing(in_a_thread(_copied(batches, stream), AHEAD)) as ready:
+        for batch, copied in ready:
+            here = torch.cuda.current_stream(device)
+            here.wait_event(copied)
+            for part in (batch.input, batch.target):
+                part.record_stream(here)  # or the stream of copies would use its memory again before this one has read it
+            yield batch
+
+
+def _copied(batches: Iterable[Batch], stream: torch.cuda.Stream) -> Iterator[tuple[Batch, torch.cuda.Event]]:
+    """Each batch with its copies begun on `stream`, and the event of their end."""
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            source, target = (part.pin_memory().to(stream.device, non_blocking=True) for part in (batch.input, batch.target))
+        yield batch._replace(input=source, target=target), stream.record_event()
+
+
+def in_a_thread(items: Iterable[Any], ahead: int) -> Generator[Any]:
+    """The same items, up to `ahead` of them made by a thread before they are asked for.
+
+    What the thread raises is raised here, after the items before it. The thread ends when this iterator is exhausted or closed.
+    """
+    ready: Queue[Any] = Queue(ahead)
+    closed, end = threading.Event(), object()
+    failures: list[BaseException] = []
+
+    def make() -> None:
+        try:
+            for item in items:
+                ready.put(item)
+                if closed.is_set():
+                    return
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            ready.put(end)
+
+    thread = threading.Thread(target=make, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not end:
+            yield item
+        if failures:
+            raise failures[0]
+    finally:
+        closed.set()
+        while thread.is_alive():
+            while not ready.empty():  # it may wait for room
+                ready.get()
+            thread.join(0.01)
