@@ -19,12 +19,12 @@ from typing import Any
 ADAMW = ["optim=adamw", "optim.lr=4e-3", "optim.schedule=wsd", "optim.final=0"]
 ROWS = {  # name -> overrides, the row that it is compared with
     "fp32": (ADAMW, "fp32"),
-    "bf16-mixed": ([*ADAMW, "strategy.precision=bf16-mixed"], "fp32"),
-    "bf16": ([*ADAMW, "strategy.precision=bf16"], "fp32"),
-    "bf16-stochastic": ([*ADAMW, "strategy.precision=bf16-stochastic"], "fp32"),
-    "optimizer_state=bf16": ([*ADAMW, "strategy.optimizer_state=bf16"], "fp32"),
-    "optimizer_state=int8": ([*ADAMW, "strategy.optimizer_state=int8"], "fp32"),
-    "optimizer_state=int4": ([*ADAMW, "strategy.optimizer_state=int4"], "fp32"),
+    "bf16-mixed": ([*ADAMW, "precision=bf16-mixed"], "fp32"),
+    "bf16": ([*ADAMW, "precision=bf16"], "fp32"),
+    "bf16-stochastic": ([*ADAMW, "precision=bf16-stochastic"], "fp32"),
+    "optim.state=bf16": ([*ADAMW, "optim.state=bf16"], "fp32"),
+    "optim.state=int8": ([*ADAMW, "optim.state=int8"], "fp32"),
+    "optim.state=int4": ([*ADAMW, "optim.state=int4"], "fp32"),
     "adafactor": (["optim=adafactor"], "fp32"),
     "muon (the default)": ([], "fp32"),
 }

@@ -18,7 +18,7 @@ from leanlm.planning.simulate import stages
 
 def accelerate(settings: Settings, vocabulary: int) -> float:
     weights = 4 * _parameters(settings, vocabulary)
-    return weights * (4 if settings.plan.precision == "fp32" else 2)
+    return weights * (4 if settings.config.precision == "fp32" else 2)
 
 
 def deepspeed(settings: Settings, vocabulary: int) -> float:

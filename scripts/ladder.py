@@ -23,10 +23,11 @@ GPT2 = ["model=gpt2", "optim=adamw", "global_batch=4", "sequence=512", *QUIET]
 LONG = ["model=lstm", "model.width=512", "model.depth=1", "optim=adamw", "global_batch=1", "sequence=16384", "val_lanes=1",
         *QUIET]  # fmt: skip
 ROWS, BLOCKS, FREED = {"accumulate_grad_batches": 4}, {"recompute": "blocks"}, {"return_freed_memory": "true"}
-FILE, INT8, IN_BACKWARD = {"offload": "optimizer"}, {"optimizer_state": "int8"}, {"step_in_backward": "true", "clip": 0}
+FILE, INT8, IN_BACKWARD = {"offload": "optimizer"}, {"optim.state": "int8"}, {"step_in_backward": "true", "clip": 0}
 LEAN = ROWS | BLOCKS | FREED
 TWO, SHARD, ROW = {"replicate": 2}, {"shard": 2}, {"accumulate_grad_batches": 2}
-Rungs = dict[str, dict[str, Any]]  # name -> keys of the plan; `clip` is a key of the run
+RUN = ("clip", "precision", "optim.state")
+Rungs = dict[str, dict[str, Any]]  # name -> keys of the plan, and those of RUN
 PROBLEMS: dict[str, tuple[list[str], int | None, Rungs]] = {
     "gpt2": (
         GPT2,
@@ -42,7 +43,7 @@ PROBLEMS: dict[str, tuple[list[str], int | None, Rungs]] = {
             "no clipping: step in backward, blocks, freed": IN_BACKWARD | BLOCKS | FREED,
             "rows, int8 state": ROWS | INT8,
             "rows, int8 state, blocks, freed": LEAN | INT8,
-            "rows, int4 state, blocks, freed": LEAN | {"optimizer_state": "int4"},
+            "rows, int4 state, blocks, freed": LEAN | {"optim.state": "int4"},
             "bf16-mixed, int8 state, blocks, freed": BLOCKS | FREED | INT8 | {"precision": "bf16-mixed"},
             "bf16-stochastic, int8 state, rows, blocks, freed": LEAN | INT8 | {"precision": "bf16-stochastic"},
         },
@@ -68,7 +69,7 @@ PARTS = ("weights", "gradients", "state", "activations", "logits", "rest")
 def written(keys: dict[str, Any]) -> list[str]:
     """Keys of a plan as a command line."""
     devices = max(keys.get("replicate", 1), keys.get("shard", 1))
-    plan = [f"{'' if key == 'clip' else 'strategy.'}{key}={value}" for key, value in keys.items()]
+    plan = [f"{'' if key in RUN else 'strategy.'}{key}={value}" for key, value in keys.items()]
     return plan + ([f"devices={devices}"] if devices > 1 else [])
 
 

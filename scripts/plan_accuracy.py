@@ -51,8 +51,8 @@ PLANS = [
 ]  # fmt: skip
 LEVERS = {
     "strategy.recompute": ["none", "none", "blocks", "operators", "2", "0.5"],
-    "strategy.optimizer_state": ["fp32", "fp32", "fp32", "bf16", "int8", "int4"],
-    "strategy.precision": ["fp32", "fp32", "fp32", "bf16-mixed", "bf16"],
+    "optim.state": ["fp32", "fp32", "fp32", "bf16", "int8", "int4"],
+    "precision": ["fp32", "fp32", "fp32", "bf16-mixed", "bf16"],
     "strategy.offload": ["none", "none", "none", "none", "activations", "optimizer"],
 }
 

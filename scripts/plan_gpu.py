@@ -31,7 +31,7 @@ SMALLEST, LONGEST = 512 << 20, 2.0  # bytes of a run's tensors, and seconds of a
 PROBLEMS = [
     "model=gpt2 global_batch=16 sequence=1024 data.tokenizer=byte",
     "model=lstm model.width=1024 model.depth=2 global_batch=32 sequence=256 data.tokenizer=word data.vocabulary=8000",
-    "model=llama model.width=768 model.depth=12 global_batch=32 sequence=512 strategy.precision=bf16-mixed data.tokenizer=byte",
+    "model=llama model.width=768 model.depth=12 global_batch=32 sequence=512 precision=bf16-mixed data.tokenizer=byte",
 ]
 PLANS = 8
 

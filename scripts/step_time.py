@@ -220,7 +220,7 @@ WORKERS = {
     "bare torch loop": lambda steps, folder: bare(steps, folder),
     "HF Trainer": lambda steps, folder: trainer(steps, folder),
     "leanlm": lambda steps, folder: leanlm(steps, folder),
-    "leanlm bf16-mixed": lambda steps, folder: leanlm(steps, folder, "strategy.precision=bf16-mixed"),
+    "leanlm bf16-mixed": lambda steps, folder: leanlm(steps, folder, "precision=bf16-mixed"),
 }
 
 

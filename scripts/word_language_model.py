@@ -58,7 +58,7 @@ def example(copy: Path, batches: int) -> tuple[float, int]:
 OURS = {
     "leanlm": ["strategy.return_freed_memory=false"],
     "leanlm, return_freed_memory": ["strategy.return_freed_memory=true"],
-    "leanlm, bf16-mixed": ["strategy.return_freed_memory=false", "strategy.precision=bf16-mixed"],
+    "leanlm, bf16-mixed": ["strategy.return_freed_memory=false", "precision=bf16-mixed"],
 }
 LIMITS = [("leanlm", 0, 0.8), ("leanlm, return_freed_memory", 0, 0.8), ("leanlm, return_freed_memory", 1, 0.5),
           ("leanlm, bf16-mixed", 0, 0.55)]  # fmt: skip

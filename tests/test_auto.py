@@ -36,7 +36,7 @@ from leanlm.strategies.plan import Plan
 def test_every_mesh_and_only_plans_that_keep_the_curve(text: Path) -> None:
     assert len(list(meshes(8))) == 20  # ways to write 8 as an ordered product of four numbers
     asked = settings(text)
-    for allow, changes in ((), False), (("optimizer_state",), True):
+    for allow, changes in ((), False), (("optim.state",), True):
         plans = [plan for group in families(asked, 2, stages(asked.config, Plan(), 256), HERE, allow) for plan in group]
         assert {plan.world for plan in plans} == {2}
         assert {plan.pipeline for plan in plans} == {1, 2}

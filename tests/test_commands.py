@@ -78,7 +78,7 @@ def test_the_folder_of_a_run_holds_what_it_promises(run: Path) -> None:
 def test_a_sweep_gives_clean_jobs_and_one_comparison(text: Path, tmp_path: Path) -> None:
     done = command(
         "leanlm.train", "-m", "strategy=single,ddp", "model=lstm,transformer", *SMALL, f"data.path={text}",
-        "strategy.precision=fp64", "hydra.sweep.dir=sweep", cwd=tmp_path, timeout=280,
+        "precision=fp64", "hydra.sweep.dir=sweep", cwd=tmp_path, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     folders = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
@@ -99,7 +99,7 @@ def test_a_sweep_gives_clean_jobs_and_one_comparison(text: Path, tmp_path: Path)
 
 
 def test_under_torchrun(text: Path, tmp_path: Path) -> None:
-    common = [*SMALL, f"data.path={text}", "model=gru", "strategy.precision=fp64"]
+    common = [*SMALL, f"data.path={text}", "model=gru", "precision=fp64"]
     done = command(
         "torch.distributed.run --nproc-per-node 2 --master-port 29613 -m leanlm.train",
         "strategy=ddp",

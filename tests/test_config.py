@@ -9,7 +9,7 @@ import pytest
 from conftest import composed
 
 from leanlm.cli import command_line
-from leanlm.config import FOLDER, Config, check
+from leanlm.config import FOLDER, Config, check, exactness
 from leanlm.errors import UserError
 from leanlm.strategies.plan import Plan
 from leanlm.strategies.resolve import on_gpus, resolve
@@ -72,7 +72,10 @@ def test_values_that_do_not_work_are_collected(text: Path) -> None:
         (["resume=/nowhere"], "not the folder of a run"),
         (["devices=4"], "write strategy=ddp, or devices=1"),
         (["strategy=ddp", "devices=32"], "global_batch=16 does not divide by replicate=32"),
-        (["strategy.precision=fp16"], "bf16-mixed"),
+        (["precision=fp16"], "bf16-mixed"),
+        (["optim.state=int2"], "choose one of fp32, bf16, int8, int4"),
+        (["strategy.precision=fp64"], "it is precision=fp64 now"),
+        (["strategy.optimizer_state=int8"], "it is optim.state=int8 now"),
         (["model=lstm", "model.cell=qrnn"], "one of elman_tanh"),
         (["model._target_=leanlm.nothing"], "no such class"),
         (["strategy.replicate=0"], "at least 1"),
@@ -207,8 +210,9 @@ def test_more_processes_than_gpus(
         (Plan(), "bitwise"),
         (Plan(accumulate_grad_batches=2), "rounding"),
         (Plan(replicate=2), "rounding"),
-        (Plan(precision="bf16-mixed"), "changes"),
+        (Plan(compile=True), "rounding"),
     ],
 )
 def test_exactness_labels(plan: Plan, label: str) -> None:
-    assert plan.exactness == label
+    assert exactness(plan, "fp32", "fp32") == exactness(plan, "fp64", "fp32") == label
+    assert exactness(plan, "bf16-mixed", "fp32") == exactness(plan, "fp32", "int8") == "changes"

@@ -58,7 +58,7 @@ def command(text: Path, *more: str) -> list[str]:
     return [
         sys.executable, "-m", "leanlm.train", "model=small", "model._target_=faulty.Faulty", "model.width=16", "model.depth=2",
         "data=text", "data.tokenizer=char", f"data.path={text}", "global_batch=8", "sequence=12", "max_steps=8", "log_every=1",
-        "device=cpu", "logger=csv", "sample_tokens=8", "checkpoint_every=3", "strategy.precision=fp64", "run_dir=run", *more,
+        "device=cpu", "logger=csv", "sample_tokens=8", "checkpoint_every=3", "precision=fp64", "run_dir=run", *more,
     ]  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def run(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytest.Tem
     path = tmp_path_factory.mktemp("scored") / request.param
     config = composed(
         *MODELS[request.param], "data=text", f"data.path={text}", "data.tokenizer=char", "global_batch=4", "sequence=16",
-        "max_steps=30", "device=cpu", "logger=csv", "strategy.precision=fp64", "val_lanes=3", "optim.lr=0.01",
+        "max_steps=30", "device=cpu", "logger=csv", "precision=fp64", "val_lanes=3", "optim.lr=0.01",
     )  # fmt: skip
     fit(check(config), OmegaConf.to_container(config, resolve=True), path)
     return Run(path)

@@ -36,7 +36,7 @@ RUNS = [  # overrides, types, MiB of tensors and MiB that torch's allocator took
     ("model=lstm model.embedding=128 model.cutoffs=[1000] model.width=1280 model.depth=1 model.locked=false model.dropout=0.2 "
      "strategy.recompute=2 strategy.offload=optimizer global_batch=32 sequence=256 optim=adamw", WORDS, 891, 1130),
     ("model=llama model.width=768 model.depth=8 global_batch=8 sequence=1024 strategy.recompute=operators "
-     "strategy.precision=bf16 optim=muon", WORDS, 1394, 1452),
+     "precision=bf16 optim=muon", WORDS, 1394, 1452),
 ]  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_bytes_are_those_that_runs_took(overrides: str, types: int, tensors: int
     assert allocated + parts["allocator"] == pytest.approx(taken * MIB, rel=0.025)
 
 
-GPT2 = ["model=gpt2", "optim=adamw", "sequence=1024", "strategy.precision=bf16-mixed", "data.tokenizer=byte"]
+GPT2 = ["model=gpt2", "optim=adamw", "sequence=1024", "precision=bf16-mixed", "data.tokenizer=byte"]
 
 
 def gpt2(text: Path, *overrides: str) -> Settings:

@@ -16,7 +16,7 @@ from leanlm.launch import adopt_slurm
 
 SMALL = [
     "model=small", "model.width=16", "data=text", "data.tokenizer=char", "global_batch=8", "sequence=12", "max_steps=6",
-    "log_every=1", "device=cpu", "logger=csv", "sample_tokens=8", "strategy.precision=fp64",
+    "log_every=1", "device=cpu", "logger=csv", "sample_tokens=8", "precision=fp64",
 ]  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def test_weights_and_state_are_those_of_a_real_run(plan: str, text: Path) -> Non
 
 @pytest.mark.parametrize(
     "plan",
-    ["strategy=single strategy.recompute=blocks strategy.optimizer_state=int8 optim=adamw", "strategy=fsdp", *map(slow, (
+    ["strategy=single strategy.recompute=blocks optim.state=int8 optim=adamw", "strategy=fsdp", *map(slow, (
         "strategy=single", "strategy=ddp", "strategy=tensor", "strategy=fsdp strategy.recompute=operators",
         "strategy=pipeline model.depth=14", "strategy=interleaved model.depth=28", "strategy=zero_bubble model.depth=28",
         "strategy=gpipe model.depth=14", "strategy=accumulate strategy.recompute=operators", "strategy=ddp strategy.zero1=true",
@@ -179,8 +179,8 @@ def test_two_micro_batches_say_what_eight_need(text: Path) -> None:
     "plan",
     [
         "optim=adamw",
-        "strategy.optimizer_state=int8 optim=adamw strategy.offload=optimizer",
-        slow("strategy.precision=bf16-mixed"),
+        "optim.state=int8 optim=adamw strategy.offload=optimizer",
+        slow("precision=bf16-mixed"),
         slow("strategy=tensor model.tied=false"),
     ],
 )
@@ -207,7 +207,7 @@ def test_three_pieces_of_head_and_state_say_what_all_need(plan: str, text: Path,
     [
         "optim=muon",
         "strategy=ddp devices=2 strategy.zero1=true optim=muon",
-        "strategy=fsdp devices=2 strategy.offload=optimizer strategy.optimizer_state=bf16 optim=adamw",
+        "strategy=fsdp devices=2 strategy.offload=optimizer optim.state=bf16 optim=adamw",
     ],
 )
 def test_one_tensor_of_a_shape_says_what_an_optimizer_does_to_each(
@@ -298,8 +298,8 @@ def test_a_model_the_planner_has_not_seen(text: Path) -> None:
     """Data-dependent shapes, recurrence, offload, bands of rare types: nothing here has a formula of its own."""
     for overrides in (
         ["model=lstm", "model.width=64", "model.cutoffs=[100]", "strategy.offload=all"],
-        ["model=gru", "model.width=64", "strategy.recompute_window=4", "strategy.optimizer_state=int8"],
-        ["model=llama", "model.width=64", "model.depth=2", "model.mlp_width=128", "strategy.precision=bf16-mixed"],
+        ["model=gru", "model.width=64", "strategy.recompute_window=4", "optim.state=int8"],
+        ["model=llama", "model.width=64", "model.depth=2", "model.mlp_width=128", "precision=bf16-mixed"],
         ["model=llama", "model.width=64", "model.depth=2", "model.mlp_width=128", "strategy=tensor", "optim=sgd"],
     ):
         base = ["data=text", f"data.path={text}", "global_batch=8", "sequence=16", "data.tokenizer=byte"]

@@ -49,7 +49,7 @@ def step(text: Path, *more: str) -> tuple[int, float, list[torch.Tensor]]:
     """Bytes that live after the forward pass of one step, its loss, and the gradients."""
     settings = check(
         composed(
-            "data=text", f"data.path={text}", "data.tokenizer=char", "device=cpu", "logger=csv", "strategy.precision=fp64",
+            "data=text", f"data.path={text}", "data.tokenizer=char", "device=cpu", "logger=csv", "precision=fp64",
             "global_batch=4", "sequence=128", "model.width=32", "model.depth=6", "model.dropout=0.1", *more,
         )
     )  # fmt: skip
@@ -174,7 +174,7 @@ def test_training_is_compiled_and_evaluation_is_not(text: Path, monkeypatch: pyt
 def test_offloaded_activations_are_not_in_memory(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "SMALLEST", 1 << 10)
     others = len(offload.scratch().mapped)
-    for model in (GPT2, ["model=lstm", "model.depth=1", "strategy.precision=fp32"]):
+    for model in (GPT2, ["model=lstm", "model.depth=1", "precision=fp32"]):
         plain, away = step(text, *model), step(text, *model, "strategy.offload=activations")
         same(away, plain)
         assert away[0] < 0.1 * plain[0]

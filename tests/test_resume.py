@@ -36,7 +36,7 @@ def overrides(model: str, text: Path, plan: str = "single") -> list[str]:
     return [
         *MODELS[model], "optim.lr=0.01", "optim.warmup=5", "model.dropout=0.1", "model.tied=true", "data=text",
         f"data.path={text}", "data.tokenizer=char", "data.ignore=[e]", "global_batch=8", "sequence=12", f"max_steps={STEPS}",
-        "log_every=1", "val_every=7", "checkpoint_every=2", "clip=0.1", "strategy.precision=fp64", "device=cpu", "logger=csv",
+        "log_every=1", "val_every=7", "checkpoint_every=2", "clip=0.1", "precision=fp64", "device=cpu", "logger=csv",
         "val_lanes=4", "sample_tokens=8", f"strategy.accumulate_grad_batches={accumulate}", f"strategy.replicate={replicate}",
     ]  # fmt: skip
 

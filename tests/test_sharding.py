@@ -101,7 +101,7 @@ def test_zero_bubble_of_a_recurrence_a_row_at_a_time(text: Path, tmp_path: Path)
     """What an LSTM without dropout returns for one row is a view, which torch's schedule cannot detach in place."""
     common = ["model=lstm", "model.width=16", "model.depth=4", "data=text", f"data.path={text}", "global_batch=4",
               "sequence=12", "max_steps=3", "device=cpu", "logger=csv", "sample_tokens=1", "optim=adamw", "log_every=1",
-              "strategy.precision=fp64"]  # fmt: skip
+              "precision=fp64"]  # fmt: skip
     run_all({tmp_path / "one": common}, 1)
     plan = ["strategy.pipeline=2", "strategy.schedule=zero-bubble", "strategy.accumulate_grad_batches=4"]
     run_all({tmp_path / "two": [*common, *plan]}, 2)
@@ -110,7 +110,7 @@ def test_zero_bubble_of_a_recurrence_a_row_at_a_time(text: Path, tmp_path: Path)
 
 def test_muon_divides_its_momentum(text: Path, tmp_path: Path) -> None:
     """ZeRO-1: the same bits as without, also where a run with it goes on from one without and back."""
-    common = [*overrides(text, {"replicate": 2}), "optim=muon", "strategy.precision=fp64", "log_every=1", "max_steps=6"]
+    common = [*overrides(text, {"replicate": 2}), "optim=muon", "precision=fp64", "log_every=1", "max_steps=6"]
     common += ["optim.schedule=constant"]  # of how many steps a run has, nothing then depends
     divided = "strategy.zero1=true"
     first = {tmp_path / "plain": common, tmp_path / "divided": [*common, divided]}
@@ -196,7 +196,6 @@ REFUSED = [
         {"pipeline": 2, "accumulate_grad_batches": 2, "schedule": "zero-bubble", "compile": "true"},
         "which a compiled one does not allow; write strategy.schedule=1f1b",
     ),
-    ({"optimizer_state": "int2"}, "choose one of fp32, bf16, int8, int4"),
     ({"shard": 3}, "does not divide by shard=3 x accumulate_grad_batches=1 = 3: write global_batch=6 or 9"),
 ]
 

@@ -310,7 +310,7 @@ def overrides(text: Path, kind: str, plan: list[str], steps: int) -> list[str]:
     return [
         "model=transformer", "model.width=128", "model.depth=2", "data=text", f"data.path={text}", "global_batch=8",
         "sequence=12", f"max_steps={steps}", "device=cpu", "logger=csv", "sample_tokens=1", "optim=adamw", "log_every=1",
-        "optim.schedule=constant", "optim.warmup=1", f"strategy.optimizer_state={kind}", *plan,
+        "optim.schedule=constant", "optim.warmup=1", f"optim.state={kind}", *plan,
     ]  # fmt: skip
 
 
@@ -320,9 +320,7 @@ def test_a_checkpoint_goes_on_under_other_plans_and_kinds(text: Path, tmp_path: 
     shard, tensor = ["strategy=fsdp"], ["strategy=tensor"]
     run_all({tmp_path / "begun": overrides(text, "int8", shard, 4)}, 2)
     goes_on = [f"resume={tmp_path / 'begun'}", "max_steps=8", "strategy.shard=1", "strategy.tensor=1"]
-    one = {
-        kind: [*goes_on, f"strategy.optimizer_state={kind}", f"run_dir={tmp_path / kind}"] for kind in ("int8", "bf16", "fp32")
-    }
+    one = {kind: [*goes_on, f"optim.state={kind}", f"run_dir={tmp_path / kind}"] for kind in ("int8", "bf16", "fp32")}
     run_all({tmp_path / kind: arguments for kind, arguments in one.items()})
     again = [*goes_on[:2], "strategy.shard=1", "strategy.tensor=2", f"run_dir={tmp_path / 'tensor'}"]
     run_all({tmp_path / "tensor": again, tmp_path / "whole": overrides(text, "int8", tensor, 8)}, 2)
@@ -336,9 +334,9 @@ def test_a_checkpoint_goes_on_under_other_plans_and_kinds(text: Path, tmp_path: 
     assert all(len(checkpoints(Run(tmp_path / name).checkpoints)) for name in one)
 
 
-@pytest.mark.parametrize("key", ["optimizer_state=int8", "offload=optimizer", "precision=bf16-stochastic"])
+@pytest.mark.parametrize("key", ["optim.state=int8", "strategy.offload=optimizer", "precision=bf16-stochastic"])
 @pytest.mark.parametrize("optim", ["sgd", "adafactor"])
 def test_only_for_adamw_and_muon(key: str, optim: str, text: Path) -> None:
     with pytest.raises(UserError) as error:
-        check(composed(*overrides(text, "fp32", [f"optim={optim}", f"strategy.{key}"], 2)))
-    assert f"strategy.{key} is of AdamW's averages and update, which optim={optim} has not" in str(error.value)
+        check(composed(*overrides(text, "fp32", [f"optim={optim}", key], 2)))
+    assert f"{key} is of AdamW's averages and update, which optim={optim} has not" in str(error.value)

@@ -24,16 +24,17 @@ from leanlm.launch import local_world_size, rank, world_size
 from leanlm.memory import kernels
 from leanlm.models.contract import Model, initialize, without_storage
 from leanlm.module import LanguageModel, RecurrentLanguageModel
+from leanlm.precision import PRECISIONS, STOCHASTIC
 from leanlm.prepare import ignored
 from leanlm.strategies import balance
 from leanlm.strategies.cut import Cut
-from leanlm.strategies.plan import PRECISIONS, Plan
+from leanlm.strategies.plan import Plan
 
 
 def model(config: Config, plan: Plan, vocabulary: int) -> Model:
-    """The configured model in the plan's parameter type, without initial values."""
+    """The configured model in its parameters' type, without initial values."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(PRECISIONS[plan.precision][0])
+    torch.set_default_dtype(PRECISIONS[config.precision][0])
     try:
         net = instantiate(config.model, vocabulary=vocabulary, sequence=config.sequence)
     finally:
@@ -70,7 +71,7 @@ def module(settings: Settings, cut: Cut, training: bool = True) -> LanguageModel
         from leanlm.strategies.pipeline import Pipeline
 
         pipeline = Pipeline(cut, rows, config.sequence)
-    return kind(cut, pipeline, config.optim, config.max_steps, config.clip)
+    return kind(cut, pipeline, config.optim, config.max_steps, config.clip, config.precision == STOCHASTIC)
 
 
 def training_batches(settings: Settings, tokens: Tokens, net: Model) -> GlobalBatches:
@@ -122,7 +123,7 @@ def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Seque
         devices=local_world_size(),
         num_nodes=world_size() // local_world_size(),
         strategy=strategy(plan),
-        precision=PRECISIONS[plan.precision][1],  # type: ignore[arg-type]
+        precision=PRECISIONS[config.precision][1],  # type: ignore[arg-type]
         accumulate_grad_batches=plan.batches_per_step,
         max_steps=max_steps,
         max_epochs=-1,

@@ -26,6 +26,8 @@ from leanlm.supervise import OUT_OF_MEMORY
 
 FREE_TEXT = ("prompt", "text", "sample")
 
+MOVED = {"strategy.precision": "precision", "strategy.optimizer_state": "optim.state"}
+
 # What a resumed run may set anew; anything else would make another run of it.
 RESUMABLE = {
     "resume", "restarts", "allow", "run_dir", "strategy", "devices", "device", "logger", "max_steps", "log_every", "val_every",
@@ -200,6 +202,8 @@ def _explain(override: str, base: DictConfig, error: HydraException) -> str:
         return f"{override}: there is no {key} of that name; choose one of {', '.join(options)}" + (
             f" (did you mean {near[0]}?)" if near else ""
         )
+    if key.lstrip("+~") in MOVED:
+        return f"{override}: a plan does not change the curve, so it is {MOVED[key.lstrip('+~')]}={value} now, a key of the run"
     if OmegaConf.select(base, key) is None:
         known = list(leaves(base)) + [folder.name for folder in Path(FOLDER).iterdir() if folder.is_dir()]
         near = difflib.get_close_matches(key, known, 1)

@@ -22,8 +22,9 @@ from leanlm.data.corpus import Corpus
 from leanlm.errors import UserError
 from leanlm.launch import launched, world_size
 from leanlm.optim import Optim
+from leanlm.precision import PRECISIONS, automatic
 from leanlm.strategies.plan import Plan
-from leanlm.strategies.resolve import cuts_of_model, earns_compiling, of_optimizer, on_gpus, resolve
+from leanlm.strategies.resolve import cuts_of_model, earns_compiling, of_run, on_gpus, resolve
 
 FOLDER = str(Path(__file__).resolve().parents[2] / "conf")
 
@@ -47,6 +48,7 @@ class Config:
     resume: str | None = None
     restarts: int = 0
     run_dir: str | None = None
+    precision: str = "auto"
     sample: str = "\n"
     sample_tokens: int = 200
     model: Any = None
@@ -58,7 +60,7 @@ class Config:
     device: Any = None
 
 
-ALLOWED = ("optimizer_state", "precision")
+ALLOWED = ("precision", "optim.state")
 DATA_KEYS = {"_target_", "tokenizer", "vocabulary", "ignore"}  # the rest of the group goes to the corpus function
 
 
@@ -71,6 +73,22 @@ class Settings:
     corpus: Corpus
     devices: int | None = None  # as asked for, or as many as processes were started
     predicted: dict[str, Any] | None = None  # by the planner: `peak_memory_bytes` of each rank, `seconds_per_step`
+
+    @property
+    def exactness(self) -> str:
+        """The run's label, see `exactness`."""
+        return exactness(self.plan, self.config.precision, self.config.optim.state)
+
+    def describe(self) -> str:
+        """One line: the plan, the number types, the exactness."""
+        state = [] if self.config.optim.state == "fp32" else [f"optim.state={self.config.optim.state}"]
+        return ", ".join([self.plan.describe(), *state, self.config.precision]) + f" ({self.exactness})"
+
+
+def exactness(plan: Plan, precision: str, state: str) -> str:
+    """How a run's curve keeps to that of one device in fp32: `changes` where number types or the optimizer's state may move it,
+    else as the plan's order of summation does, `bitwise` or `rounding`."""
+    return "changes" if precision.startswith("bf16") or state != "fp32" else plan.order
 
 
 def check(config: DictConfig) -> Settings:
@@ -101,10 +119,14 @@ def check(config: DictConfig) -> Settings:
         problems.append(f"devices={checked.devices}, but {devices} processes were started: leave devices out under torchrun")
     problems += [f"allow: {lever} is not a lever that changes the curve; choose of {', '.join(ALLOWED)}"
                  for lever in checked.allow if lever not in ALLOWED]  # fmt: skip
+    if checked.precision == "auto":
+        checked.precision = automatic(checked.device)
+    if checked.precision not in PRECISIONS:
+        problems.append(f"precision={checked.precision}: choose one of auto, {', '.join(PRECISIONS)}")
     auto = checked.strategy.auto  # axes and micro-batches are chosen later, so that they work
     plan, found = resolve(checked.strategy, None if auto else devices, checked.global_batch)
     problems += found + checked.optim.problems() + _device(checked.device) + _loggers(checked.logger) + _model(checked)
-    problems += of_optimizer(plan, checked.optim.name, checked.clip)
+    problems += of_run(plan, checked.optim, checked.precision, checked.clip)
     if not problems:
         problems += cuts(checked, plan) + on_gpus(plan, checked.device["accelerator"])
     occupied = checked.run_dir and Path(checked.run_dir, "config.yaml").is_file()

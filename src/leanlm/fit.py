@@ -52,7 +52,7 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
     batches.first_step = json.loads((start / "state.json").read_text())["step"] if start else 0
     say(
         f"{type(net).__name__}, {parameters:,} parameters, {len(tokens.splits['train']):,} training tokens of "
-        f"{tokens.tokenizer.vocabulary:,} types\nplan: {settings.plan.describe()}; global batch {asked.global_batch} x "
+        f"{tokens.tokenizer.vocabulary:,} types\nplan: {settings.describe()}; global batch {asked.global_batch} x "
         f"{asked.sequence} tokens, {asked.max_steps:,} steps, in {run.path}"
     )
     if module.pipeline is not None:
@@ -90,7 +90,8 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
         "held_bytes": of_ranks(module.held_bytes(trainer.optimizers[0])),
         "seconds": record.seconds,
         "plan": settings.plan.asdict(),
-        "exactness": settings.plan.exactness,
+        "exactness": settings.exactness,
+        "precision": asked.precision,
         "parameters": parameters,
         "versions": {"leanlm": __version__, "torch": torch.__version__, "lightning": lightning.__version__},
     }

@@ -125,7 +125,7 @@ def _main(asked: Generate) -> None:
     problems, config = typed(run.config())
     if problems:
         raise UserError(*problems)
-    config.device, plan, tokenizer = asked.device or config.device, Plan(precision=config.strategy.precision), tokenizer_of(run)
+    config.device, plan, tokenizer = asked.device or config.device, Plan(), tokenizer_of(run)
     prompt = [tokenizer.start, *map(int, tokenizer.encode(asked.prompt.encode()))]
     if config.device.get("memory"):
         from leanlm.planning.reading import check_generation

@@ -50,6 +50,7 @@ class LanguageModel(pl.LightningModule):
         optimizer: optimizer and schedule.
         max_steps: optimizer steps in the whole run, for the schedule.
         clip: largest global norm of the gradient; 0: no clipping.
+        stochastic: round weights up or down by chance.
 
     Attributes:
         step_nats: loss of this rank's rows in the step at hand, divided by the tokens of the global batch; the sum over
@@ -58,11 +59,12 @@ class LanguageModel(pl.LightningModule):
         gradient_bytes: the most that this rank held at a time in the last step.
     """
 
-    def __init__(self, cut: Cut, pipeline: "Pipeline | None", optimizer: Optim, max_steps: int, clip: float) -> None:
+    def __init__(self, cut: Cut, pipeline: "Pipeline | None", optimizer: Optim, max_steps: int, clip: float,
+                 stochastic: bool = False) -> None:  # fmt: skip
         super().__init__()
         self.net, self.cut, self.pipeline, self.plan = cut.net, cut, pipeline, cut.plan
         self.stages = nn.ModuleList(cut.stages.values())
-        self.optimizer, self.max_steps, self.clip = optimizer, max_steps, clip
+        self.optimizer, self.max_steps, self.clip, self.stochastic = optimizer, max_steps, clip, stochastic
         self.in_backward: gradients.StepInBackward | None = None
         self.step_nats = torch.zeros(())
         self.grad_norm = torch.zeros(())
@@ -112,7 +114,7 @@ class LanguageModel(pl.LightningModule):
         self.split_loss.reset()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = optimizers.build(self.cut.named_parameters(), self.optimizer, self.plan, self.cut.mesh)
+        optimizer = optimizers.build(self.cut.named_parameters(), self.optimizer, self.plan, self.cut.mesh, self.stochastic)
         if self.plan.step_in_backward:
             self.in_backward = gradients.StepInBackward(self.cut, optimizer)
         return optimizer

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 NAMES = ("adamw", "muon", "adafactor", "sgd")
+STATES = ("fp32", "bf16", "int8", "int4")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 
 
@@ -20,6 +21,7 @@ class Optim:
         weight_decay: decoupled, but L2 for sgd.
         momentum: of muon and sgd.
         muon_lr: peak learning rate of the matrices under muon.
+        state: how AdamW's averages are kept: fp32 (as the weights are), bf16, int8 or int4.
         schedule: after the warm-up: constant; cosine or linear down to `final`; wsd: constant, then linear.
         warmup: steps in which the rate rises linearly from 0.
         decay: share of all steps in which wsd decays.
@@ -33,6 +35,7 @@ class Optim:
     weight_decay: float = 0.1
     momentum: float = 0.95
     muon_lr: float = 0.02
+    state: str = "fp32"
     schedule: str = "cosine"
     warmup: int = 100
     decay: float = 0.4
@@ -44,6 +47,8 @@ class Optim:
             found.append(f"optim.name={self.name}: choose one of {', '.join(NAMES)}")
         if self.schedule not in SCHEDULES:
             found.append(f"optim.schedule={self.schedule}: choose one of {', '.join(SCHEDULES)}")
+        if self.state not in STATES:
+            found.append(f"optim.state={self.state}: choose one of {', '.join(STATES)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             found.append(f"optim.betas={list(self.betas)}: two numbers from 0 to below 1")
         found += [

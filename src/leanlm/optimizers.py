@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def build(
-    named: Iterable[tuple[str, nn.Parameter]], optim: Optim, plan: Plan, mesh: "DeviceMesh | None"
+    named: Iterable[tuple[str, nn.Parameter]],
+    optim: Optim,
+    plan: Plan,
+    mesh: "DeviceMesh | None",
+    stochastic: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer of named parameters, with its state as the plan keeps it; each group has its peak rate as `peak_lr`.
 
@@ -43,7 +47,6 @@ def build(
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=whole_ones, foreach=False)
     if optim.name == "adafactor":
         return Adafactor(groups, lr=optim.lr, foreach=False)  # foreach: temporary copies of all parameters at once
-    stochastic = plan.precision == "bf16-stochastic"
     away: Away | None = None
     if plan.offload in ("optimizer", "all"):
         away = host_memory() if kernels.on_gpu((hidden or groups[0]["params"])[0]) else scratch()
@@ -51,8 +54,8 @@ def build(
 
     def adamw(groups: list[dict]) -> torch.optim.Optimizer:
         settings: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
-        if plan.optimizer_state != "fp32" or stochastic or away or plan.zero1:
-            return AdamW(groups, plan.optimizer_state, stochastic, copies, away, **settings)
+        if optim.state != "fp32" or stochastic or away or plan.zero1:
+            return AdamW(groups, optim.state, stochastic, copies, away, **settings)
         return torch.optim.AdamW(groups, **settings, fused=True)  # fused: no temporary copy of the parameters
 
     def muons(groups: list[dict]) -> torch.optim.Optimizer:

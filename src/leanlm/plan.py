@@ -13,6 +13,7 @@ from leanlm.config import Config, Settings, check
 from leanlm.errors import UserError
 from leanlm.planning import device as devices_
 from leanlm.planning import report
+from leanlm.precision import automatic
 from leanlm.prepare import tokens
 
 
@@ -47,6 +48,8 @@ def plan(asked: Ask, overrides: list[str] | None = None) -> dict[str, Any]:
     device, count = devices_.of_config(asked.device, asked.devices), devices_.count(asked.device, asked.devices)
     node = {key: value for key, value in vars(asked).items() if key not in OWN}
     node["device"] = {"accelerator": "cpu"}
+    if asked.precision == "auto":
+        node["precision"] = automatic(asked.device)
     settings = check(OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config(**node)))))  # type: ignore[arg-type]
     vocabulary = asked.vocabulary or tokens(settings).tokenizer.vocabulary
     overrides = overrides or []
@@ -99,13 +102,13 @@ def choose(settings: Settings, scale: float = 1.0, beside: int | None = None) ->
         held = device.process[2]
         device = replace(device, memory=device.memory - (held if beside is None or config.restarts else beside))
     vocabulary = tokens(settings).tokenizer.vocabulary
-    answer = search(settings, vocabulary, device, count, config.allow, wanted=4)
+    answer = search(settings, vocabulary, device, count, () if config.resume else config.allow, wanted=4)
     budget = report.budgets(device, count)
     if not answer.fitting and not answer.least.tight:
         raise UserError(
             f"strategy=auto: no plan fits {budget}: the smallest that was looked at needs "
             f"{report.mib(answer.least.fullest.peak)} ({report.arguments(answer.least.plan)}); write device.memory=..., more "
-            "devices, allow=[optimizer_state,precision], or a smaller model or sequence"
+            "devices, allow=[precision,optim.state], or a smaller model or sequence"
         )
     best = answer.fitting[0] if answer.fitting else answer.least
     needs = [best.of_rank(rank) for rank in range(best.plan.world)]
@@ -117,12 +120,12 @@ def choose(settings: Settings, scale: float = 1.0, beside: int | None = None) ->
     margin = f"none leaves {devices_.MARGIN:.0%} of it free, this may fit: the smallest"
     kind = "the fastest that fits" if answer.fitting else margin
     lines = [
-        f"strategy=auto: {best.plan.describe()}",
+        f"strategy=auto: {best.plan.settings(settings).describe()}",
         f"  predicted peak {report.mib(best.fullest.peak)} of {budget}, {best.seconds:.3g} s a step",
         f"  {kind} of {answer.simulated} plans simulated, the likeliest of {answer.candidates}{after}",
     ]
     prediction = {"peak_memory_bytes": predicted, "seconds_per_step": best.seconds}
-    return replace(settings, plan=best.plan, predicted=prediction), lines
+    return replace(best.plan.settings(settings), predicted=prediction), lines
 
 
 def main() -> None:

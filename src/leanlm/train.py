@@ -18,6 +18,7 @@ from leanlm.cli import effective, quoted, swept_keys
 from leanlm.config import Config, Settings, check
 from leanlm.launch import WorkerFailed, launch, launched, process_group, rank, restarted, say
 from leanlm.plan import choose
+from leanlm.planning.choice import Choice
 from leanlm.planning.report import arguments
 from leanlm.prepare import tokens
 from leanlm.runs import Run
@@ -48,6 +49,7 @@ def train(
         tokens(settings)  # prepared once, before there are several processes
     path = Path(config.run_dir or config.resume or path or Run.new_path("run"))
     plain: Any = OmegaConf.to_container(config, resolve=True)
+    plain["precision"] = settings.config.precision  # what `auto` has become: the run keeps it wherever it is resumed
     if settings.plan.auto and not launched():
         if command is not None:
             _hand_over(settings, command, path)
@@ -64,9 +66,13 @@ def _hand_over(settings: Settings, command: list[str], path: Path) -> NoReturn:
     assert chosen.predicted is not None
     asked = [part for part in command if part.lstrip("+~").partition("=")[0] != "run_dir"]
     here = f"run_dir={quoted(str(path))}"
+    wanted, given = (
+        (f"precision={one.config.precision}", f"optim.state={one.config.optim.state}") for one in (chosen, settings)
+    )
+    changed = [after for after, before in zip(wanted, given, strict=True) if after != before]
     named = [part for part in asked if not re.match(r"[+~]*strategy[.=]", part)]
     supervise.instead(
-        run=[*named, "strategy=single", *arguments(chosen.plan).split(), here],
+        run=[*named, "strategy=single", *arguments(Choice.of(chosen)).split(), *changed, here],
         again=[*asked, here] if attempt + 1 < len(SCALES) else None,
         resume=[f"resume={quoted(str(path))}", "strategy=auto"],
         checkpoints=Run(path).checkpoints,
@@ -79,7 +85,7 @@ def _train_within_memory(settings: Settings, plain: dict[str, Any], path: Path) 
     for scale in SCALES:
         chosen, lines = choose(settings, scale)
         say("\n".join(lines))
-        config = plain | {"strategy": chosen.plan.asdict()}
+        config = written(plain, chosen)
         try:
             return launch(work, (chosen, config, path), chosen.plan.world, True, settings.config.restarts)
         except WorkerFailed as failure:
@@ -89,6 +95,12 @@ def _train_within_memory(settings: Settings, plain: dict[str, Any], path: Path) 
         if any(Run(path).checkpoints.glob("step-*")):
             settings = replace(settings, config=replace(settings.config, resume=str(path)))
     raise AssertionError
+
+
+def written(config: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """A configuration with what the planner has chosen."""
+    optim = config["optim"] | {"state": settings.config.optim.state}
+    return config | {"strategy": settings.plan.asdict(), "precision": settings.config.precision, "optim": optim}
 
 
 def work(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -101,7 +113,7 @@ def work(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, An
     with process_group(settings.config.device["accelerator"]):
         if settings.plan.auto:  # under torchrun: one rank chooses for all
             settings = agreed(lambda: choose(settings)[0])
-            config = {**config, "strategy": settings.plan.asdict()}
+            config = written(config, settings)
         return fit(settings, config, path)
 
 

@@ -98,8 +98,8 @@ def test_one_graph_with_chunks_of_logits(precision: str, text: Path, monkeypatch
     monkeypatch.setattr(loss, "CHUNK", 1)
     found = {}
     for compiled in ("false", "true"):
-        how = {"compile": compiled, "recompute": "2", "precision": precision}
-        checked = check(composed(*overrides("gpt2", text, how, 2)))
+        how = {"compile": compiled, "recompute": "2"}
+        checked = check(composed(*overrides("gpt2", text, how, 2), f"precision={precision}"))
         cut = build.cut(checked.config, checked.plan, 20)
         (stage,) = cut.stages.values()
         for step in range(2):

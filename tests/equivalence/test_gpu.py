@@ -74,7 +74,7 @@ def test_a_step_waits_for_nothing(
         return step(self, batch, index)
 
     monkeypatch.setattr(LanguageModel, "training_step", training_step)
-    more = ["device=cuda", "log_every=100", f"strategy.precision={precision}"]
+    more = ["device=cuda", "log_every=100", f"precision={precision}"]
     try:
         run([*overrides(model, text, plan), *more], tmp_path)
     finally:

@@ -98,8 +98,7 @@ def test_goes_on_under_another_plan(model: str, first: str, then: str, runs) -> 
 @pytest.mark.parametrize("model", ["lstm"])
 def test_one_process_evaluates_and_generates_from_any_plan(model: str, plan: str, runs, capsys) -> None:
     root = next(iter(runs.values())).parent
-    exact = Plan(precision="fp64")
-    loss = {name: evaluate(Evaluate(run=str(root / f"{model}-{name}"), strategy=exact))["loss"] for name in ("single", plan)}
+    loss = {name: evaluate(Evaluate(run=str(root / f"{model}-{name}"), strategy=Plan()))["loss"] for name in ("single", plan)}
     assert abs(loss["single"] - loss[plan]) < 1e-9
     assert loss[plan] == pytest.approx(Run(root / f"{model}-{plan}").results()["loss"], abs=1e-9)
     texts = []

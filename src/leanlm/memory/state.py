@@ -24,7 +24,6 @@ from leanlm.spread import is_spread, local, spread_like, with_layout
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-KINDS = ("fp32", "bf16", "int8", "int4")
 PIECE, PIECE_GPU = 1 << 18, 1 << 22  # numbers that are unpacked at a time; a whole number of blocks
 BLOCK = 64
 SMALLEST = 4096  # numbers in a tensor, below which scales and codes are not worth their trouble
@@ -35,7 +34,7 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         groups: of parameters.
-        kind: of KINDS; how the averages are kept.
+        kind: of `optim.STATES`; how the averages are kept.
         stochastic: round bf16 parameters up or down by chance, so that small updates are not lost.
         copies: devices that hold the same parameters, among which the averages and the work are divided by rows (ZeRO-1,
             Rajbhandari et al. 2020, arXiv 1910.02054); None: each does all of it.
@@ -208,7 +207,7 @@ def empty_like(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tenso
     if rest:
         raise UserError(
             f"optimizer state in blocks of {BLOCK} numbers does not fit a part of {mine.shape[-1]} of {parameter.shape[-1]} "
-            "columns: write strategy.optimizer_state=bf16, or a smaller tensor axis"
+            "columns: write optim.state=bf16, or a smaller tensor axis"
         )
     return spread_like(torch.empty(*mine.shape[:-1], last, dtype=dtype, device=mine.device), parameter, size)
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from leanlm.config import Settings, can_compile, cuts, worth_compiling
 from leanlm.memory import offload
+from leanlm.planning.choice import Choice
 from leanlm.planning.device import MARGIN, Device
 from leanlm.planning.parts import groups
 from leanlm.planning.probe import sent
 from leanlm.planning.simulate import Stages, stages
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
-from leanlm.strategies.resolve import SAVED, of_optimizer, resolve
+from leanlm.strategies.resolve import SAVED, of_run, resolve
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def meshes(devices: int) -> Iterator[tuple[int, int, int, int]]:
     return (sizes for sizes in product(sizes, repeat=4) if sizes[0] * sizes[1] * sizes[2] * sizes[3] == devices)  # type: ignore[misc]
 
 
-def families(settings: Settings, devices: int, whole: Stages, device: Device, allow: Iterable[str]) -> list[list[Plan]]:
+def families(settings: Settings, devices: int, whole: Stages, device: Device, allow: Iterable[str]) -> list[list[Choice]]:
     """Plans that can work and keep the curve, grouped by all but their micro-batches, of which the fewest come first.
 
     Args:
@@ -38,17 +39,19 @@ def families(settings: Settings, devices: int, whole: Stages, device: Device, al
         devices: all of them are used.
         whole: the model as one stage.
         device: of which unequal ones get unequal stages of a pipeline under 1F1B.
-        allow: levers labelled `changes` that may be used: optimizer_state, precision.
+        allow: what may change the curve and may be chosen too: precision, optim.state.
     """
-    config, base = settings.config, replace(settings.plan, auto=False)
+    config, base = settings.config, replace(Choice.of(settings), auto=False)
     levers: list[dict[str, Any]] = [{}, {"recompute": "blocks"}]
     levers += [{"recompute_window": -1}] if whole.recurrent else [{"recompute": "operators"}]
     levers += [{"rnn_kernel": "native"}] if whole.recurrent and device.card is None else []
     changes: list[dict[str, Any]] = [{}]
     if "precision" in allow:
-        changes += [{"precision": "bf16-mixed"}]
-    if "optimizer_state" in allow:
-        changes += [{**change, "optimizer_state": kind} for change in changes for kind in ("int8",)]
+        changes += [{"precision": "bf16-mixed", "changed": ("precision=bf16-mixed",)}]
+    if "optim.state" in allow:
+        changes += [
+            {**change, "state": "int8", "changed": (*change.get("changed", ()), "optim.state=int8")} for change in changes
+        ]
     found = []
     settled = base.compile if device.card is None or base.compile != "auto" else False  # on a CPU auto never compiles
     for pipeline, replicate, shard, tensor in meshes(devices):
@@ -74,8 +77,8 @@ def families(settings: Settings, devices: int, whole: Stages, device: Device, al
                     continue
                 if schedule == "zero-bubble" and (plan.recompute, away) != ("none", "none"):  # slower, frees little
                     continue
-                plan, problems = resolve(plan, devices, config.global_batch)
-                if not problems and not of_optimizer(plan, config.optim.name, config.clip):
+                problems = resolve(plan, devices, config.global_batch)[1]  # nothing is open that it would fill in
+                if not problems and not of_run(plan, replace(config.optim, state=plan.state), plan.precision, config.clip):
                     plans.append(plan)
             if plans and not cuts(config, plans[0]):
                 found.append(plans)
@@ -112,7 +115,7 @@ class Estimate:
         self.again = 3 * 4 * one.elements[one.split[0][0]] / 2 * settings.config.sequence if one.recurrent else 0.0
         self.averages = {"adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0}[settings.config.optim.name]
 
-    def room(self, plan: Plan) -> float:
+    def room(self, plan: Choice) -> float:
         """Bytes that the fullest rank may take beside its process and driver; along a pipeline, the mean of unequal ones."""
         device = self.device.share(plan.world)
         memories = device.memories if plan.pipeline > 1 else ()
@@ -120,12 +123,12 @@ class Estimate:
         card = device.context + 2 * device.workspace + groups(plan) * device.communicator
         return memory * (1 - MARGIN) - card - device.process[int(plan.world > 1)]
 
-    def __call__(self, plan: Plan) -> Rough:
+    def __call__(self, plan: Choice) -> Rough:
         config, device = self.config, self.device.share(plan.world)
         speeds = device.speeds or (1.0,)
         speed = sum(speeds) / len(speeds) if plan.pipeline > 1 else min(speeds)
         held = (self.parameters + self.ends * (plan.pipeline - 1)) * 4 / (plan.pipeline * plan.shard * plan.tensor)
-        state = held * self.averages * (0.25 if plan.optimizer_state == "int8" else 1) / (plan.replicate if plan.zero1 else 1)
+        state = held * self.averages * (0.25 if plan.state == "int8" else 1) / (plan.replicate if plan.zero1 else 1)
         rows = plan.micro_batch(config.global_batch)
         ahead = {"1f1b": plan.pipeline, "interleaved": 1.3 * plan.pipeline}.get(plan.schedule, 1.5 * plan.pipeline)
         flying = min(plan.accumulate_grad_batches, ahead) if plan.pipeline > 1 else 1

@@ -1,5 +1,6 @@
 """Bytes of a traced step by part, and with what the process, its libraries and the allocator hold beside its tensors."""
 
+from leanlm.planning.choice import Choice
 from leanlm.planning.device import Device
 from leanlm.planning.trace import WORKSPACES, Trace
 from leanlm.strategies.plan import AXES, Plan
@@ -49,7 +50,7 @@ def heap_of(trace: Trace) -> int:
 
 
 def with_overhead(
-    parts: dict[str, int], heap: int, plan: Plan, device: Device, recurrent: bool, reserved: int = 0
+    parts: dict[str, int], heap: int, plan: Choice, device: Device, recurrent: bool, reserved: int = 0
 ) -> dict[str, int]:
     """Bytes of tensors by part, and with them what the process, the libraries and the allocator hold."""
     parts = dict(parts)
@@ -70,7 +71,7 @@ def groups(plan: Plan) -> int:
     return axes + (axes > 1)
 
 
-def _libraries(plan: Plan) -> int:
+def _libraries(plan: Choice) -> int:
     wanted = (
         (plan.world == 1, ONE_PROCESS),
         (plan.world > 1, SEVERAL),

@@ -7,12 +7,14 @@ import torch
 
 from leanlm.config import Settings
 from leanlm.planning import allocator, roofline
+from leanlm.planning.choice import Choice
 from leanlm.planning.device import MARGIN, Device
 from leanlm.planning.parts import heap_of, peaks, with_overhead
 from leanlm.planning.simulate import Stages, Step, ends, simulate, stages
 from leanlm.planning.trace import BEFORE, Work
+from leanlm.precision import PRECISIONS
 from leanlm.strategies import balance
-from leanlm.strategies.plan import PRECISIONS, Plan
+from leanlm.strategies.plan import Plan
 from leanlm.strategies.schedules import SCHEDULES, stages_of
 
 MICROS = 2  # micro-batches that are simulated; the others are as the last of these (a pipeline's: see _fewer_micro_batches)
@@ -57,12 +59,12 @@ class Prediction:
     """What a plan needs.
 
     Attributes:
-        plan: the plan.
+        plan: the plan, and the number types and state that it goes with.
         needs: of one rank of each kind; along a pipeline they differ.
         seconds: of one optimizer step.
     """
 
-    plan: Plan
+    plan: Choice
     needs: list[Need]
     seconds: float
 
@@ -106,7 +108,8 @@ def kinds_of_ranks(plan: Plan, whole: Stages, alike: bool = True) -> list[int]:
 
 def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
     """Simulate every kind of rank of a plan, with few blocks and micro-batches where more only repeat them."""
-    plan = settings.plan
+    plan = Choice.of(settings)
+    settings = plan.settings(settings)
     small, micros = _fewer_micro_batches(settings)
     few = small.plan.accumulate_grad_batches
     whole = stages(settings.config, plan, vocabulary)
@@ -160,7 +163,7 @@ def received(settings: Settings, rank: int, whole: Stages) -> int:
     if plan.pipeline == 1:
         return 0
     numbers, last = stages_held(plan, rank, whole), len(whole.split) - 1
-    hidden = whole.width * PRECISIONS[plan.precision][0].itemsize * sum((n > 0) + (n < last) for n in numbers)
+    hidden = whole.width * PRECISIONS[config.precision][0].itemsize * sum((n > 0) + (n < last) for n in numbers)
     return plan.micro_batch(config.global_batch) * config.sequence * (2 * torch.long.itemsize + hidden)
 
 
@@ -229,7 +232,7 @@ def _between(few: _View, more: _View, times: float) -> _View:
     return _View(found, line(few.heap, more.heap), reserved, work)
 
 
-def _need(rank: int, view: _View, micros: int, plan: Plan, device: Device, recurrent: bool) -> Need:
+def _need(rank: int, view: _View, micros: int, plan: Choice, device: Device, recurrent: bool) -> Need:
     largest = max(view.peaks.values(), key=lambda its: sum(its.values()))
     parts = with_overhead(largest, view.heap, plan, device, recurrent, view.reserved)
     step = {phase: counter for phase, counter in view.work.items() if phase.startswith("step 1")}

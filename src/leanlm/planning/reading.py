@@ -12,6 +12,7 @@ from leanlm.generate import generate
 from leanlm.memory import malloc
 from leanlm.planning import allocator, pretend
 from leanlm.planning import device as devices
+from leanlm.planning.choice import Choice
 from leanlm.planning.parts import heap_of, peaks, with_overhead
 from leanlm.planning.report import mib
 from leanlm.planning.trace import Trace
@@ -31,7 +32,8 @@ def rows_that_fit(settings: Settings, vocabulary: int) -> Settings:
     unit = plan.readers * plan.accumulate_grad_batches
     rows = config.global_batch // unit
     ends = {0, plan.world - 1}  # of a pipeline the last has the head
-    while (need := max(_total(_evaluation(settings, vocabulary, device, rank), plan, device) for rank in ends)) > device.memory:
+    choice = Choice.of(settings)
+    while (need := max(_total(_evaluation(settings, vocabulary, device, r), choice, device) for r in ends)) > device.memory:
         if rows == 1:
             raise UserError(_too_much("evaluate with one row", need, device.memory, "strategy=fsdp devices=2"))
         rows //= 2
@@ -50,7 +52,7 @@ def check_generation(config: Config, plan: Plan, vocabulary: int, prompt: int, t
         longest = min(prompt + tokens, cut.net.sequence)  # a context that is full, and the prompt at once
         for first, more in ((prompt, 1), (max(prompt, longest - 2), 2)):
             list(generate(cut.net.eval(), [0] * min(first, longest), more, temperature=0))
-    need = _total(trace, plan, device)
+    need = _total(trace, Choice(**plan.asdict(), precision=config.precision), device)
     if need > device.memory:
         raise UserError(_too_much("generate", need, device.memory, "a shorter prompt"))
 
@@ -82,7 +84,7 @@ class _Batches:
             yield pretend.batch(self.rows, self.sequence, number, 0, self.rows)
 
 
-def _total(trace: Trace, plan: Plan, device: devices.Device) -> int:
+def _total(trace: Trace, plan: Choice, device: devices.Device) -> int:
     largest = max(peaks(trace).values(), key=lambda parts: sum(parts.values()))
     reserved = allocator.reserved(trace.events) if device.card else 0
     return sum(with_overhead(largest, heap_of(trace), plan, device, False, reserved).values())

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leanlm.planning.choice import Choice
 from leanlm.planning.device import MARGIN, Device
 from leanlm.strategies.plan import AXES, LEVERS, Plan
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 FREES = {  # part -> what makes it smaller
     "weights": "strategy.shard or strategy.tensor over more devices",
     "gradients": "strategy.shard, or strategy.step_in_backward with clip=0",
-    "state": "strategy.shard, strategy.zero1, strategy.offload=optimizer, or allow=[optimizer_state]",
+    "state": "strategy.shard, strategy.zero1, strategy.offload=optimizer, or allow=[optim.state]",
     "activations": "strategy.recompute=blocks, or more strategy.accumulate_grad_batches",
     "logits": "more strategy.accumulate_grad_batches, or model.cutoffs",
     "buffers": "fewer devices along strategy.tensor",
@@ -25,17 +26,18 @@ FREES = {  # part -> what makes it smaller
 }
 
 
-def arguments(plan: Plan) -> str:
-    """The overrides that write a plan."""
-    keys = ("accumulate_grad_batches", *AXES, "schedule", "stage_blocks", *LEVERS, "precision")
-    return " ".join(
+def arguments(choice: Choice) -> str:
+    """The overrides that write a plan, and what was chosen with it."""
+    keys = ("accumulate_grad_batches", *AXES, "schedule", "stage_blocks", *LEVERS)
+    written = [
         f"strategy.{key}={str(value).lower().replace(' ', '') if isinstance(value, bool | list) else value}"
         for key in keys
-        if (value := getattr(plan, key)) != getattr(Plan, key)
-    )
+        if (value := getattr(choice, key)) != getattr(Plan, key)
+    ]
+    return " ".join([*written, *choice.changed])
 
 
-def command(plan: Plan, overrides: list[str]) -> str:
+def command(plan: Choice, overrides: list[str]) -> str:
     """The command line that trains with a plan."""
     return " ".join(["python -m leanlm.train", *overrides, arguments(plan)]).strip()
 

@@ -20,9 +20,9 @@ from leanlm import BEGAN
 from leanlm.config import Settings
 from leanlm.errors import UserError
 from leanlm.planning.candidates import Estimate, families
+from leanlm.planning.choice import Choice
 from leanlm.planning.device import Device, cores, memory_limit
 from leanlm.planning.simulate import stages
-from leanlm.strategies.plan import Plan
 
 HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
 LATER = {"interleaved": 1.06, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
@@ -103,14 +103,14 @@ class _Family(NamedTuple):
     hopeless: bool
     seconds: float
     least: float
-    plans: list[Plan]
+    plans: list[Choice]
 
 
 def _in_order(
     settings: Settings, vocabulary: int, device: Device, devices: int, allow: Iterable[str]
 ) -> tuple[list[_Family], int]:
     """Families, the likeliest first, and how many plans there are."""
-    whole = stages(settings.config, Plan(), vocabulary)
+    whole = stages(settings.config, settings.plan, vocabulary)
     rough = Estimate(settings, vocabulary, device)
     groups = families(settings, devices, whole, device, allow)
     figures = [[rough(plan) for plan in plans] for plans in groups]
@@ -228,7 +228,7 @@ def _simulate_all(pipe: Any, settings: Settings, vocabulary: int, device: Device
             pipe.send((False, f"{plan.describe()}\n{traceback.format_exc()}"))
 
 
-def _next(found: Any, rest: list[Plan]) -> int:
+def _next(found: Any, rest: list[Choice]) -> int:
     need = found.fullest
     grows = need.parts["activations"] + need.parts["logits"] + need.parts["temporaries"]
     micros = found.plan.accumulate_grad_batches

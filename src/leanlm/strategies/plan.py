@@ -4,22 +4,13 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-import torch
-
 from leanlm.strategies.schedules import SCHEDULES
 
-PRECISIONS = {  # name -> (parameters' type, Lightning's precision plugin)
-    "fp32": (torch.float32, "32-true"),
-    "bf16-mixed": (torch.float32, "bf16-mixed"),
-    "bf16": (torch.bfloat16, "32-true"),  # built in its type; Lightning's plugin then leaves it alone
-    "bf16-stochastic": (torch.bfloat16, "32-true"),
-    "fp64": (torch.float64, "32-true"),
-}
 AXES = ("pipeline", "replicate", "shard", "tensor")  # of the device mesh; the last varies fastest over the ranks
 
 
 LEVERS = (
-    "recompute", "recompute_window", "optimizer_state", "zero1", "step_in_backward", "offload", "return_freed_memory",
+    "recompute", "recompute_window", "zero1", "step_in_backward", "offload", "return_freed_memory",
     "rnn_kernel", "compile",
 )  # fmt: skip
 
@@ -29,7 +20,7 @@ class Plan:
     """How a global batch and a model are cut.
 
     Attributes:
-        auto: all but the number types and the optimizer's state is for the planner to choose.
+        auto: the rest is for the planner to choose.
         accumulate_grad_batches: micro-batches that one device reads for a step; under a pipeline they flow through it.
         pipeline: devices that hold the blocks one group after the other (pipeline parallel). -1: the devices left.
         replicate: copies of the model, each reading its rows (DDP). -1: the devices left.
@@ -47,7 +38,6 @@ class Plan:
             operators (what is cheap in each block), or 0 to 1: the share of the blocks' activations that may stay.
         recompute_window: of a model that carries state, tokens of the sequence that are read at a time and read again in
             backward, so that memory grows with its square root. 0: none. -1: four times the square root.
-        optimizer_state: how AdamW's averages are kept: fp32 (as the weights are), bf16, int8 or int4.
         step_in_backward: update each weight as soon as its gradient is whole, and free the gradient.
         zero1: under `replicate`, divide the averages of AdamW and Muon among the copies of the model (ZeRO-1).
         offload: what a GPU keeps in host memory, a CPU in a file: none, activations, optimizer (the averages of AdamW and
@@ -55,8 +45,6 @@ class Plan:
         return_freed_memory: on a CPU, let large tensors leave the process as soon as they are freed.
         rnn_kernel: of recurrent layers on a CPU: onednn, or native, which keeps fewer bytes for backward.
         compile: true, false, or auto: let torch.compile fuse the operations of a stage; auto, until it is settled, does not.
-        precision: fp32, bf16-mixed (weights in fp32, products in bf16), bf16, bf16-stochastic (weights are rounded up or
-            down by chance, so that small updates are not lost), or fp64 for parity runs.
     """
 
     auto: bool = False
@@ -72,14 +60,12 @@ class Plan:
     reduce_every_micro_batch: bool = True
     recompute: str = "none"
     recompute_window: int = 0
-    optimizer_state: str = "fp32"
     zero1: bool = False
     step_in_backward: bool = False
     offload: str = "none"
     return_freed_memory: bool = True
     rnn_kernel: str = "onednn"
     compile: Any = "auto"
-    precision: str = "fp32"
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -130,22 +116,18 @@ class Plan:
         return self.compile is True
 
     @property
-    def exactness(self) -> str:
-        """`rounding`: the same mathematics as one device in fp32, summed in another order; `changes`: the curve may
-        move."""
-        if self.precision.startswith("bf16") or self.optimizer_state != "fp32":
-            return "changes"
+    def order(self) -> str:
+        """`bitwise`, or `rounding`: the same mathematics as one device computes, summed in another order."""
         other_order = self.recompute_window or self.rnn_kernel != "onednn" or self.compiled
         return "rounding" if other_order or self.world * self.accumulate_grad_batches > 1 else "bitwise"
 
     def describe(self) -> str:
-        """One line: the axes above 1, the accumulation, the precision, the exactness."""
+        """The axes above 1, the levers, the accumulation."""
         parts = [f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1] or ["one device"]
         if self.pipeline > 1:
             parts.append(f"schedule={self.schedule}")
         parts += [f"{key}={getattr(self, key)}" for key in LEVERS if getattr(self, key) != getattr(Plan, key)]
-        parts += [f"accumulate_grad_batches={self.accumulate_grad_batches}", self.precision]
-        return ", ".join(parts) + f" ({self.exactness})"
+        return ", ".join([*parts, f"accumulate_grad_batches={self.accumulate_grad_batches}"])
 
     def asdict(self) -> dict:
         return asdict(self)

@@ -9,8 +9,10 @@ from math import prod
 import torch
 
 from leanlm.launch import launched, local_world_size
-from leanlm.memory import kernels, offload, recompute, state
-from leanlm.strategies.plan import AXES, PRECISIONS, Plan
+from leanlm.memory import kernels, offload, recompute
+from leanlm.optim import Optim
+from leanlm.precision import STOCHASTIC
+from leanlm.strategies.plan import AXES, Plan
 from leanlm.strategies.schedules import SCHEDULES
 
 
@@ -25,25 +27,18 @@ def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, l
     problems = []
     if plan.accumulate_grad_batches < 1:
         problems.append(f"strategy.accumulate_grad_batches={plan.accumulate_grad_batches}: it counts micro-batches, at least 1")
-    if plan.precision not in PRECISIONS:
-        problems.append(f"strategy.precision={plan.precision}: choose one of {', '.join(PRECISIONS)}")
     if plan.recompute_window < -1:
         problems.append(
             f"strategy.recompute_window={plan.recompute_window}: tokens, 0 for none, or -1 for four times the square root"
         )
     problems += recompute.problems(plan.recompute)
-    for key, choices in (("offload", offload.CHOICES), ("optimizer_state", state.KINDS), ("rnn_kernel", kernels.CHOICES)):
+    for key, choices in (("offload", offload.CHOICES), ("rnn_kernel", kernels.CHOICES)):
         if getattr(plan, key) not in choices:
             problems.append(f"strategy.{key}={getattr(plan, key)}: choose one of {', '.join(choices)}")
     if plan.compile not in ("auto", True, False):
         problems.append(f"strategy.compile={plan.compile}: choose one of auto, true, false")
     if plan.compiled and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
         problems.append("strategy.compile=true: torch.compile needs a C++ compiler (g++ or clang++), and there is none here")
-    if plan.compiled and plan.precision == "fp64" and torch.__version__ < "2.13":
-        problems.append(
-            f"strategy.compile=true with precision=fp64: torch {torch.__version__} cannot compile attention in float64 "
-            "(2.13 can); write strategy.precision=fp32, or strategy.compile=false"
-        )
     plan, found = _devices(plan, devices)
     if plan.zero1 and (plan.replicate == 1 or plan.shard > 1 or plan.tensor > 1):
         problems.append(
@@ -70,23 +65,31 @@ def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, l
     return plan, problems
 
 
-def of_optimizer(plan: Plan, name: str, clip: float) -> list[str]:
-    """What cannot work about a plan with one optimizer.
+def of_run(plan: Plan, optim: Optim, precision: str, clip: float) -> list[str]:
+    """What cannot work about a plan with an optimizer, a precision and clipping.
 
     Args:
         plan: after `resolve`.
-        name: of the optimizer.
+        optim: the optimizer.
+        precision: of the run.
         clip: largest global norm of the gradient; 0: no clipping.
     """
     problems = []
-    if name not in ("adamw", "muon"):
-        asked = {"optimizer_state": plan.optimizer_state != "fp32", "zero1": plan.zero1, "offload": plan.offload == "optimizer"}
-        asked["precision"] = plan.precision == "bf16-stochastic"
+    if optim.name not in ("adamw", "muon"):
+        asked = {
+            f"optim.state={optim.state}": optim.state != "fp32",
+            "strategy.zero1=true": plan.zero1,
+            "strategy.offload=optimizer": plan.offload == "optimizer",
+            f"precision={precision}": precision == STOCHASTIC,
+        }
         problems += [
-            f"strategy.{key}={getattr(plan, key)} is of AdamW's averages and update, which optim={name} has not"
-            for key, is_asked in asked.items()
-            if is_asked
+            f"{given} is of AdamW's averages and update, which optim={optim.name} has not" for given in asked if asked[given]
         ]
+    if plan.compiled and precision == "fp64" and torch.__version__ < "2.13":
+        problems.append(
+            f"strategy.compile=true with precision=fp64: torch {torch.__version__} cannot compile attention in float64 "
+            "(2.13 can); write precision=fp32, or strategy.compile=false"
+        )
     if plan.step_in_backward and clip:
         problems.append(
             f"strategy.step_in_backward=true with clip={clip}: the global norm is known only when all gradients are there; "

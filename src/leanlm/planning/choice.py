@@ -1,0 +1,44 @@
+"""What the planner chooses: a plan and, where `allow` says so, what changes the curve."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from leanlm.config import Settings, exactness
+from leanlm.strategies.plan import Plan
+
+
+@dataclass(frozen=True)
+class Choice(Plan):
+    """A plan, with the number types of a run and how its optimizer keeps its state.
+
+    Attributes:
+        precision: of the run.
+        state: of the optimizer, `optim.state`.
+        changed: overrides that write what is not as it was asked for.
+    """
+
+    precision: str = "fp32"
+    state: str = "fp32"
+    changed: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Choice":
+        if isinstance(settings.plan, Choice):
+            return settings.plan
+        plan = {each.name: getattr(settings.plan, each.name) for each in fields(Plan)}
+        return cls(**plan, precision=settings.config.precision, state=settings.config.optim.state)
+
+    def settings(self, settings: Settings) -> Settings:
+        """Of a run with this choice."""
+        optim = replace(settings.config.optim, state=self.state)
+        config = replace(settings.config, precision=self.precision, optim=optim)
+        return replace(settings, plan=Plan(**self.asdict()), config=config)
+
+    @property
+    def exactness(self) -> str:
+        return exactness(self, self.precision, self.state)
+
+    def asdict(self) -> dict[str, Any]:
+        """The plan alone, as a configuration's group has it."""
+        everything = asdict(self)
+        return {each.name: everything[each.name] for each in fields(Plan)}
