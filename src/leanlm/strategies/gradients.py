@@ -43,7 +43,7 @@ def clip(cut: Cut, largest: float) -> Tensor:
     return norm
 
 
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
+def _norm(tensors: list[Tensor]) -> Tensor:
     """Global norm of tensors of one type. As torch's `get_total_norm` takes it, which for a simulation's tensors goes through
     them one by one."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
