@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.optim._adafactor import adafactor
-from torch.optim._muon import _adjust_lr
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from leanlm.memory import kernels
 from leanlm.memory.offload import Away, host_memory, scratch
@@ -18,7 +18,7 @@ from leanlm.strategies.plan import Plan
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-STACK, STACK_GPU = 1 << 20, 1 << 24  # numbers of the matrices that Muon updates together, one more
+STACK = 1 << 24  # numbers at most in the matrices that Muon updates together on a GPU
 
 
 def build(
@@ -67,13 +67,12 @@ def build(
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (Jordan et al. 2024), with the matrices of one shape stacked: a product is of all in a stack.
+    """torch's Muon, with the matrices of one shape stacked on a GPU: a product is of all in a stack.
 
-    A matrix that is spread over devices, in bf16 and rounded by chance, or whose momentum is elsewhere, is a stack of its own.
-    The update of a spread one is made of the whole of it, gathered in bf16 and orthogonalised in the same way on each device;
-    its momentum stays spread. `copies`: devices that hold the same matrices and divide the momentum by rows. A step writes over
-    the gradients. On a CPU with one thread a stack's products have the bits of its matrices' (torch 2.13); elsewhere the last
-    bits of bf16 may differ.
+    On a CPU each is a stack of its own: that is about as fast, and some batched products in bf16 round otherwise than torch's
+    Muon does. So is one that is spread over devices, in bf16 and rounded by chance, or whose momentum is elsewhere. The update
+    of a spread one is made of the whole of it, gathered in bf16 and orthogonalised in the same way on each device; its momentum
+    stays spread. `copies`: devices that hold the same matrices and divide the momentum by rows. Gradients are written over.
     """
 
     def __init__(
@@ -109,8 +108,8 @@ class Muon(torch.optim.Muon):
                 alike.setdefault((parameter.shape, parameter.dtype), []).append(parameter)
         for matrices in alike.values():
             first = matrices[0]
-            alone = is_spread(self.owned(first)) or self.stochastic or self.scratch is not None
-            most = 1 if alone else max(1, (STACK_GPU if kernels.on_gpu(first) else STACK) // first.numel())
+            together = kernels.on_gpu(first) and not (is_spread(self.owned(first)) or self.stochastic or self.scratch)
+            most = max(1, STACK // first.numel()) if together else 1
             yield from (matrices[i : i + most] for i in range(0, len(matrices), most))
 
     def _update(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
@@ -160,6 +159,8 @@ def orthogonal(stack: Tensor, coefficients: tuple[float, float, float], steps: i
         steps: of the iteration.
         eps: the least norm that is divided by.
     """
+    if len(stack) == 1:
+        return _zeropower_via_newtonschulz(stack[0], coefficients, steps, eps)[None]
     a, b, c = coefficients
     tall = stack.shape[1] > stack.shape[2]
     x = stack.mT if tall else stack

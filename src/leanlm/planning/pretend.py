@@ -210,6 +210,8 @@ class _Repeated:
         for i, size in events:
             if i == mine:
                 made = torch.empty_strided(*layout, dtype=dtype)
+                if i in parts:
+                    trace.mark(parts[i], [made])
             else:
                 trace.events.append((base + i, size))
         trace.work[trace.phase] = before + work
