@@ -237,3 +237,21 @@ def test_evaluation_within_a_card(text: Path) -> None:
     assert card("l4").context < few < many < card("l4").context + 2048 * MIB
     assert reading.rows_that_fit(within(512, many), 256).config.global_batch == 512
     assert reading.rows_that_fit(within(512, many - 1), 256).config.global_batch == 256
+
+
+def test_an_operation_on_a_list_is_a_few_kernels() -> None:
+    """So many as torch's MultiTensorApply.cuh launches: 110 tensors of one list to a kernel, 64 of two, 36 of four, or 320
+    chunks of 65,536 numbers."""
+
+    def launched(name: str, *args: Any) -> int:
+        return gpu.launches(getattr(torch.ops.aten, name).default if "copy" in name or "fused" in name
+                            else getattr(torch.ops.aten, name).Scalar, args)  # fmt: skip
+
+    small, large = ([torch.empty(size, device="meta") for _ in range(150)] for size in (8, 1 << 20))
+    assert launched("_foreach_mul_", small, 2.0) == 2
+    assert launched("_foreach_mul_", large, 2.0) == 8  # 16 chunks each
+    assert launched("_foreach_norm", small) == 3
+    assert launched("_foreach_lerp_", small, small, 0.5) == 3
+    assert launched("_foreach_lerp_", small, [part.half() for part in small], 0.5) == 150
+    assert launched("_foreach_copy_", small, [part.half() for part in small]) == 3
+    assert launched("_fused_adamw_", small, small, small, small, [], [part[0] for part in small]) == 5

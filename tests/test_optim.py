@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from leanlm import optimizers
+from leanlm.memory import kernels
 from leanlm.models.contract import initialize
 from leanlm.models.transformer import Transformer
 from leanlm.optim import Optim, factor
@@ -90,6 +92,28 @@ def test_combined_equals_its_parts_after_loading_state() -> None:
         combined.load_state_dict(state)
     for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_muon_in_stacks_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tall, wide and square matrices, at most three in a stack, against torch's Muon, which takes them one by one."""
+    monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(optimizers, "STACK", 3 * 16 * 16)
+    torch.manual_seed(0)
+    shapes = [(16, 16), (24, 16), (16, 16), (16, 48), (16, 16), (24, 16), (16, 16)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+    stacked, plain = optimizers.Muon([{"params": ours}], **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        assert [len(matrices) for matrices in stacked._stacks(ours)] == [3, 1, 2, 1]
+        stacked.step()
+        plain.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=0)  # a tenth of a step: products in bf16 round otherwise
+        torch.testing.assert_close(stacked.state[one]["momentum_buffer"], plain.state[other]["momentum_buffer"])
 
 
 @pytest.mark.parametrize(

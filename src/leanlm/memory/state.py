@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PIECE, PIECE_GPU = 1 << 18, 1 << 22  # numbers that are unpacked at a time; a whole number of blocks
 BLOCK = 64
+CPU = torch.device("cpu")
 SMALLEST = 4096  # numbers in a tensor, below which scales and codes are not worth their trouble
 
 
@@ -53,6 +54,7 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, defaults)
         self.kind, self.stochastic, self.copies, self.scratch = kind, stochastic, copies, scratch
+        self.sent: list[Any] = []  # rows on their way to the other copies
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):
@@ -64,6 +66,9 @@ class AdamW(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, group)
+        for work in self.sent:
+            work.wait()
+        self.sent.clear()
         return loss
 
     def owned(self, parameter: Tensor) -> Tensor:
@@ -72,15 +77,16 @@ class AdamW(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, owned = self.state[parameter], self.owned(parameter)
         averages = [_average(state, owned, name, self.kind) for name in ("exp_avg", "exp_avg_sq")]
-        step = state.setdefault("step", torch.zeros(()))
         assert parameter.grad is not None
         weights, gradients = _flat(owned), _flat(self.owned(parameter.grad))
+        step = state["step"] if "step" in state else torch.zeros((), device=weights.device)
+        state["step"] = step = step.to(weights.device)  # not where a checkpoint may have left it: a copy waits for the device
         for piece in pieces(owned):
             weight, gradient = weights[piece], gradients[piece]
             wide = weight if weight.dtype != torch.bfloat16 else weight.float()
             first_average, second_average = (average.read(piece).to(wide) for average in averages)
             adamw(
-                [wide], [gradient.to(wide.dtype)], [first_average], [second_average], [], [step.to(wide.device, copy=True)],
+                [wide], [gradient.to(wide.dtype)], [first_average], [second_average], [], [step.clone()],
                 fused=True,
                 amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], eps=group["eps"],
                 weight_decay=group["weight_decay"], maximize=False,
@@ -91,8 +97,10 @@ class AdamW(torch.optim.Optimizer):
                 weight.copy_(rounded(wide) if self.stochastic else wide)
         step += 1
         if owned is not parameter and self.copies is not None:
-            for rank, rows in enumerate(parameter.detach().chunk(self.copies.size())):
-                dist.broadcast(rows, group=self.copies.get_group(), group_src=rank)
+            group_of_copies, parts = self.copies.get_group(), parameter.detach().chunk(self.copies.size())
+            self.sent += [
+                dist.broadcast(rows, group=group_of_copies, group_src=rank, async_op=True) for rank, rows in enumerate(parts)
+            ]
         if self.scratch is not None:
             put_away(state, self.scratch)
 
@@ -128,7 +136,7 @@ class _Blocks:
 
     def __init__(self, codes: Tensor, scales: Tensor, bits: int, signed: bool) -> None:
         self.codes, self.scales, self.bits = _flat(codes), _flat(scales), bits
-        self.values, self.nearest = (part.to(codes.device) for part in (code_values(bits, signed), nearest(bits, signed)))
+        self.values, self.nearest = (table(bits, signed, codes.device) for table in (code_values, nearest))
 
     def read(self, piece: slice) -> Tensor:
         codes = self.codes[self._place(piece)]
@@ -152,29 +160,29 @@ class _Blocks:
 
 
 @cache
-def code_values(bits: int, signed: bool) -> Tensor:
+def code_values(bits: int, signed: bool, device: torch.device = CPU) -> Tensor:
     """What the codes of dynamic quantisation stand for, from -1 or 0 to 1, in rising order.
 
     Each power of ten is divided as finely as the bits that its exponent leaves over allow. Four bits without a sign: 1/16, 2/16
     to 1.
     """
     if bits == 4 and not signed:
-        return torch.arange(1, 17) / 16
+        return (torch.arange(1, 17) / 16).to(device)
     exponents = bits - 1
     values = [0.0, 1.0]
     for i in range(exponents):
         edges = torch.linspace(0.1, 1, 2**i + 1 if signed else 2 ** (i + 1) + 1, dtype=torch.float64)
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - exponents + 1)
         values += middles.tolist() + ((-middles).tolist() if signed else [])
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 @cache
-def nearest(bits: int, signed: bool) -> Tensor:
+def nearest(bits: int, signed: bool, device: torch.device = CPU) -> Tensor:
     """The code nearest to every number that bf16 can write, by its 16 bits: a search takes several times as long."""
-    values = code_values(bits, signed)
+    values = code_values(bits, signed, CPU)
     numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(torch.bfloat16).float().nan_to_num()
-    return torch.bucketize(numbers, (values[1:] + values[:-1]) / 2).to(torch.uint8)
+    return torch.bucketize(numbers, (values[1:] + values[:-1]) / 2).to(device, torch.uint8)
 
 
 def convert(state: dict[str, Tensor], parameter: Tensor, kind: str | None) -> None:

@@ -29,6 +29,8 @@ CUDNN = 8 << 20  # bytes of its workspace beside numbers and weights
 # what a GPU's autocast computes in float32 and a CPU's does not (aten/src/ATen/autocast_mode.h), of what models may use
 WIDE = {"pow", "square", "__pow__", "exp", "expm1", "log", "log1p", "log2", "rsqrt", "reciprocal", "softplus", "layer_norm",
         "group_norm", "softmax", "log_softmax", "logsumexp", "sum", "prod", "cumsum", "cumprod", "norm"}  # fmt: skip
+CHUNK, CHUNKS = 1 << 16, 320  # numbers that one block of threads goes through, and blocks of one kernel
+TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}  # of each list, by the number of lists, that one kernel takes
 RECURRENT = aten._cudnn_rnn, aten._cudnn_rnn_backward
 
 
@@ -181,10 +183,28 @@ def taken(func: Any, args: Any, results: list[Tensor], threads: int) -> tuple[Te
 
 def launches(func: Any, args: Any) -> int:
     """Kernels that run one after the other: a recurrence has some for each token (H200: 20 us forward, 32 backward)."""
+    if func._schema.name.startswith(("aten::_foreach_", "aten::_fused_")):
+        return _launches_of_lists(func, args)
     if func._overloadpacket not in RECURRENT:
         return 1
     forward = func._overloadpacket is aten._cudnn_rnn
     return args[0].shape[1 if args[10 if forward else 14] else 0] * (5 if forward else 8)
+
+
+def _launches_of_lists(func: Any, args: Any) -> int:
+    """Of an operation on lists of tensors (torch's MultiTensorApply.cuh): a kernel takes so many tensors of each list, in so
+    many chunks in all. Tensors of several types, or that lie otherwise than those of another list, have one each."""
+    first = args[0]
+    lists = [
+        part for part in args[:5] if isinstance(part, list) and part and isinstance(part[0], Tensor)
+    ]  # the sixth are steps
+    mixed = len({part.dtype for each in lists for part in each}) > 1 and func._overloadpacket is not aten._foreach_copy_
+    if mixed or any(part.stride() != own.stride() for each in lists for part, own in zip(each, first, strict=True)):
+        return len(first)
+    norms = func._overloadpacket is aten._foreach_norm
+    made = bool(func._schema.returns) and not norms
+    chunks = sum(-(-part.numel() // CHUNK) for part in first)
+    return max(-(-len(first) // TENSORS[len(lists) + made]), -(-chunks // CHUNKS)) + norms  # these are summed by another
 
 
 def recurrent_flops(args: Any) -> int:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.distributed.device_mesh as device_mesh
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim import _muon
 from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlm import optimizers
@@ -211,6 +210,8 @@ class _Repeated:
         for i, size in events:
             if i == mine:
                 made = torch.empty_strided(*layout, dtype=dtype)
+                if i in parts:
+                    trace.mark(parts[i], [made])
             else:
                 trace.events.append((base + i, size))
         trace.work[trace.phase] = before + work
@@ -219,16 +220,15 @@ class _Repeated:
 
 @contextlib.contextmanager
 def alike_tensors(trace: Trace) -> Iterator[None]:
-    """Muon does the same to each matrix of a shape, and AdamW in pieces to each tensor: it is done to one. Where an optimizer
+    """Muon does the same to each stack of a shape, and AdamW in pieces to each tensor: it is done to one. Where an optimizer
     only gets its state, Muon's products are not taken."""
-    products, update = _muon._zeropower_via_newtonschulz, state.AdamW._update
-    matrices, tensors = _Repeated(trace), _Repeated(trace)
+    products, update = optimizers.orthogonal, state.AdamW._update
+    stacks, tensors = _Repeated(trace), _Repeated(trace)
 
-    def once(matrix: Tensor, *settings: Any) -> Tensor:
+    def once(stack: Tensor, *settings: Any) -> Tensor:
         if trace.gets_state:
-            return matrix
-        key = matrix.shape, matrix.stride(), matrix.dtype, settings
-        return matrices(key, lambda: products(matrix, *settings))
+            return stack
+        return stacks((stack.shape, settings), lambda: products(stack, *settings))
 
     def update_once(self: state.AdamW, parameter: Tensor, group: dict[str, Any]) -> None:
         if parameter not in self.state or trace.phase == BEFORE:
@@ -238,7 +238,7 @@ def alike_tensors(trace: Trace) -> Iterator[None]:
         return tensors(key, lambda: update(self, parameter, group))
 
     with (
-        mock.patch.object(_muon, "_zeropower_via_newtonschulz", once),
+        mock.patch.object(optimizers, "orthogonal", once),
         mock.patch.object(state.AdamW, "_update", update_once),
     ):
         yield

@@ -30,15 +30,23 @@ def clip(cut: Cut, largest: float) -> Tensor:
     """
     parameters = [parameter for parameter in cut.net.parameters() if parameter.grad is not None]
     if not cut.plan.cuts_model:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = _norm([p.grad for p in parameters if p.grad is not None])
     else:
         squares = _squares(cut, parameters)
         dist.all_reduce(squares)
         norm = squares.sqrt()
     if largest:
         scale = (largest / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grads_with_norm_
+        # torch's fused AdamW could scale them as it reads them (`grad_scale`), but takes the factor in float32 only: in float64
+        # the gradients would be off by 3e-8 of theirs
         torch._foreach_mul_([local(p.grad) for p in parameters], scale.to(parameters[0].dtype))
     return norm
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """Global norm of tensors of one type. As torch's `get_total_norm` takes it, which for a simulation's tensors goes through
+    them one by one."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 
 
 class StepInBackward:
@@ -78,8 +86,7 @@ def _squares(cut: Cut, parameters: Sequence[Tensor]) -> Tensor:
         if id(parameter) not in copies:
             by_pieces.setdefault(_pieces(parameter), []).append(local(parameter.grad))
     for pieces, gradients in by_pieces.items():
-        norm = torch.nn.utils.get_total_norm(gradients).double()
-        squares += norm**2 * pieces / (cut.plan.world // cut.plan.pipeline)
+        squares += _norm(gradients).double() ** 2 * pieces / (cut.plan.world // cut.plan.pipeline)
     return squares
 
 
