@@ -37,6 +37,7 @@ def run_all(jobs: dict[Path, list[str]], processes: int = 1, compiler: str = "in
 def _work(jobs: dict[Path, list[str]], compiler: str) -> None:
     with process_group("cpu"), pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.compile", partial(torch.compile, backend=compiler))
+        importlib.import_module("torch._dynamo.eval_frame")  # the compiler itself, not what stands for it
         dynamo = importlib.import_module("torch._dynamo.config")
         patch.setattr("leanlm.fit.loss_curve", lambda *_: None)  # takes as long as the training; test_commands looks at it
         for name, small in (("offload.SMALLEST", 0), ("state.SMALLEST", 64), ("state.PIECE", 1024)):
