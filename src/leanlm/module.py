@@ -56,7 +56,7 @@ class LanguageModel(pl.LightningModule):
         step_nats: loss of this rank's rows in the step at hand, divided by the tokens of the global batch; the sum over
             ranks is the loss of the step.
         grad_norm: global norm of the last step's gradient before clipping.
-        gradient_bytes: the most that this rank held at a time in the last step.
+        gradient_bytes: the most that this rank held at a time in a step.
     """
 
     def __init__(self, cut: Cut, pipeline: "Pipeline | None", optimizer: Optim, max_steps: int, clip: float,
@@ -137,7 +137,7 @@ class LanguageModel(pl.LightningModule):
             self.grad_norm, self.gradient_bytes = self.in_backward.done()
             return
         gradients.complete(self.cut)
-        self.gradient_bytes = held_bytes(parameter.grad for parameter in self.net.parameters())
+        self.gradient_bytes = self.gradient_bytes or held_bytes(parameter.grad for parameter in self.net.parameters())
         self.grad_norm = gradients.clip(self.cut, self.clip)
 
     def global_loss(self) -> Tensor:

@@ -202,5 +202,5 @@ def ignored(target: Tensor, ignore: list[int]) -> Tensor:
 
 
 def _gather(tokens: NDArray[np.unsignedinteger], starts: NDArray[np.int64], length: int) -> Tensor:
-    """`[rows, length]` int64 tokens, one slice of the memory-mapped array per row."""
-    return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
+    """`[rows, length]` int64 tokens of the memory-mapped array, a slice per row."""
+    return torch.from_numpy(np.asarray(tokens)[starts[:, None] + np.arange(length)].astype(np.int64))

@@ -72,6 +72,7 @@ class Cut:
         self._fill_and_shard(seed)
         if net.head is not None and plan.tensor == 1 and not plan.compiled:  # a compiler sums these gradients itself
             add_rows(net, net.head)
+        self._parameters = list(net.named_parameters())  # found once: to look through all modules takes as long as some layers
 
     def coordinate(self, axis: str) -> int:
         """This rank's place along an axis of the mesh."""
@@ -147,7 +148,7 @@ class Cut:
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by their global names. A name is there twice if this rank holds both copies of it."""
-        return [(self.ties.get(name, name), parameter) for name, parameter in self.net.named_parameters()]
+        return [(self.ties.get(name, name), parameter) for name, parameter in self._parameters]
 
     def owned_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """`named_parameters` without `copies`."""
@@ -156,7 +157,7 @@ class Cut:
 
     def copies(self) -> list[tuple[str, nn.Parameter]]:
         """Those of `named_parameters` whose owner is in another stage."""
-        return [(self.ties[name], parameter) for name, parameter in self.net.named_parameters() if name in self.ties]
+        return [(self.ties[name], parameter) for name, parameter in self._parameters if name in self.ties]
 
     @property
     def counts_loss(self) -> bool:
