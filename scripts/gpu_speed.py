@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,17 +276,27 @@ def nanogpt_shakespeare(checkout: Path, folder: Path) -> dict[str, Any]:
 
 
 def predict(card: str, text: Path) -> dict[str, Any]:
-    """What the planner says of our cases on a card."""
+    """What the planner says of our cases on a card, and of compiled nanoGPT, which ours is with all logits at once."""
+    from unittest import mock
+
     from omegaconf import OmegaConf
 
     from leanlm.config import FOLDER
+    from leanlm.memory import loss
     from leanlm.planning.device import of_config
     from leanlm.planning.predict import predict
 
+    def said(overrides: list[str], types: int) -> Any:
+        return predict(settled([*overrides, "device=cpu"], text), types, of_config(node)).fullest
+
     node: Any = OmegaConf.to_container(OmegaConf.load(Path(FOLDER, "device", f"{card}.yaml")))
     found = {}
-    for name, (overrides, types) in OURS.items():
-        need = predict(settled([*overrides, "device=cpu"], text), types, of_config(node)).fullest
+    needs = {name: partial(said, *case) for name, case in OURS.items()}
+    for name, rows in ((name, how[0]) for name, how in THEIRS.items() if how[1] is True):
+        needs[name] = partial(said, [*COMPILED, f"global_batch={rows}"], TYPES)
+    for name, ask in needs.items():
+        with mock.patch("leanlm.memory.loss.LEAST", 1 << 40 if name.startswith("nanoGPT") else loss.LEAST):
+            need = ask()
         tensors = sum(size for part, size in need.parts.items() if part not in ("allocator", "context"))
         seconds = need.seconds - (need.optimizer if name.endswith("no optimizer") else 0)
         found[name] = {"ms": 1000 * seconds, "MiB": tensors / 2**20}

@@ -186,7 +186,7 @@ def test_more_processes_than_gpus(
 ) -> None:
     monkeypatch.setattr("leanlm.config.on_gpus", on_gpus)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    arguments = ["data=text", f"data.path={text}", "model=gpt2", "global_batch=16", "sequence=16", *arguments]
+    arguments = ["data=text", f"data.path={text}", "model=gpt2", "global_batch=16", "sequence=16", "precision=fp32", *arguments]
     check(composed(*arguments))  # no GPU that torch can use
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     check(composed(*arguments, "device=cpu"))

@@ -212,7 +212,7 @@ def _by_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
     d_hidden = torch.empty_like(hidden) if need_hidden else None
     d_weight = torch.zeros_like(matrix, dtype=wide) if need_weight else None
     d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
-    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    nats = [hidden.new_zeros(0, dtype=wide)]
     for first in chunks(len(hidden), size):
         x, y = hidden[first : first + size], target[first : first + size]
         logits = buffer[: len(x)]
@@ -220,7 +220,7 @@ def _by_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
             torch.mm(x, matrix.t(), out=logits)
         else:
             torch.addmm(added, x, matrix.t(), out=logits)
-        loss += cross_entropy_(logits, y, len(weight), any(needs)).sum()
+        nats.append(cross_entropy_(logits, y, len(weight), any(needs)))
         gradient = logits
         if d_hidden is not None:
             torch.mm(gradient, matrix, out=d_hidden[first : first + size])
@@ -229,7 +229,7 @@ def _by_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
         if d_bias is not None:
             d_bias += gradient[:, : len(d_bias)].sum(0, dtype=wide)
     return (
-        loss,
+        torch.cat(nats).sum(),
         d_hidden,
         None if d_weight is None else d_weight[: len(weight)].to(weight.dtype),
         None if d_bias is None or bias is None else d_bias.to(bias.dtype),

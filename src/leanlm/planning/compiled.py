@@ -118,6 +118,7 @@ class _Kernels:
         self.constants = {node: getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"}
         self.views = {node for node in self.nodes if _is_view(node)}
         self.alone = {node for node in self.nodes if _stands_alone(node)}
+        self.bare = {node for node in self.alone if _name(node) == "addmm" and self._others_add_the_bias(node)}
         self.reads: dict[fx.Node, set[fx.Node]] = {}  # what each needs in memory
         self.stored = self._stored()
         self.group = self._groups()
@@ -134,22 +135,35 @@ class _Kernels:
             node = node.args[0]  # type: ignore[assignment]
         return node
 
+    def _others_add_the_bias(self, product: fx.Node) -> bool:
+        """Whether all that reads a product works element by element: torch 2.11 then lets it add the bias, which so needs no copy
+        in the product's type."""
+        readers = [reader for node in (product, *self.views) if self._base(node) is product for reader in node.users]
+        return all(
+            reader in self.views or (reader.op == "call_function" and reader not in self.alone and not _sums(reader))
+            for reader in readers
+        )
+
+    def _arguments(self, node: fx.Node) -> Any:
+        """What an operation that stands alone, or one that shares a kernel, is called with."""
+        return (node.args[1:], node.kwargs) if node in self.bare else (node.args, node.kwargs)
+
     def _bases(self, parts: Any) -> list[fx.Node]:
         return [self._base(part) for part in tree_leaves(parts) if isinstance(part, fx.Node)]
 
     def _stored(self) -> set[fx.Node]:
         """The results of operations that share kernels which come to memory."""
-        wanted = {*self._bases(self.results), *(part for node in self.alone for part in self._bases((node.args, node.kwargs)))}
+        wanted = {*self._bases(self.results), *(part for node in self.alone for part in self._bases(self._arguments(node)))}
         users: dict[fx.Node, set[fx.Node]] = defaultdict(set)
         for node in self.nodes:
-            for part in self._bases((node.args, node.kwargs)) if node not in self.views else ():
+            for part in self._bases(self._arguments(node)) if node not in self.views else ():
                 users[part].add(node)
         found: set[fx.Node] = set()
         for node in self.nodes:
             if node in self.views:
                 continue
             reads: set[fx.Node] = set()
-            for part in self._bases((node.args, node.kwargs)):
+            for part in self._bases(self._arguments(node)):
                 fused = part.op == "call_function" and part not in self.alone and part not in found
                 reads |= self.reads[part] if fused else {part} - self.constants.keys()
             self.reads[node] = reads
@@ -212,7 +226,7 @@ class _Kernels:
     def _needs(self, kernel: fx.Node) -> list[fx.Node]:
         """What a kernel reads from memory."""
         if kernel in self.alone:
-            found = {*self._bases((kernel.args, kernel.kwargs))} - self.constants.keys()
+            found = {*self._bases(self._arguments(kernel))} - self.constants.keys()
         else:
             mine = self.members[kernel]
             found = {part for node in mine for part in self.reads[node]} - {*mine}
@@ -227,13 +241,18 @@ class _Kernels:
         for i, kernel in enumerate(self.order):
             done = [part for part in self._needs(kernel) if self.last[part] == i and part not in kept]
             if kernel in self.alone:
-                function: Any = loss.chunked_loss if "chunked_loss" in str(kernel.target) else kernel.target
-                here[kernel] = function(*self._values(kernel.args, here, trace), **self._values(kernel.kwargs, here, trace))
+                args, kwargs = self._values(self._arguments(kernel), here, trace)
+                here[kernel] = self._function(kernel)(*args, **kwargs)
             else:
                 self._run_together(kernel, here, done, trace)
             for part in done:
                 here.pop(part, None)
         return self._values(list(self.results), here, trace)
+
+    def _function(self, kernel: fx.Node) -> Any:
+        if "chunked_loss" in str(kernel.target):  # chunk by chunk, as it runs
+            return loss.chunked_loss
+        return torch.mm if kernel in self.bare else kernel.target
 
     def _values(self, parts: Any, here: dict[fx.Node, Any], trace: Trace) -> Any:
         """What stands for nodes; views are made of what is in memory."""
