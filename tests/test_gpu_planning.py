@@ -20,6 +20,7 @@ from leanlm.models.transformer import attend
 from leanlm.planning import gpu, reading
 from leanlm.planning.allocator import PAGES, reserved
 from leanlm.planning.candidates import families
+from leanlm.planning.choice import Choice
 from leanlm.planning.device import Device, of_config
 from leanlm.planning.parts import FREED, PARTS, peaks, with_overhead
 from leanlm.planning.predict import predict
@@ -141,7 +142,7 @@ def test_a_card_computes_while_its_machine_starts_operations() -> None:
 
 def test_nccl_weighs_once_for_each_group_of_ranks() -> None:
     def context(**axes: int) -> int:
-        return with_overhead(dict.fromkeys((*PARTS, FREED), 0), 0, Plan(**axes), card(), False)["context"]
+        return with_overhead(dict.fromkeys((*PARTS, FREED), 0), 0, Choice(**axes), card(), False)["context"]
 
     one = card().communicator
     assert context() == card().context
@@ -233,7 +234,7 @@ def test_evaluation_within_a_card(text: Path) -> None:
         return replace(settings, config=replace(settings.config, device=node | {"memory": memory}))
 
     some = [within(rows, 1 << 30) for rows in (64, 512)]
-    few, many = (reading._total(reading._evaluation(one, 256, card("l4")), one.plan, card("l4")) for one in some)
+    few, many = (reading._total(reading._evaluation(one, 256, card("l4")), Choice.of(one), card("l4")) for one in some)
     assert card("l4").context < few < many < card("l4").context + 2048 * MIB
     assert reading.rows_that_fit(within(512, many), 256).config.global_batch == 512
     assert reading.rows_that_fit(within(512, many - 1), 256).config.global_batch == 256

@@ -18,6 +18,7 @@ from leanlm.errors import UserError
 from leanlm.launch import launch, process_group
 from leanlm.memory import loss, malloc, offload, state
 from leanlm.planning import pretend, reading
+from leanlm.planning.choice import Choice
 from leanlm.planning.device import Device, of_config
 from leanlm.planning.parts import ONE_PROCESS, peaks
 from leanlm.planning.predict import _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
@@ -263,7 +264,10 @@ def test_evaluation_takes_as_many_rows_as_its_budget_has_room_for(model: str, te
         return check(composed(*base, f"global_batch={rows}", f"device.memory={memory}"))
 
     plan, here = within(8, 1 << 30).plan, of_config({"accelerator": "cpu"})
-    needs = {rows: reading._total(reading._evaluation(within(rows, 1 << 30), 256, here), plan, here) for rows in (1, 4, 8, 16)}
+    needs = {
+        rows: reading._total(reading._evaluation(within(rows, 1 << 30), 256, here), Choice(**plan.asdict()), here)
+        for rows in (1, 4, 8, 16)
+    }
     logits = 64 * 256 * 4  # bytes of a row's
     assert all(needs[more] - needs[less] > (more - less) * logits for less, more in ((1, 4), (4, 8), (8, 16)))
     assert reading.rows_that_fit(within(8, needs[8]), 256).config.global_batch == 8

@@ -234,6 +234,21 @@ def test_what_would_make_another_run_is_refused(whole: tuple[str, Path], text: P
         train(composed(f"resume={whole[1]}"))
 
 
+def test_a_run_goes_on_in_its_precision_whatever_the_strategy(text: Path, tmp_path: Path) -> None:
+    """Not in that of the machine or of the group that `strategy=` composes."""
+    command = [*overrides("transformer", text), "optim.state=int8", "max_steps=2"]
+    begun = train(composed(*command, f"run_dir={tmp_path / 'run'}"))
+    goes_on = [f"resume={tmp_path / 'run'}", "strategy=accumulate", "max_steps=4"]
+    ended = train(composed(*goes_on))
+    assert begun["precision"] == ended["precision"] == "fp64"
+    assert begun["held_bytes"][0]["parameters"] == ended["held_bytes"][0]["parameters"] == 8 * begun["parameters"]
+    config = Run(tmp_path / "run").config()
+    assert (config.precision, config.optim.state, config.strategy.accumulate_grad_batches) == ("fp64", "int8", 4)
+    for key in "precision=fp32", "optim.state=fp32":
+        with pytest.raises(UserError, match="would make another run"):
+            composed(*goes_on, key)
+
+
 def test_a_changed_text_is_refused(text: Path, tmp_path: Path) -> None:
     own = tmp_path / "text.txt"
     shutil.copy(text, own)

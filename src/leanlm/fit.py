@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from leanlm import __version__, build
+from leanlm import __version__, build, utilization
 from leanlm.callbacks.checkpoints import Checkpoints
 from leanlm.callbacks.plots import loss_curve
 from leanlm.callbacks.progress import Progress
@@ -26,6 +26,7 @@ from leanlm.data.tokens import Tokens
 from leanlm.errors import UserError
 from leanlm.generate import generate, generate_cut
 from leanlm.launch import rank, say
+from leanlm.precision import gpu_has_bf16
 from leanlm.prepare import tokens as prepare
 from leanlm.runs import Run, write
 from leanlm.strategies.checkpoint import newest_whole
@@ -57,7 +58,13 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
     )
     if module.pipeline is not None:
         say(module.pipeline.describe())
-    record = Record(run, asked.log_every)
+    full_speed = None
+    if cut.device.type == "cuda":
+        card = torch.cuda.get_device_name(cut.device)
+        full_speed = utilization.full_speed(settings, tokens.tokenizer.vocabulary, card)
+        if asked.precision == "fp32" and gpu_has_bf16():
+            say(utilization.instead_of_fp32(card))
+    record = Record(run, asked.log_every, full_speed)
     callbacks: list[pl.Callback] = [record] + ([Progress(record)] if rank() == 0 else [])
     callbacks += [
         Checkpoints(
@@ -85,6 +92,7 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
         "steps": trainer.global_step,
         "tokens": record.tokens,
         "tokens_per_second": record.tokens / record.seconds,
+        "mfu": None if full_speed is None else record.tokens / record.seconds / full_speed,
         "peak_memory_bytes": of_ranks(peak_memory()),
         "memory_before_bytes": before,
         "held_bytes": of_ranks(module.held_bytes(trainer.optimizers[0])),

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from leanlm.errors import UserError
 
-COLUMNS = ("step", "train_loss", "grad_norm", "lr", "tokens_per_second", "val_loss")
+COLUMNS = ("step", "train_loss", "grad_norm", "lr", "tokens_per_second", "mfu", "val_loss")
 ROOT = Path("runs")
 
 
@@ -73,31 +73,31 @@ class Run:
 class Table:
     """Writes `metrics.csv`: a row per step, the values of one step gathered as they come."""
 
-    def __init__(self, run: Run, after: int) -> None:
-        """Go on after step `after`: rows beyond it, which a killed run may have left, are dropped."""
+    def __init__(self, run: Run, after: int, mfu: bool = False) -> None:
+        """Go on after step `after`: rows beyond it, which a killed run may have left, are dropped. `mfu`: with its column."""
         kept = [row for row in run.rows() if row["step"] <= after]
         self.pending = kept.pop() if kept else {}  # its validation may come yet
-        lines = [",".join(COLUMNS), *map(_line, kept)]
+        self.columns = [name for name in COLUMNS if name != "mfu" or mfu or any("mfu" in row for row in kept)]
+        lines = [",".join(self.columns), *map(self._line, kept)]
         write(run.metrics, "\n".join(lines) + "\n")
         self.file = open(run.metrics, "a")  # noqa: SIM115 - open as long as the run
 
     def add(self, step: int, values: dict[str, float]) -> None:
         if self.pending and self.pending["step"] != step:
-            self.file.write(_line(self.pending) + "\n")
+            self.file.write(self._line(self.pending) + "\n")
             self.pending = {}
         self.pending |= {"step": step, **values}
 
     def flush(self) -> None:
         """Write everything down, the row at hand too; it can be completed no more in this session."""
         if self.pending:
-            self.file.write(_line(self.pending) + "\n")
+            self.file.write(self._line(self.pending) + "\n")
             self.pending = {}
         self.file.flush()
 
-
-def _line(row: dict[str, float]) -> str:
-    text = {key: str(int(value)) if key == "step" else repr(float(value)) for key, value in row.items()}
-    return ",".join(text.get(column, "") for column in COLUMNS)
+    def _line(self, row: dict[str, float]) -> str:
+        text = {key: str(int(value)) if key == "step" else repr(float(value)) for key, value in row.items()}
+        return ",".join(text.get(column, "") for column in self.columns)
 
 
 def write(path: Path, content: str) -> None:

@@ -69,7 +69,10 @@ class Progress(pl.Callback):
 
     def _status(self) -> str:
         row = self.record.row
-        return f"loss {row['train_loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s" if row else ""
+        if not row:
+            return ""
+        mfu = f"  mfu {row['mfu']:.1%}" if "mfu" in row else ""
+        return f"loss {row['train_loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s{mfu}"
 
     def _left(self, trainer: pl.Trainer) -> str:
         steps = trainer.global_step - self.first_step

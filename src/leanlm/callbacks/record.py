@@ -26,8 +26,9 @@ class Record(pl.Callback):
         validated: the last step after which the whole split was validated, and `val_loss` its loss in nats per token.
     """
 
-    def __init__(self, run: Run, every: int) -> None:
-        self.run, self.every = run, every
+    def __init__(self, run: Run, every: int, full_speed: float | None = None) -> None:
+        """`full_speed`: tokens/s at which the devices would multiply all the time, if it is known."""
+        self.run, self.every, self.full_speed = run, every, full_speed
         self.row: dict[str, float] = {}
         self.seconds, self.tokens = 0.0, 0
         self.validated, self.val_loss = 0, float("nan")
@@ -35,7 +36,7 @@ class Record(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            self.table = Table(self.run, trainer.global_step)
+            self.table = Table(self.run, trainer.global_step, self.full_speed is not None)
         self.logged = self.seconds, self.tokens
         self.mark = time.perf_counter()
 
@@ -62,6 +63,8 @@ class Record(pl.Callback):
                 "lr": rate,
                 "tokens_per_second": tokens / seconds,
             }
+            if self.full_speed is not None:
+                self.row["mfu"] = tokens / seconds / self.full_speed
             self._write(trainer, step, self.row)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -136,8 +136,8 @@ class _Kernels:
         return node
 
     def _others_add_the_bias(self, product: fx.Node) -> bool:
-        """Whether all that reads a product works element by element: torch 2.11 then lets it add the bias, which so needs no copy
-        in the product's type."""
+        """Whether all that reads a product works element by element: torch 2.11 then lets it add the bias, of which so no copy
+        is made in the product's type."""
         readers = [reader for node in (product, *self.views) if self._base(node) is product for reader in node.users]
         return all(
             reader in self.views or (reader.op == "call_function" and reader not in self.alone and not _sums(reader))
