@@ -4,9 +4,10 @@
     python scripts/gpu_speed.py --nanogpt CHECKOUT --into scripts/results/gpu_speed.json    runs all cases: some 9 minutes
     python scripts/gpu_speed.py --into scripts/results/gpu_speed.json                    prints the table
 
-Every case is a process of its own; `--only NAME ...` runs some. Steps are those of training, with clipping at 1 and AdamW, 8 to
-warm up and 20 timed. Tokens are random, bytes are the most that torch's allocator had given out. MFU is 6N and
-attention (12 L h T for GPT-2) a token, of the data sheet's bf16 rate. `--nanogpt` is a checkout of karpathy/nanoGPT (3adf61e).
+Where leanlm is not installed, PYTHONPATH must name its `src`. Every case is a process of its own; `--only NAME ...` runs some.
+Steps are those of training, with clipping at 1 and AdamW, 8 to warm up and 20 timed. Tokens are random, bytes are the most that
+torch's allocator had given out. MFU is 6N and attention (12 L h T for GPT-2) a token, of the data sheet's bf16 rate. `--nanogpt`
+is a checkout of karpathy/nanoGPT (3adf61e).
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,7 @@ def ours(name: str, text: Path, warm: int = 8, timed: int = 20) -> dict[str, Any
     import torch
 
     from leanlm import build
+    from leanlm.data.prefetch import prefetched
     from leanlm.launch import process_group
     from leanlm.prepare import tokens as prepare
 
@@ -124,7 +127,8 @@ def ours(name: str, text: Path, warm: int = 8, timed: int = 20) -> dict[str, Any
         cut = build.cut(settings.config, settings.plan, types)
         operations = _operations(settings, types)
         module = build.module(settings, cut)
-        build.trainer(settings, [clock], [], warm + timed).fit(module, build.training_batches(settings, data, cut.net))
+        with closing(prefetched(build.training_batches(settings, data, cut.net), cut.device)) as batches:
+            build.trainer(settings, [clock], [], warm + timed).fit(module, batches)
     rows = settings.config.global_batch
     return {
         "ms": 1000 * clock.seconds,

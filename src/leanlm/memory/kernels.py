@@ -70,6 +70,7 @@ def _recurrence(part: nn.RNNBase, forward: Any, native: bool, hidden: Tensor, be
 
 def _in_low_precision(part: nn.RNNBase, low: torch.dtype, hidden: Tensor, before: Any) -> Any:
     """A recurrent layer with weights, inputs and state in `low`; the state after it is in float32, as it is carried."""
+    warnings.filterwarnings("ignore", message="RNN module weights are not part of single")  # cuDNN puts them together anyway
     cell: Any = getattr(torch._VF, part.mode.lower())  # lstm, gru, rnn_tanh or rnn_relu
     x, weights = hidden.to(low), [weight.to(low) for weight in part._flat_weights if weight is not None]
     if before is None:
