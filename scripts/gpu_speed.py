@@ -5,9 +5,9 @@
     python scripts/gpu_speed.py --into scripts/results/gpu_speed.json                    prints the table
 
 Where leanlm is not installed, PYTHONPATH must name its `src`. Every case is a process of its own; `--only NAME ...` runs some.
-Steps are those of training, with clipping at 1 and AdamW, 8 to warm up and 20 timed. Tokens are random, bytes are the most that
-torch's allocator had given out. MFU is 6N and attention (12 L h T for GPT-2) a token, of the data sheet's bf16 rate. `--nanogpt`
-is a checkout of karpathy/nanoGPT (3adf61e).
+Steps are those of training, with clipping at 1 and AdamW, 8 to warm up and 20 timed. Tokens are random; bytes are the most that
+torch's allocator had given out; MFU is 6N and attention (12 L h T for GPT-2) a token, of the data sheet's bf16 rate. nanoGPT is
+karpathy/nanoGPT (3adf61e).
 """
 
 import argparse
