@@ -73,6 +73,7 @@ def test_values_that_do_not_work_are_collected(text: Path) -> None:
         (["devices=4"], "write strategy=ddp, or devices=1"),
         (["strategy=ddp", "devices=32"], "global_batch=16 does not divide by replicate=32"),
         (["precision=fp16"], "bf16-mixed"),
+        (["model=transformer", "model.cutoffs=[20]", "strategy.compile=true"], "sizes in an adaptive softmax"),
         (["optim.state=int2"], "choose one of fp32, bf16, int8, int4"),
         (["strategy.precision=fp64"], "it is precision=fp64 now"),
         (["strategy.optimizer_state=int8"], "it is optim.state=int8 now"),

@@ -60,6 +60,7 @@ class Config:
     device: Any = None
 
 
+MANY = 1 << 20  # token types, more than any cutoff: how many there are is not known before the text has been read
 ALLOWED = ("precision", "optim.state")
 DATA_KEYS = {"_target_", "tokenizer", "vocabulary", "ignore"}  # the rest of the group goes to the corpus function
 
@@ -295,15 +296,17 @@ def cuts(config: Config, plan: Plan) -> list[str]:
 
 
 @cache
-def _facts(model: str, sequence: int) -> tuple[int, dict[str, int], bool, bool]:
+def _facts(model: str, sequence: int) -> tuple[int, dict[str, int], bool, bool, bool]:
     """What `cuts_of_model` asks of a model, given as its config group in JSON: the planner asks for hundreds of plans."""
     from leanlm.models.contract import Model, without_storage
+    from leanlm.models.head import AdaptiveHead
 
     arguments = json.loads(model)
     kind = _target(arguments.pop("_target_"))
     with without_storage():
-        net: Model = kind(vocabulary=256, sequence=sequence, **arguments)
-    return len(net.blocks), net.tensor_units(), bool(net.tensor_split), net.carries_state
+        net: Model = kind(vocabulary=MANY, sequence=sequence, **arguments)
+    adaptive = isinstance(net.head, AdaptiveHead)
+    return len(net.blocks), net.tensor_units(), bool(net.tensor_split), net.carries_state, adaptive
 
 
 def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:

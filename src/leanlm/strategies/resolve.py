@@ -190,7 +190,8 @@ def _schedule(plan: Plan) -> list[str]:
     return problems
 
 
-def cuts_of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, recurrent: bool = False) -> list[str]:
+def cuts_of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, recurrent: bool = False,
+                  adaptive: bool = False) -> list[str]:  # fmt: skip
     """What cannot work about a plan for one model.
 
     Args:
@@ -199,6 +200,7 @@ def cuts_of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, 
         units: what a tensor axis must divide, by name.
         splits: whether the model declares anything that a tensor axis may split.
         recurrent: whether it carries state.
+        adaptive: whether its head is an adaptive softmax.
     """
     problems = []
     if plan.pipeline > 1:
@@ -228,6 +230,10 @@ def cuts_of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, 
         )
     if plan.compiled and recurrent:
         problems.append("strategy.compile=true: torch does not compile recurrent layers; leave it out")
+    if plan.compiled and adaptive and not recurrent:
+        problems.append(
+            "strategy.compile=true: sizes in an adaptive softmax (model.cutoffs) depend on the tokens; leave it out"
+        )
     if plan.tensor > 1 and not splits:
         problems.append(f"strategy.tensor={plan.tensor}: the model declares nothing that may be split (Model.tensor_split)")
     for name, count in units.items() if plan.tensor > 1 else ():
