@@ -85,6 +85,30 @@ def test_launches_and_bytes_of_a_step(compiled: str, most: int, memory: float, t
     assert max(sum(parts.values()) for parts in peaks(step.trace).values()) < memory * 9299 * MIB
 
 
+@pytest.mark.parametrize("plan", ["strategy=ddp", "strategy=pipeline strategy.accumulate_grad_batches=4"])
+def test_what_a_compiler_does_not_change(plan: str, text: Path) -> None:
+    """Under plans of several devices: bytes of weights, gradients and state; a gradient is no weight that was written over."""
+    common = [
+        "devices=2",
+        "model.width=64",
+        "model.depth=4",
+        "model.heads=2",
+        "model.dropout=0.1",
+        "sequence=64",
+        "global_batch=8",
+    ]
+    found = []
+    for compiled in ("true", "false"):
+        settings = gpt2(text, *plan.split(), *common, f"strategy.compile={compiled}")
+        found.append(predict(settings, 1000, card("h100")))
+    kinds = ("weights", "gradients", "state")
+    assert [[need.parts[kind] for kind in kinds] for need in found[0].needs] == [
+        [need.parts[kind] for kind in kinds] for need in found[1].needs
+    ]
+    if "pipeline" in plan:  # under DDP each part is a graph, which is counted operation by operation
+        assert found[0].seconds < found[1].seconds
+
+
 def test_auto_compiles_what_earns_it_back(text: Path) -> None:
     """GPT-2 small saves some 9 ms a step and compiles for 46 s: 2,000 steps do not earn that, 20,000 do; a CPU's never."""
 

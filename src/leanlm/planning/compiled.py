@@ -29,6 +29,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from leanlm.memory import loss, recompute
 from leanlm.models.dropout import draw, sites
 from leanlm.planning.trace import Trace, Work
+from leanlm.strategies.stage import Stage
 
 ALONE = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product", "index_put", "scatter_add", "index_add", "sort",
          "nonzero", "_cudnn")  # fmt: skip
@@ -38,7 +39,7 @@ MANY = 8  # results that a kernel reads, above which some are made first
 
 @contextmanager
 def compiler_of(trace: Trace) -> Iterator[None]:
-    """Within it, `torch.compile` makes of a module's method one that does what its graphs would do."""
+    """Within it, `torch.compile` makes of a stage's method one that does what its graphs would do."""
     with mock.patch.object(torch, "compile", lambda function, **settings: _Compiled(trace, function)):
         yield
 
@@ -52,7 +53,7 @@ class _Compiled:
 
     def __call__(self, *inputs: Any) -> Any:
         module = getattr(self.function, "__self__", None)
-        if not isinstance(module, nn.Module):  # of a part; what that keeps is counted operation by operation
+        if not isinstance(module, Stage):  # of a part; what that keeps is counted operation by operation
             return self.function(*inputs)
         own, keys = dict(module.named_parameters()), [dropout.keys for dropout in sites(module)]
         if self.graphs is None:
@@ -60,7 +61,7 @@ class _Compiled:
             mode = active_fake_mode()
             with _disable_current_modes(), mode or ExitStack(), self.trace.uncounted():
                 self.graphs([*own.values()], keys, *inputs)
-        return self.graphs([*own.values()], keys, *inputs), [None] * len(module.blocks)  # type: ignore[arg-type]
+        return self.graphs([*own.values()], keys, *inputs), [None] * len(module.blocks)
 
     def _made(self, module: nn.Module, names: list[str]) -> Callable[..., Any]:
         from torch._decomp import core_aten_decompositions
@@ -278,7 +279,8 @@ class _Kernels:
             if len(columns) < len(outside)
             else 0
         )
-        free = [part for part in done if isinstance(here.get(part), Tensor)]
+        # what a graph is given from outside, such as weights, is not its own to write over
+        free = [part for part in done if isinstance(here.get(part), Tensor) and not part.name.startswith("primals")]
         for node in outside:
             like = node.meta["val"]
             taken = next((part for part in free if _bytes(part) == _bytes(node) and here[part].dtype == like.dtype), None)
