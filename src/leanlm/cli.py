@@ -18,15 +18,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from leanlm.config import FOLDER, Config, check, leaves, typed
+from leanlm.config import FOLDER, MOVED, Config, check, leaves, moved, typed
 from leanlm.errors import UserError
 from leanlm.launch import Stopped, WorkerFailed, adopt_slurm, launched, leave, memory_ended, rank, world_size
 from leanlm.runs import Run
 from leanlm.supervise import OUT_OF_MEMORY
 
 FREE_TEXT = ("prompt", "text", "sample")
-
-MOVED = {"strategy.precision": "precision", "strategy.optimizer_state": "optim.state"}
 
 # What a resumed run may set anew; anything else would make another run of it.
 RESUMABLE = {
@@ -203,7 +201,7 @@ def _explain(override: str, base: DictConfig, error: HydraException) -> str:
             f" (did you mean {near[0]}?)" if near else ""
         )
     if key.lstrip("+~") in MOVED:
-        return f"{override}: a plan does not change the curve, so it is {MOVED[key.lstrip('+~')]}={value} now, a key of the run"
+        return f"{override}: {moved(key.lstrip('+~'), value)}"
     if OmegaConf.select(base, key) is None:
         known = list(leaves(base)) + [folder.name for folder in Path(FOLDER).iterdir() if folder.is_dir()]
         near = difflib.get_close_matches(key, known, 1)

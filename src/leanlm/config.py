@@ -61,6 +61,7 @@ class Config:
 
 
 MANY = 1 << 20  # token types, more than any cutoff: how many there are is not known before the text has been read
+MOVED = {"strategy.precision": "precision", "strategy.optimizer_state": "optim.state"}  # in runs of earlier versions, too
 ALLOWED = ("precision", "optim.state")
 DATA_KEYS = {"_target_", "tokenizer", "vocabulary", "ignore"}  # the rest of the group goes to the corpus function
 
@@ -191,8 +192,13 @@ def typed(config: DictConfig, schema_class: type = Config) -> tuple[list[str], A
             OmegaConf.merge(schema, one)
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0].replace("' not in 'Config'", "' is not known")
-            found.append(f"{key}={value}: {reason}")
+            found.append(f"{key}={value}: {moved(key, value) if key in MOVED else reason}")
     return found or problems, None
+
+
+def moved(key: str, value: Any) -> str:
+    """What to write instead of a key that has moved."""
+    return f"a plan does not change the curve, so it is {MOVED[key]}={value} now, a key of the run"
 
 
 def _target(path: str) -> Any:
