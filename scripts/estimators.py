@@ -10,10 +10,10 @@ Each is given the part of the model that a device holds, though only Megatron's 
   precision without sequence parallelism. It knows no recurrent models.
 """
 
-from leanlm import build
-from leanlm.config import Settings
+from leanlm.config.schema import Settings
 from leanlm.models.contract import without_storage
-from leanlm.planning.simulate import stages
+from leanlm.planning.simulation.step import stages
+from leanlm.training import build
 
 
 def accelerate(settings: Settings, vocabulary: int) -> float:

@@ -67,7 +67,7 @@ RATIOS = [  # what, case, beside which, what is compared, how often, at most
 def settled(overrides: list[str], tokens: Path) -> Any:
     from measure import composed
 
-    from leanlm.config import check
+    from leanlm.config.checks import check
 
     text = [
         "data=text",
@@ -83,7 +83,7 @@ def settled(overrides: list[str], tokens: Path) -> Any:
 def mfu(operations: float, seconds: float) -> float:
     from torch.cuda import get_device_name
 
-    from leanlm.planning.cards import sheet
+    from leanlm.config.device_sheets import sheet
 
     return operations / seconds / float(sheet(get_device_name())["flops"]["bfloat16"])
 
@@ -94,10 +94,11 @@ def ours(name: str, text: Path, warm: int = 8, timed: int = 20) -> dict[str, Any
     import numpy as np
     import torch
 
-    from leanlm import build
     from leanlm.data.prefetch import prefetched
-    from leanlm.launch import process_group
-    from leanlm.prepare import tokens as prepare
+    from leanlm.launch.ranks import process_group
+    from leanlm.training import build
+    from leanlm.training.data import training_batches
+    from leanlm.training.data import whole_split as prepare
 
     overrides, types = OURS[name]
     settings = settled([*overrides, "device=cuda"], text)
@@ -122,12 +123,12 @@ def ours(name: str, text: Path, warm: int = 8, timed: int = 20) -> dict[str, Any
                 self.seconds = (now - self.begin) / timed
 
     with process_group("cuda"):
-        data, clock = prepare(settings), Clock()
-        data.splits["train"] = np.random.default_rng(0).integers(0, types, 4_000_000).astype(np.uint16)
+        prepared, clock = prepare(settings), Clock()
+        prepared.splits["train"] = np.random.default_rng(0).integers(0, types, 4_000_000).astype(np.uint16)
         cut = build.cut(settings.config, settings.plan, types)
         operations = _operations(settings, types)
         module = build.module(settings, cut)
-        with closing(prefetched(build.training_batches(settings, data, cut.net), cut.device)) as batches:
+        with closing(prefetched(training_batches(settings, prepared, cut.net), cut.device)) as batches:
             build.trainer(settings, [clock], [], warm + timed).fit(module, batches)
     rows = settings.config.global_batch
     return {
@@ -141,9 +142,9 @@ def ours(name: str, text: Path, warm: int = 8, timed: int = 20) -> dict[str, Any
 
 def _operations(settings: Any, types: int) -> float:
     """Of a row, forward and backward."""
-    from leanlm import build
     from leanlm.models.contract import without_storage
     from leanlm.strategies.balance import costs
+    from leanlm.training import build
 
     with without_storage():
         return 3 * sum(costs(build.model(settings.config, settings.plan, types)).values())
@@ -285,15 +286,15 @@ def predict(card: str, text: Path) -> dict[str, Any]:
 
     from omegaconf import OmegaConf
 
-    from leanlm.config import FOLDER
+    from leanlm.common.files import CONF
     from leanlm.memory import loss
-    from leanlm.planning.device import of_config
+    from leanlm.planning.hardware.devices import of_config
     from leanlm.planning.predict import predict
 
     def said(overrides: list[str], types: int) -> Any:
         return predict(settled([*overrides, "device=cpu"], text), types, of_config(node)).fullest
 
-    node: Any = OmegaConf.to_container(OmegaConf.load(Path(FOLDER, "device", f"{card}.yaml")))
+    node: Any = OmegaConf.to_container(OmegaConf.load(Path(CONF, "device", f"{card}.yaml")))
     found = {}
     needs = {name: partial(said, *case) for name, case in OURS.items()}
     for name, rows in ((name, how[0]) for name, how in THEIRS.items() if how[1] is True):

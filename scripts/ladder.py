@@ -79,7 +79,7 @@ def nanogpt(checkout: Path, steps: int) -> dict[str, Any]:
     import torch
     from model import GPT, GPTConfig
 
-    from leanlm.callbacks.record import peak_memory
+    from leanlm.common.machine import peak_memory
 
     torch.manual_seed(0)
     net = GPT(GPTConfig(block_size=512, vocab_size=50304, n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=True))
@@ -163,9 +163,9 @@ def picture(found: dict[str, dict[str, dict]], path: Path) -> None:
 
 
 def main() -> None:
-    from leanlm.config import check
-    from leanlm.launch import launch
-    from leanlm.prepare import tokens
+    from leanlm.config.checks import check
+    from leanlm.launch.processes import launch
+    from leanlm.training.data import tokens
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))

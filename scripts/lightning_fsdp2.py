@@ -29,15 +29,15 @@ def clock() -> Any:
 
 
 def ours(steps: int) -> tuple[float, list[float]]:
-    from leanlm import build
-    from leanlm.config import check
-    from leanlm.launch import process_group
-    from leanlm.prepare import tokens
+    from leanlm.config.checks import check
+    from leanlm.launch.ranks import process_group
+    from leanlm.training import build
+    from leanlm.training.data import tokens, training_batches
 
     settings = check(composed(OVERRIDES))
     with process_group("cpu"):
-        data = tokens(settings)
-        cut = build.cut(settings.config, settings.plan, data.tokenizer.vocabulary)
+        prepared = tokens(settings)
+        cut = build.cut(settings.config, settings.plan, prepared.tokenizer.vocabulary)
         module, watch, losses = build.module(settings, cut), clock(), []
 
         class Losses(type(watch)):
@@ -45,7 +45,7 @@ def ours(steps: int) -> tuple[float, list[float]]:
                 losses.append(module.step_nats)
 
         trainer = build.trainer(settings, [watch, Losses()], [], steps)
-        trainer.fit(module, build.training_batches(settings, data, cut.net))
+        trainer.fit(module, training_batches(settings, prepared, cut.net))
         return median(watch.times), [float(total(loss)) for loss in losses]
 
 
@@ -56,11 +56,12 @@ def theirs(steps: int) -> tuple[float, list[float]]:
     from lightning.pytorch.strategies import ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard
 
-    from leanlm import build, optim
-    from leanlm.config import check
-    from leanlm.launch import process_group
+    from leanlm.config.checks import check
+    from leanlm.launch.ranks import process_group
     from leanlm.models.contract import initialize
-    from leanlm.prepare import tokens
+    from leanlm.optimizers import settings as optim
+    from leanlm.training import build
+    from leanlm.training.data import tokens, training_batches
 
     settings = check(composed(OVERRIDES))
     config, plan, losses = settings.config, settings.plan, []
@@ -69,7 +70,7 @@ def theirs(steps: int) -> tuple[float, list[float]]:
         def configure_model(self) -> None:
             if hasattr(self, "net"):
                 return
-            self.net = build.model(config, plan, data.tokenizer.vocabulary)
+            self.net = build.model(config, plan, prepared.tokenizer.vocabulary)
             initialize(self.net, config.seed)
             mesh = self.device_mesh["data_parallel"]
             for block in self.net.blocks.values():
@@ -95,15 +96,15 @@ def theirs(steps: int) -> tuple[float, list[float]]:
             super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
     with process_group("cpu"):
-        data = tokens(settings)
-        net = build.model(config, plan, data.tokenizer.vocabulary)
+        prepared = tokens(settings)
+        net = build.model(config, plan, prepared.tokenizer.vocabulary)
         watch = clock()
         trainer = pl.Trainer(
             accelerator="cpu", devices=2, strategy=ModelParallelStrategy(2, 1), max_steps=steps, callbacks=[watch],
             gradient_clip_val=config.clip, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, use_distributed_sampler=False,
         )  # fmt: skip
-        trainer.fit(Example(), build.training_batches(settings, data, net))
+        trainer.fit(Example(), training_batches(settings, prepared, net))
         return median(watch.times), [float(total(loss)) for loss in losses]
 
 
@@ -119,9 +120,9 @@ def total(loss: Any) -> Any:
 
 
 def main() -> None:
-    from leanlm.config import check
-    from leanlm.launch import launch
-    from leanlm.prepare import tokens
+    from leanlm.config.checks import check
+    from leanlm.launch.processes import launch
+    from leanlm.training.data import tokens
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)

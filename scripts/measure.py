@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 def composed(overrides: list[str]) -> Any:
     from hydra import compose, initialize_config_dir
 
-    from leanlm.config import FOLDER
+    from leanlm.common.files import CONF
 
-    with initialize_config_dir(FOLDER, version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", overrides=overrides)
 
 
@@ -35,12 +35,12 @@ def measure(overrides: list[str], steps: int, vocabulary: int | None = None) -> 
     """On each rank: time the steps, then look at one more from inside. `vocabulary`: another than that of the text."""
     import lightning.pytorch as pl
 
-    from leanlm import build
-    from leanlm.callbacks.record import of_ranks, peak_memory
-    from leanlm.config import check
-    from leanlm.data.batches import IGNORE
-    from leanlm.launch import process_group
-    from leanlm.prepare import tokens
+    from leanlm.common.machine import peak_memory
+    from leanlm.config.checks import check
+    from leanlm.launch.ranks import of_ranks, process_group
+    from leanlm.models.head import IGNORE
+    from leanlm.training import build
+    from leanlm.training.data import tokens, training_batches, whole_split
 
     class Watch(pl.Callback):
         def __init__(self) -> None:
@@ -63,15 +63,15 @@ def measure(overrides: list[str], steps: int, vocabulary: int | None = None) -> 
 
     settings = check(composed(overrides))
     with process_group("cpu"):
-        data = tokens(settings)
-        cut = build.cut(settings.config, settings.plan, vocabulary or data.tokenizer.vocabulary)
+        prepared = tokens(settings)
+        cut = build.cut(settings.config, settings.plan, vocabulary or prepared.tokenizer.vocabulary)
         module, watch = build.module(settings, cut), Watch()
         base = resident()
         trainer = build.trainer(settings, [watch], [], steps + 1)
-        trainer.fit(module, build.training_batches(settings, data, cut.net))
+        trainer.fit(module, training_batches(settings, prepared, cut.net))
         with torch.no_grad():
             module.eval()
-            batches = iter(build.whole_split(settings, data.tokenizer, cut.net, data.splits["validation"]))
+            batches = iter(whole_split(settings, prepared.tokenizer, cut.net, prepared.splits["validation"]))
             nats, counted = 0.0, 0
             for batch in islice(batches, settings.plan.accumulate_grad_batches):  # together the rows of a global batch
                 for stage in cut.stages.values():

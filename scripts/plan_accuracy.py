@@ -93,19 +93,20 @@ def settled(overrides: list[str]) -> tuple[Any, int]:
     """Settings, and the types of tokens that their text has."""
     from hydra import compose, initialize_config_dir
 
-    from leanlm.config import FOLDER, check
-    from leanlm.prepare import tokens
+    from leanlm.common.files import CONF
+    from leanlm.config.checks import check
+    from leanlm.training.data import tokens
 
-    with initialize_config_dir(FOLDER, version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = check(compose("train", overrides=overrides))
     return settings, tokens(settings).tokenizer.vocabulary
 
 
 def may_do(overrides: list[str]) -> bool:
     """Whether a configuration can work, and is roughly of a size that is measured here."""
-    from leanlm.errors import UserError
+    from leanlm.common.errors import UserError
     from leanlm.planning.candidates import Estimate
-    from leanlm.planning.device import this_machine
+    from leanlm.planning.hardware.devices import this_machine
 
     try:
         settings, vocabulary = settled(overrides)
@@ -118,7 +119,7 @@ def may_do(overrides: list[str]) -> bool:
 def predict_here(overrides: list[str]) -> dict:
     import estimators
 
-    from leanlm.planning.device import this_machine
+    from leanlm.planning.hardware.devices import this_machine
     from leanlm.planning.predict import predict
 
     settings, vocabulary = settled(overrides)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from plan_accuracy import whole_run
 
-from leanlm.planning.device import this_machine
+from leanlm.planning.hardware.devices import this_machine
 
 STEPS = 3
 MODELS = [
@@ -88,7 +88,6 @@ def main() -> None:
     rng = random.Random(asked.seed)
     with tempfile.TemporaryDirectory() as folder:
         common = whole_run(Path(folder), STEPS)
-        subprocess.run([sys.executable, "-m", "leanlm.prepare", *common[:2]], check=True, capture_output=True)
         for number in range(asked.draws):
             overrides, budget = draw(rng)
             record = once([*overrides, *common], budget, Path(folder, f"run{number}"))

@@ -49,7 +49,7 @@ def draw(rng: random.Random, models: dict[str, dict[str, list]]) -> list[str]:
 
 def predicted(overrides: list[str], device: Any) -> dict[str, Any] | None:
     """Bytes and seconds; None if it cannot work or is not of a size to be measured."""
-    from leanlm.errors import UserError
+    from leanlm.common.errors import UserError
     from leanlm.planning.predict import predict
 
     try:
@@ -67,12 +67,12 @@ def predicted(overrides: list[str], device: Any) -> dict[str, Any] | None:
 def predict_all(asked: argparse.Namespace, common: list[str]) -> list[dict[str, Any]]:
     from omegaconf import OmegaConf
 
-    from leanlm.config import FOLDER
-    from leanlm.planning.device import of_config
+    from leanlm.common.files import CONF
+    from leanlm.planning.hardware.devices import of_config
     from leanlm.planning.report import arguments
     from leanlm.planning.search import search
 
-    node: Any = OmegaConf.to_container(OmegaConf.load(Path(FOLDER, "device", f"{asked.card}.yaml")))
+    node: Any = OmegaConf.to_container(OmegaConf.load(Path(CONF, "device", f"{asked.card}.yaml")))
     device = of_config(node | ({"overhead": asked.overhead} if asked.overhead else {}))
     records: list[dict[str, Any]] = []
     for kind, models, count, seed in (("tuned", MODELS, 48, asked.seed), ("untuned", UNTUNED, 12, asked.seed + 1)):
@@ -100,7 +100,7 @@ def predict_all(asked: argparse.Namespace, common: list[str]) -> list[dict[str, 
 def spread(settings: Any, vocabulary: int, device: Any) -> list[Any]:
     """Plans that fit, evenly over the rough order."""
     from leanlm.planning.candidates import Estimate, families
-    from leanlm.planning.simulate import stages
+    from leanlm.planning.simulation.step import stages
     from leanlm.strategies.plan import Plan
 
     rough, whole = Estimate(settings, vocabulary, device), stages(settings.config, Plan(), vocabulary)
@@ -115,14 +115,15 @@ def measure(overrides: list[str], common: list[str], folder: Path) -> dict[str, 
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from leanlm.config import FOLDER, check
-    from leanlm.fit import fit
+    from leanlm.common.files import CONF
+    from leanlm.config.checks import check
+    from leanlm.training.fit import fit
 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     path = Path(tempfile.mkdtemp(dir=folder))
     try:
-        with initialize_config_dir(FOLDER, version_base="1.3"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("train", overrides=[*overrides, *common])
         result = fit(check(config), OmegaConf.to_container(config, resolve=True), path)
     except Exception as error:

@@ -22,15 +22,17 @@ from hydra import compose, initialize_config_dir
 from plan_accuracy import whole_run
 from torchmetrics.functional import spearman_corrcoef
 
-from leanlm.config import FOLDER, Settings, check
+from leanlm.common.files import CONF
+from leanlm.config.checks import check
+from leanlm.config.schema import Settings
 from leanlm.planning.candidates import Estimate, Rough, families
-from leanlm.planning.device import this_machine
+from leanlm.planning.hardware.devices import this_machine
 from leanlm.planning.predict import predict
 from leanlm.planning.report import arguments
 from leanlm.planning.search import search
-from leanlm.planning.simulate import stages
-from leanlm.prepare import tokens
+from leanlm.planning.simulation.step import stages
 from leanlm.strategies.plan import Plan
+from leanlm.training.data import tokens
 
 SECONDS, FEWEST, MOST = 20.0, 6, 32  # of a run's steps together; how many they are
 # small: a virtual machine may lend its host the pages that were free for seconds, and getting them back takes long
@@ -87,7 +89,7 @@ def main() -> None:
             if PROBLEMS[number] in [record["problem"] for record in known]:
                 continue
             overrides = PROBLEMS[number].split() + common
-            with initialize_config_dir(FOLDER, version_base="1.3"):
+            with initialize_config_dir(str(CONF), version_base="1.3"):
                 single = [part for part in overrides if not part.startswith("devices=")]
                 settings = check(compose("train", overrides=single))
             devices = int(dict(part.split("=", 1) for part in overrides).get("devices", 1))

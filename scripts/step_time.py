@@ -32,9 +32,9 @@ RUN = ["experiment=nanogpt_cpu", "device=cpu", "val_every=100000", "checkpoint_e
 def configure(*overrides: str):
     from hydra import compose, initialize_config_dir
 
-    from leanlm.config import FOLDER
+    from leanlm.common.files import CONF
 
-    with initialize_config_dir(FOLDER, version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", overrides=[*RUN, *overrides])
 
 
@@ -42,9 +42,9 @@ def leanlm(steps: int, folder: Path, *overrides: str) -> list[float]:
     """Milliseconds of each step of a whole run: progress, records, loggers and all."""
     from omegaconf import OmegaConf
 
-    import leanlm.fit as module
-    from leanlm.callbacks.record import Record
-    from leanlm.config import check
+    import leanlm.training.fit as module
+    from leanlm.config.checks import check
+    from leanlm.training.callbacks.record import Record
 
     times = []
 
@@ -74,15 +74,17 @@ def bare(steps: int, folder: Path) -> list[float]:
     import torch
     import torch.nn.functional as F
 
-    from leanlm import build, optim, optimizers
-    from leanlm.config import check
-    from leanlm.prepare import tokens
+    from leanlm.config.checks import check
+    from leanlm.optimizers import build as optimizers
+    from leanlm.optimizers import settings as optim
+    from leanlm.training import build
+    from leanlm.training.data import tokens, training_batches
 
     settings = check(configure())
-    data = tokens(settings)
-    net = build.cut(settings.config, settings.plan, data.tokenizer.vocabulary).net
-    optimizer = optimizers.build(net.named_parameters(), settings.config.optim, settings.plan, None)
-    batches, times = iter(build.training_batches(settings, data, net)), []
+    prepared = tokens(settings)
+    net = build.cut(settings.config, settings.plan, prepared.tokenizer.vocabulary).net
+    optimizer = optimizers.build(net.named_parameters(), settings.config.optim)
+    batches, times = iter(training_batches(settings, prepared, net)), []
     last = time.perf_counter()
     for step in range(steps):
         batch = next(batches)
@@ -105,8 +107,8 @@ def trainer(steps: int, folder: Path) -> list[float]:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-    from leanlm.config import check
-    from leanlm.prepare import tokens
+    from leanlm.config.checks import check
+    from leanlm.training.data import tokens
 
     text = tokens(check(configure())).splits["train"]
 
@@ -167,10 +169,11 @@ def same_losses(copy: Path, folder: Path) -> float:
     """Largest difference of 50 losses: nanoGPT's model, optimizer and clipping in a loop, and a run of leanlm."""
     import torch
 
-    from leanlm import build, optim
-    from leanlm.config import check
-    from leanlm.prepare import tokens
-    from leanlm.runs import Run
+    from leanlm.common.run_folder import Run
+    from leanlm.config.checks import check
+    from leanlm.optimizers import settings as optim
+    from leanlm.training import build
+    from leanlm.training.data import tokens, training_batches
 
     run = folder / "fifty"
     leanlm(50, run, "log_every=1")
@@ -178,8 +181,8 @@ def same_losses(copy: Path, folder: Path) -> float:
     from model import GPT, GPTConfig
 
     settings = check(configure())
-    data = tokens(settings)
-    net = build.cut(settings.config, settings.plan, data.tokenizer.vocabulary).net
+    prepared = tokens(settings)
+    net = build.cut(settings.config, settings.plan, prepared.tokenizer.vocabulary).net
     gpt = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False))
     source, target = dict(net.named_parameters()), dict(gpt.named_parameters())
     pairs = {"transformer.wte.weight": "embed.tokens.weight", "transformer.wpe.weight": "embed.positions.weight"}
@@ -201,7 +204,7 @@ def same_losses(copy: Path, folder: Path) -> float:
         for theirs, ours in pairs.items():
             target[theirs].copy_(source[ours])
     optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    batches, curve = iter(build.training_batches(settings, data, net)), []
+    batches, curve = iter(training_batches(settings, prepared, net)), []
     for step in range(50):
         batch = next(batches)
         loss = gpt(batch.input, batch.target)[1]

@@ -26,9 +26,9 @@ MORE = {"fsdp, accumulate 4": ("fsdp", ["strategy.accumulate_grad_batches=4"]),
 
 
 def main() -> None:
-    from leanlm.config import check
-    from leanlm.launch import launch
-    from leanlm.prepare import tokens
+    from leanlm.config.checks import check
+    from leanlm.launch.processes import launch
+    from leanlm.training.data import tokens
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--devices", type=int, nargs="+", default=[2, 4])
@@ -59,8 +59,8 @@ def main() -> None:
 
 def check_stages(model: str, overrides: list[str]) -> bool:
     """Whether a preset cannot work with this model (more stages than blocks)."""
-    from leanlm.config import check
-    from leanlm.errors import UserError
+    from leanlm.common.errors import UserError
+    from leanlm.config.checks import check
 
     try:
         check(composed(overrides))

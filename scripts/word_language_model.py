@@ -78,12 +78,13 @@ def worker(run: Path, batches: int, name: str) -> None:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    import leanlm.callbacks.record as record
-    import leanlm.fit as module
-    from leanlm.config import FOLDER, check
-    from leanlm.runs import Run
+    import leanlm.training.callbacks.record as record
+    import leanlm.training.fit as module
+    from leanlm.common.files import CONF
+    from leanlm.common.run_folder import Run
+    from leanlm.config.checks import check
 
-    with initialize_config_dir(FOLDER, version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         common = ["experiment=wikitext2_lstm", "device=cpu", "logger=csv", f"max_steps={batches}"]
         config = compose("train", overrides=common + OURS[name])
     settings = check(config)

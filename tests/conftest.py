@@ -8,8 +8,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from leanlm.cli import effective
-from leanlm.config import FOLDER
+from leanlm.common.files import CONF
+from leanlm.config.resume import effective
 
 WORDS = [
     "the",
@@ -54,7 +54,7 @@ def make_text(path: Path, words: int = 6000, seed: int = 0) -> Path:
 
 def composed(*overrides: str) -> DictConfig:
     """`conf/train.yaml` with the given overrides."""
-    with initialize_config_dir(FOLDER, version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         return effective(compose("train", overrides=list(overrides)), list(overrides))
 
 
@@ -71,5 +71,5 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEANLM_CACHE", str((base.parent if several else base) / "cache"))
         patch.delenv("LEANLM_DATA", raising=False)
-        patch.setattr("leanlm.config.on_gpus", lambda *_: [])  # of a machine's GPUs only the tests of that ask
+        patch.setattr("leanlm.config.checks.on_gpus", lambda *_: [])  # of a machine's GPUs only the tests of that ask
         yield

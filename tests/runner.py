@@ -10,13 +10,15 @@ import torch
 from conftest import composed
 from omegaconf import OmegaConf
 
-from leanlm import build
-from leanlm.config import Settings, check
-from leanlm.fit import fit
-from leanlm.launch import launch, process_group, rank
-from leanlm.prepare import tokens
-from leanlm.runs import Run
-from leanlm.strategies.checkpoint import checkpoints, load
+from leanlm.common.run_folder import Run
+from leanlm.config.checks import check
+from leanlm.config.schema import Settings
+from leanlm.launch.processes import launch
+from leanlm.launch.ranks import process_group, rank
+from leanlm.training import build
+from leanlm.training.checkpoint import checkpoints, load
+from leanlm.training.data import tokens
+from leanlm.training.fit import fit
 
 MANY = 20  # jobs in one group of processes: each leaves threads of gloo behind, which end with the process
 
@@ -29,7 +31,7 @@ def run_all(jobs: dict[Path, list[str]], processes: int = 1, compiler: str = "in
     """
     multiprocessing.set_forkserver_preload(["runner", "torch._dynamo"])  # the optimizers import it
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leanlm.launch.START_METHOD", "forkserver")
+        patch.setattr("leanlm.launch.processes.START_METHOD", "forkserver")
         for first in range(0, len(jobs), MANY):
             launch(_work, (dict(list(jobs.items())[first : first + MANY]), compiler), processes)
 
@@ -39,9 +41,15 @@ def _work(jobs: dict[Path, list[str]], compiler: str) -> None:
         patch.setattr("torch.compile", partial(torch.compile, backend=compiler))
         importlib.import_module("torch._dynamo.eval_frame")  # the compiler itself, not what stands for it
         dynamo = importlib.import_module("torch._dynamo.config")
-        patch.setattr("leanlm.fit.loss_curve", lambda *_: None)  # takes as long as the training; test_commands looks at it
-        for name, small in (("offload.SMALLEST", 0), ("state.SMALLEST", 64), ("state.PIECE", 1024)):
-            patch.setattr(f"leanlm.memory.{name}", small)  # so that what they bound is met with here
+        patch.setattr(
+            "leanlm.training.fit.loss_curve", lambda *_: None
+        )  # takes as long as the training; test_commands looks at it
+        for name, small in (
+            ("memory.offload.SMALLEST", 0),
+            ("optimizers.adamw.SMALLEST", 64),
+            ("optimizers.adamw.PIECE", 1024),
+        ):
+            patch.setattr(f"leanlm.{name}", small)  # so that what they bound is met with here
         for path, overrides in jobs.items():
             torch.compiler.reset()
             config = composed(*overrides)

@@ -18,18 +18,19 @@ import pytest
 from conftest import composed
 from test_planning import HERE, MODEL, settings
 
-from leanlm.config import Settings, check
-from leanlm.errors import UserError
-from leanlm.launch import WorkerFailed
-from leanlm.plan import choose
+from leanlm.common.errors import UserError
+from leanlm.common.run_folder import Run
+from leanlm.config.checks import check
+from leanlm.config.schema import Settings
+from leanlm.launch.processes import WorkerFailed
 from leanlm.planning import search as searching
+from leanlm.planning.auto import choose
 from leanlm.planning.candidates import Estimate, families, meshes
-from leanlm.planning.device import Device
+from leanlm.planning.hardware.devices import Device
 from leanlm.planning.predict import predict
 from leanlm.planning.report import reason
 from leanlm.planning.search import Answer, _Worker, search
-from leanlm.planning.simulate import stages
-from leanlm.runs import Run
+from leanlm.planning.simulation.step import stages
 from leanlm.strategies.plan import Plan
 
 
@@ -162,8 +163,8 @@ def _chosen(asked: Settings, device: Device, beside: int | None = None) -> tuple
         return Answer([found] * found.fits, [found] * (not found.fits), found, 1, 1)
 
     with (
-        mock.patch("leanlm.planning.search.search", one),
-        mock.patch("leanlm.planning.device.of_config", return_value=device),
+        mock.patch("leanlm.planning.auto.search", one),
+        mock.patch("leanlm.planning.hardware.devices.of_config", return_value=device),
     ):
         return choose(asked, beside=beside)
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from leanlm.data.batches import IGNORE, GlobalBatches, Lanes, WholeSplit, Windows
+from leanlm.data.batches import GlobalBatches, Lanes, WholeSplit, Windows
+from leanlm.models.head import IGNORE
 
 
 def test_windows_read_every_window_once_in_an_epoch() -> None:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from runner import losses
 
-from leanlm.runs import COLUMNS, Run
+from leanlm.common.run_folder import COLUMNS, Run
 
 SMALL = [
     "model.width=16", "data=text", "data.tokenizer=char", "global_batch=8", "sequence=12", "max_steps=6", "log_every=1",
@@ -115,8 +115,8 @@ def test_under_torchrun(text: Path, tmp_path: Path) -> None:
 
 
 FAILING = """
-from leanlm.callbacks.record import Record
-from leanlm.launch import rank
+from leanlm.training.callbacks.record import Record
+from leanlm.launch.processes import rank
 
 def fail(self, trainer, module, batch, batch_idx):
     if rank() == 1 and batch.step == 3:
@@ -228,6 +228,6 @@ def test_compare(run: Path, tmp_path: Path) -> None:
 
 def test_a_peak_is_of_the_process_itself_and_not_of_the_one_that_started_it() -> None:
     large = b"x" * (1 << 30)
-    code = "from leanlm.callbacks.record import peak_memory; print(peak_memory())"
+    code = "from leanlm.training.callbacks.record import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert 50e6 < int(done.stdout) < len(large)

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import composed
 
-from leanlm.cli import command_line
-from leanlm.config import FOLDER, Config, check, exactness
-from leanlm.errors import UserError
+from leanlm.common.errors import UserError
+from leanlm.common.files import CONF
+from leanlm.config.checks import check
+from leanlm.config.command_line import command_line
+from leanlm.config.schema import Config, exactness
+from leanlm.strategies.checks import on_gpus, resolve
 from leanlm.strategies.plan import Plan
-from leanlm.strategies.resolve import on_gpus, resolve
 
 
 def problems(*arguments: str) -> list[str]:
@@ -146,7 +148,7 @@ def test_every_shipped_yaml_is_good(group: str, text: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(corpus, "_fetch", lambda *args: text)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # wandb and mlflow need not be installed here
-    for file in Path(FOLDER, group).glob("*.yaml"):
+    for file in Path(CONF, group).glob("*.yaml"):
         more = [f"data.path={text}"] if (group, file.stem) == ("data", "text") else []
         if group == "device" and "accelerator: cuda" in file.read_text():
             continue
@@ -154,10 +156,10 @@ def test_every_shipped_yaml_is_good(group: str, text: Path, monkeypatch: pytest.
 
 
 def test_every_key_of_the_yaml_files_has_a_comment() -> None:
-    for file in Path(FOLDER).rglob("*.yaml"):
+    for file in Path(CONF).rglob("*.yaml"):
         lines = file.read_text().splitlines()
         assert any("#" in line for line in lines), file
-    for line in Path(FOLDER, "train.yaml").read_text().split("\n\n")[1].splitlines():
+    for line in Path(CONF, "train.yaml").read_text().split("\n\n")[1].splitlines():
         assert "#" in line, line
 
 
@@ -185,7 +187,7 @@ def test_resolve_fills_what_is_left_open() -> None:
 def test_more_processes_than_gpus(
     gpus: int, arguments: list[str], said: str, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leanlm.config.on_gpus", on_gpus)
+    monkeypatch.setattr("leanlm.config.checks.on_gpus", on_gpus)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     arguments = ["data=text", f"data.path={text}", "model=gpt2", "global_batch=16", "sequence=16", "precision=fp32", *arguments]
     check(composed(*arguments))  # no GPU that torch can use

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from leanlm.common.errors import UserError
 from leanlm.data import corpus as corpora
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.corpus import Corpus, Piece, whole
 from leanlm.data.tokens import prepare
-from leanlm.errors import UserError
 
 TEXT = "The café opened.\nNo tea — only coffee…\n\n  two  spaces\tand a tab\nlast line without an end"
 

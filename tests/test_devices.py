@@ -11,17 +11,20 @@ from pathlib import Path
 import pytest
 from conftest import composed
 
-from leanlm.config import Settings, check
-from leanlm.errors import UserError
-from leanlm.planning import cards
+from leanlm.common.errors import UserError
+from leanlm.common.machine import memory_limit
+from leanlm.config.checks import check
+from leanlm.config.device_sheets import size
+from leanlm.config.schema import Settings
 from leanlm.planning.candidates import families
-from leanlm.planning.device import SLICE, Device, count, memory_limit, of_config, size
-from leanlm.planning.gpu import REACHED
+from leanlm.planning.hardware import gpus as cards
+from leanlm.planning.hardware.devices import SLICE, Device, count, of_config
+from leanlm.planning.hardware.roofline import seconds
 from leanlm.planning.predict import predict
-from leanlm.planning.roofline import seconds
 from leanlm.planning.search import search
-from leanlm.planning.simulate import stages
-from leanlm.planning.trace import Work
+from leanlm.planning.simulation.gpu import REACHED
+from leanlm.planning.simulation.step import stages
+from leanlm.planning.simulation.trace import Work
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
 
@@ -52,7 +55,7 @@ def test_sizes_and_limits() -> None:
 
 
 def test_links_differ_by_kind_and_processes_share_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanlm.planning.device.cores", lambda: 2)
+    monkeypatch.setattr("leanlm.planning.hardware.devices.cores", lambda: 2)
     card = replace(of_config(CARD), links={"all-gather": 1e9})
     gather, reduce = (Work(collective=kind, size=8_000_000, ranks=2) for kind in ("all-gather", "all-reduce"))
     assert _cost(gather, card) == pytest.approx(1e-5 + 4_000_000 / 1e9)  # each of two sends half
@@ -88,7 +91,7 @@ def test_a_processor_moves_operands_before_it_multiplies_and_a_card_meanwhile() 
 def test_the_probe_measures_two_processes_and_weighs_nothing_of_its_caller(tmp_path: Path) -> None:
     """A script, without a guard, that has more in memory than a run: processes that it starts would run it again."""
     script = tmp_path / "script.py"
-    script.write_text("import json\nfrom leanlm.planning.probe import measured\nweight = b'x' * 200_000_000\n"
+    script.write_text("import json\nfrom leanlm.planning.hardware.probe import measured\nweight = b'x' * 200_000_000\n"
                       "print(json.dumps(measured()))")  # fmt: skip
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100, check=True)
     found = json.loads(done.stdout)
@@ -96,7 +99,7 @@ def test_the_probe_measures_two_processes_and_weighs_nothing_of_its_caller(tmp_p
     assert min(*found["alone"]["flops"].values(), *found["pair"]["flops"].values()) > 1e8  # others may be at work here too
     assert min(found["links"].values()) > 0
     one, several, launcher = found["process"]
-    code = "import leanlm.fit\nfrom leanlm.callbacks.record import memory_now\nprint(memory_now())"
+    code = "import leanlm.fit\nfrom leanlm.training.callbacks.record import memory_now\nprint(memory_now())"
     plain = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert one == pytest.approx(plain, rel=0.15)
     assert launcher < one < several

@@ -11,14 +11,14 @@ import psutil
 import pytest
 from runner import losses
 
-from leanlm.runs import Run
-from leanlm.strategies import checkpoint
-from leanlm.supervise import OUT_OF_MEMORY
+from leanlm.common.run_folder import Run
+from leanlm.launch.supervisor import OUT_OF_MEMORY
+from leanlm.training import checkpoint
 
 FAULTY = """
 import os, pathlib, resource, signal, time, torch
-from leanlm.callbacks.record import Record
-from leanlm.launch import rank
+from leanlm.training.callbacks.record import Record
+from leanlm.launch.processes import rank
 from leanlm.models.transformer import Transformer
 
 class Faulty(Transformer):

@@ -9,13 +9,14 @@ from conftest import composed
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from leanlm import build as builders
-from leanlm.config import check
-from leanlm.evaluate import Evaluate, evaluate, restore
-from leanlm.fit import fit
-from leanlm.generate import _pick, generate
+from leanlm.common.run_folder import Run
+from leanlm.config.checks import check
+from leanlm.inference.evaluation import Evaluate, evaluate
+from leanlm.inference.restoring import restore
 from leanlm.models.contract import Model, initialize
-from leanlm.runs import Run
+from leanlm.models.generation import LogitsAfter, generate, pick
+from leanlm.training import build as builders
+from leanlm.training.fit import fit
 
 MODELS = {
     "lstm": ["model=lstm", "model.width=12", "model.depth=2"],
@@ -47,7 +48,7 @@ def test_cached_equals_from_scratch(model: str, temperature: float) -> None:
     net = build(model, 16)
     prompt = [3, 1, 4, 1, 5]
     cached = list(generate(net, prompt, 60, temperature, seed=2))
-    assert cached == list(generate(net, prompt, 60, temperature, seed=2, cached=False))
+    assert cached == list(generate(LogitsAfter(net, cached=False), prompt, 60, temperature, seed=2))
     assert len(cached) == 60
 
 
@@ -79,7 +80,7 @@ def test_top_k_and_top_p_draw_from_the_likeliest_only() -> None:
 
     def drawn(**options: float) -> set[int]:
         return {
-            _pick(logits, options.get("temperature", 1.0), int(options.get("top_k", 0)), options.get("top_p", 1.0), draw)
+            pick(logits, options.get("temperature", 1.0), int(options.get("top_k", 0)), options.get("top_p", 1.0), draw)
             for _ in range(400)
         }
 
@@ -89,7 +90,7 @@ def test_top_k_and_top_p_draw_from_the_likeliest_only() -> None:
     assert drawn(top_p=0.39) == {1}
     assert drawn(top_p=0.71) == {1, 2, 3}
     assert drawn(temperature=0) == {1}
-    counts = torch.bincount(torch.tensor([_pick(logits, 1.0, 0, 1.0, draw) for _ in range(4000)]), minlength=5) / 4000
+    counts = torch.bincount(torch.tensor([pick(logits, 1.0, 0, 1.0, draw) for _ in range(4000)]), minlength=5) / 4000
     assert (counts - logits.exp()).abs().max() < 0.04
 
 
@@ -129,7 +130,7 @@ def test_a_sample_comes_last_and_may_fail(
         yield 1
         raise RuntimeError("no memory\nfor this")
 
-    monkeypatch.setattr("leanlm.fit.generate", fails)
+    monkeypatch.setattr("leanlm.training.fit.generate", fails)
     config = composed(*MODELS["lstm"], "data=text", f"data.path={text}", "data.tokenizer=char", "global_batch=4", "sequence=16",
                       "max_steps=2", "device=cpu", "logger=csv")  # fmt: skip
     result = fit(check(config), OmegaConf.to_container(config, resolve=True), tmp_path)
@@ -161,7 +162,7 @@ def test_the_whole_split_against_a_plain_loop(run: Run, lanes: int) -> None:
     tokenizer, cut = restore(settings.config, settings.plan, run)
     net = cut.net
     found = evaluate(Evaluate(run=str(run.path), lanes=lanes, strategy=settings.plan, rows=3))
-    from leanlm.prepare import tokens
+    from leanlm.training.data import tokens
 
     numbers = torch.from_numpy(tokens(settings).splits["validation"].astype("int64"))
     read = torch.cat((torch.tensor([tokenizer.start]), numbers[:-1]))

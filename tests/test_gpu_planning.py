@@ -13,21 +13,25 @@ from conftest import composed
 from omegaconf import OmegaConf
 from torch import nn
 
-from leanlm import build
-from leanlm.config import FOLDER, Settings, check
-from leanlm.memory import kernels, loss
+from leanlm.common.files import CONF
+from leanlm.config.checks import check
+from leanlm.config.schema import Settings
+from leanlm.memory import loss
+from leanlm.models import kernels
 from leanlm.models.transformer import attend
-from leanlm.planning import gpu, reading
-from leanlm.planning.allocator import PAGES, reserved
+from leanlm.planning import inference as reading
 from leanlm.planning.candidates import families
 from leanlm.planning.choice import Choice
-from leanlm.planning.device import Device, of_config
+from leanlm.planning.hardware.devices import Device, of_config
+from leanlm.planning.hardware.roofline import seconds
 from leanlm.planning.parts import FREED, PARTS, peaks, with_overhead
 from leanlm.planning.predict import predict
-from leanlm.planning.roofline import seconds
-from leanlm.planning.simulate import simulate, stages
-from leanlm.planning.trace import Work
+from leanlm.planning.simulation import gpu
+from leanlm.planning.simulation.allocator import PAGES, reserved
+from leanlm.planning.simulation.step import simulate, stages
+from leanlm.planning.simulation.trace import Work
 from leanlm.strategies.plan import Plan
+from leanlm.training import build
 
 MIB = 1 << 20
 WORDS = 10_573  # types of the text that was used
@@ -42,7 +46,7 @@ RUNS = [  # overrides, types, MiB of tensors and MiB that torch's allocator took
 
 
 def card(name: str = "h200") -> Device:
-    node: Any = OmegaConf.to_container(OmegaConf.load(Path(FOLDER, "device", f"{name}.yaml")))
+    node: Any = OmegaConf.to_container(OmegaConf.load(Path(CONF, "device", f"{name}.yaml")))
     return of_config(node)
 
 
@@ -201,8 +205,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("ignored", [False, True])
 def test_the_loss_by_rows(bias: bool, ignored: bool, told: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from leanlm.data.batches import IGNORE
-    from leanlm.models.head import Head
+    from leanlm.models.head import IGNORE, Head
 
     torch.manual_seed(0)
     monkeypatch.setattr(loss, "logits_memory", lambda device: 0)
@@ -250,7 +253,7 @@ def test_recurrences_of_a_gpu_are_in_bf16_under_autocast(layer: Any, told: None)
 
 
 def test_evaluation_within_a_card(text: Path) -> None:
-    node: Any = OmegaConf.to_container(OmegaConf.load(Path(FOLDER, "device", "l4.yaml")))
+    node: Any = OmegaConf.to_container(OmegaConf.load(Path(CONF, "device", "l4.yaml")))
     base = ["data=text", f"data.path={text}", "data.tokenizer=byte", "model=small", "sequence=64"]
 
     def within(rows: int, memory: int) -> Any:

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from leanlm.data.batches import IGNORE
-from leanlm.launch import launch, process_group
+from leanlm.launch.processes import launch
+from leanlm.launch.ranks import process_group
 from leanlm.memory import loss
-from leanlm.models.head import AdaptiveHead, Head
+from leanlm.models.head import IGNORE, AdaptiveHead, Head
 
 
 def setup(vocabulary: int, bias: bool, dtype: torch.dtype) -> tuple[Head, torch.Tensor, torch.Tensor]:

@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from runner import losses
 
-from leanlm.config import FOLDER
-from leanlm.launch import adopt_slurm
+from leanlm.common.files import CONF
+from leanlm.launch.ranks import adopt_slurm
 
 SMALL = [
     "model=small", "model.width=16", "data=text", "data.tokenizer=char", "global_batch=8", "sequence=12", "max_steps=6",
@@ -98,7 +98,7 @@ def test_the_job_that_slurm_gets(tmp_path: Path) -> None:
     from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
     overrides = ["hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=4", "strategy=fsdp"]
-    with initialize_config_dir(FOLDER, version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", overrides=[*overrides, "hydra.job.num=0", "hydra.job.id=0"], return_hydra_config=True)
     asked = OmegaConf.to_container(config.hydra.launcher, resolve=False)
     assert asked["_target_"].endswith("SlurmLauncher")

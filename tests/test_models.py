@@ -6,7 +6,7 @@ from conftest import composed
 from hydra.utils import instantiate
 from torch import nn
 
-from leanlm.config import typed
+from leanlm.config.arguments import typed
 from leanlm.models import dropout
 from leanlm.models.contract import Model, initialize
 
@@ -195,7 +195,7 @@ def test_sizes_that_cannot_work_are_explained(wrong: dict) -> None:
 def test_every_preset_is_typed() -> None:
     from pathlib import Path
 
-    from leanlm.config import FOLDER
+    from leanlm.common.files import CONF
 
-    for file in Path(FOLDER, "model").glob("*.yaml"):
+    for file in Path(CONF, "model").glob("*.yaml"):
         assert typed(composed(f"model={file.stem}"))[0] == []

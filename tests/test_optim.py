@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from leanlm import optimizers
-from leanlm.memory import kernels
+from leanlm.models import kernels
 from leanlm.models.contract import initialize
 from leanlm.models.transformer import Transformer
-from leanlm.optim import Optim, factor
-from leanlm.optimizers import build
-from leanlm.strategies.plan import Plan
+from leanlm.optimizers.build import build
+from leanlm.optimizers.muon import Muon
+from leanlm.optimizers.settings import Optim, factor
 
 
 def test_warm_up_then_each_shape() -> None:
@@ -43,7 +42,7 @@ def test_only_matrices_decay(name: str) -> None:
     """With no gradient, decoupled decay is all that a step does."""
     net = model()
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    optimizer = build(net.named_parameters(), Optim(name=name, weight_decay=0.5, lr=0.1, muon_lr=0.1), Plan(), None)
+    optimizer = build(net.named_parameters(), Optim(name=name, weight_decay=0.5, lr=0.1, muon_lr=0.1))
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -54,7 +53,7 @@ def test_only_matrices_decay(name: str) -> None:
 
 def test_muon_takes_the_matrices_of_blocks_only() -> None:
     net = model()
-    optimizer = build(net.named_parameters(), Optim(name="muon", lr=1e-3, muon_lr=0.3), Plan(), None)
+    optimizer = build(net.named_parameters(), Optim(name="muon", lr=1e-3, muon_lr=0.3))
     names = {parameter: n for n, parameter in net.named_parameters()}
     peaks = {names[p]: group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
     assert peaks.keys() == dict(net.named_parameters()).keys()
@@ -73,7 +72,7 @@ def test_combined_equals_its_parts_after_loading_state() -> None:
 
     one, two = model(), model()
     optim = Optim(name="muon", lr=1e-2, muon_lr=0.05, betas=[0.8, 0.9], weight_decay=0.1)
-    combined = build(one.named_parameters(), optim, Plan(), None)
+    combined = build(one.named_parameters(), optim)
     matrices = [p for n, p in two.named_parameters() if n.startswith("blocks.") and p.dim() == 2]
     rest = [p for p in two.parameters() if not any(p is m for m in matrices)]
     muon = torch.optim.Muon(matrices, lr=0.05, weight_decay=0.1, momentum=0.95)
@@ -88,7 +87,7 @@ def test_combined_equals_its_parts_after_loading_state() -> None:
         muon.step()
         adamw.step()
         state = combined.state_dict()
-        combined = build(one.named_parameters(), optim, Plan(), None)
+        combined = build(one.named_parameters(), optim)
         combined.load_state_dict(state)
     for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
@@ -97,13 +96,13 @@ def test_combined_equals_its_parts_after_loading_state() -> None:
 def test_muon_in_stacks_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tall, wide and square matrices, at most three in a stack, against torch's Muon, which takes them one by one."""
     monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(optimizers, "STACK", 3 * 16 * 16)
+    monkeypatch.setattr("leanlm.optimizers.muon.STACK", 3 * 16 * 16)
     torch.manual_seed(0)
     shapes = [(16, 16), (24, 16), (16, 16), (16, 48), (16, 16), (24, 16), (16, 16)]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
     settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
-    stacked, plain = optimizers.Muon([{"params": ours}], **settings), torch.optim.Muon(theirs, **settings)
+    stacked, plain = Muon([{"params": ours}], **settings), torch.optim.Muon(theirs, **settings)
     for _ in range(3):
         for one, other in zip(ours, theirs, strict=True):
             one.grad = torch.randn_like(one)

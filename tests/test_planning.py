@@ -12,19 +12,23 @@ import torch
 import torch.distributed as dist
 from conftest import composed
 
-from leanlm import build
-from leanlm.config import Settings, check
-from leanlm.errors import UserError
-from leanlm.launch import launch, process_group
-from leanlm.memory import loss, malloc, offload, state
-from leanlm.planning import pretend, reading
+from leanlm.common.errors import UserError
+from leanlm.config.checks import check
+from leanlm.config.schema import Settings
+from leanlm.launch.processes import launch
+from leanlm.launch.ranks import process_group
+from leanlm.memory import loss, malloc, offload
+from leanlm.optimizers import adamw as state
+from leanlm.planning import inference as reading
 from leanlm.planning.choice import Choice
-from leanlm.planning.device import Device, of_config
+from leanlm.planning.hardware.devices import Device, of_config
 from leanlm.planning.parts import ONE_PROCESS, peaks
 from leanlm.planning.predict import _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
-from leanlm.planning.simulate import ends, simulate, stages
-from leanlm.planning.trace import Work
+from leanlm.planning.simulation import fake_world as pretend
+from leanlm.planning.simulation.step import ends, simulate, stages
+from leanlm.planning.simulation.trace import Work
 from leanlm.strategies.plan import Plan
+from leanlm.training import build
 
 MODEL = [
     "model=gpt2",
@@ -46,9 +50,9 @@ def _measured(settings: Settings) -> list[list[int]]:
     """Bytes of parameters and of optimizer state on each rank of a real run."""
     import lightning.pytorch as pl
 
-    from leanlm import build
-    from leanlm.callbacks.record import of_ranks
-    from leanlm.planning.simulate import _Batches
+    from leanlm.launch.ranks import of_ranks
+    from leanlm.planning.simulation.step import _Batches
+    from leanlm.training import build
 
     with process_group("cpu"):
         cut = build.cut(settings.config, settings.plan, 256)

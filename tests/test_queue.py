@@ -19,16 +19,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from leanlm.callbacks.checkpoints import Told
-from leanlm.callbacks.record import Record, of_ranks
-from leanlm.config import check
+from leanlm.common.run_folder import Run
+from leanlm.config.checks import check
 from leanlm.data.prefetch import in_a_thread
-from leanlm.fit import fit
-from leanlm.launch import Stopped, launch, process_group, rank
-from leanlm.memory import kernels, loss
-from leanlm.module import LanguageModel
-from leanlm.runs import Run
-from leanlm.strategies import checkpoint
+from leanlm.launch.processes import Stopped, launch
+from leanlm.launch.ranks import of_ranks, process_group, rank
+from leanlm.memory import loss
+from leanlm.models import kernels
+from leanlm.training import checkpoint
+from leanlm.training.callbacks.checkpoints import Told
+from leanlm.training.callbacks.record import Record
+from leanlm.training.fit import fit
+from leanlm.training.lightning_module import LanguageModel
 
 STEPS = 6
 MODELS = {
@@ -107,7 +109,7 @@ def counted(arguments: list[str], path: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LanguageModel, "training_step", training_step)
         patch.setattr(Told, "wait", wait)
-        patch.setattr("leanlm.fit.loss_curve", lambda *_: None)
+        patch.setattr("leanlm.training.fit.loss_curve", lambda *_: None)
         patch.setattr(kernels, "on_gpu", lambda tensor: True)
         patch.setattr(kernels, "to_device", lambda tensor, device: tensor)  # which does not wait
         patch.setattr(loss, "logits_memory", lambda device: 1 << 20)
@@ -144,7 +146,7 @@ def several(arguments: list[str], path: Path) -> tuple[list[str], list[str]]:
 def test_ranks_wait_for_no_device_and_stop_at_the_same_step(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leanlm.launch.START_METHOD", "forkserver")
+    monkeypatch.setattr("leanlm.launch.processes.START_METHOD", "forkserver")
     found, messages = launch(several, (overrides("transformer", text, "strategy.replicate=2"), tmp_path), 2)
     assert found == []
     assert len(messages) == 2

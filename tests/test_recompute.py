@@ -13,12 +13,13 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from leanlm import build
-from leanlm.config import check
-from leanlm.memory import kernels, loss, offload
+from leanlm.config.checks import check
+from leanlm.memory import loss, offload
 from leanlm.memory.recompute import levels
+from leanlm.models import kernels
 from leanlm.models.contract import initialize
 from leanlm.strategies.stage import Stage
+from leanlm.training import build
 
 GPT2 = ["model=gpt2", "model.heads=4"]
 

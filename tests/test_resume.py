@@ -15,13 +15,13 @@ from conftest import composed
 from omegaconf import OmegaConf
 from runner import losses, run_all
 
-from leanlm.config import check
-from leanlm.errors import UserError
-from leanlm.fit import fit
-from leanlm.launch import Stopped
-from leanlm.runs import Run
-from leanlm.strategies import checkpoint
+from leanlm.common.errors import UserError
+from leanlm.common.run_folder import Run
+from leanlm.config.checks import check
+from leanlm.launch.processes import Stopped
 from leanlm.train import train
+from leanlm.training import checkpoint
+from leanlm.training.fit import fit
 
 STEPS = 48
 MODELS = {
@@ -148,7 +148,7 @@ def test_a_signal_saves_first(number: int, whole: tuple[str, Path], text: Path, 
     model, reference = whole
     path, handler = tmp_path / "run", signal.getsignal(number)
 
-    from leanlm.callbacks.record import Record
+    from leanlm.training.callbacks.record import Record
 
     step = Record.on_train_batch_end
 
@@ -173,7 +173,7 @@ def test_stopped_in_validation_goes_on_with_it(whole: tuple[str, Path], text: Pa
     model, reference = whole
     path = tmp_path / "run"
 
-    from leanlm.callbacks.checkpoints import Checkpoints
+    from leanlm.training.callbacks.checkpoints import Checkpoints
 
     class Kill(Checkpoints):
         def on_validation_batch_start(self, trainer, *args):
@@ -182,7 +182,7 @@ def test_stopped_in_validation_goes_on_with_it(whole: tuple[str, Path], text: Pa
             super().on_validation_batch_start(trainer, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leanlm.fit.Checkpoints", Kill)
+        patch.setattr("leanlm.training.fit.Checkpoints", Kill)
         with pytest.raises(Stopped):
             live(overrides(model, text), path)
     assert newest_step(Run(path).checkpoints) == 14

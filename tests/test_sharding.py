@@ -9,14 +9,15 @@ from conftest import composed
 from runner import losses, run_all
 from torch.distributed.tensor import DTensor
 
-from leanlm import build
-from leanlm.callbacks.record import of_ranks, peak_memory
-from leanlm.config import check
+from leanlm.common.errors import UserError
+from leanlm.common.machine import peak_memory
+from leanlm.common.run_folder import Run
+from leanlm.config.checks import check
 from leanlm.data.batches import Batch
-from leanlm.errors import UserError
-from leanlm.launch import launch, process_group
-from leanlm.runs import Run
+from leanlm.launch.processes import launch
+from leanlm.launch.ranks import of_ranks, process_group
 from leanlm.strategies.plan import Plan
+from leanlm.training import build
 
 VOCABULARY, WIDTH, DEPTH, HEAD = 256, 64, 4, 256 * 64
 BLOCK = 12 * WIDTH**2  # no biases, no norm weights
@@ -67,7 +68,7 @@ def _gradient_storages(overrides: list[str]) -> list[list[int]]:
     gradients were gone when the second step began."""
     import lightning.pytorch as pl
 
-    from leanlm.planning.simulate import _Batches
+    from leanlm.planning.simulation.step import _Batches
 
     class Look(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
@@ -211,7 +212,7 @@ def _offloaded(size: int) -> bool:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard
 
-    from leanlm.spread import local, with_layout
+    from leanlm.common.dtensors import local, with_layout
 
     with process_group("cpu"):
         mesh = init_device_mesh("cpu", (2,))

@@ -12,17 +12,18 @@ from conftest import composed
 from runner import losses, run_all
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from leanlm import build
-from leanlm.callbacks.record import memory_now
-from leanlm.config import check
-from leanlm.errors import UserError
-from leanlm.memory import malloc, offload, state
+from leanlm.common.errors import UserError
+from leanlm.common.machine import memory_now
+from leanlm.common.run_folder import Run
+from leanlm.config.checks import check
+from leanlm.memory import malloc, offload
 from leanlm.memory.offload import Scratch
-from leanlm.memory.state import AdamW, code_values
-from leanlm.optimizers import Adafactor, Muon
-from leanlm.runs import Run
-from leanlm.strategies import checkpoint
-from leanlm.strategies.checkpoint import checkpoints
+from leanlm.optimizers import adamw as state
+from leanlm.optimizers.adafactor import Adafactor
+from leanlm.optimizers.adamw import AdamW, code_values
+from leanlm.optimizers.muon import Muon
+from leanlm.training import build, checkpoint
+from leanlm.training.checkpoint import checkpoints
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
 
@@ -253,8 +254,8 @@ import sys, torch, leanlm
 from pathlib import Path
 from leanlm.memory import malloc
 from leanlm.memory.offload import scratch
-from leanlm.memory.state import AdamW
-from leanlm.strategies import checkpoint
+from leanlm.optimizers.adamw import AdamW
+from leanlm.training import checkpoint
 
 def status(key):
     return int([line for line in open("/proc/self/status") if line.startswith(key)][0].split()[1]) >> 10

@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
 from leanlm.memory.recompute import again
-from leanlm.planning.kernels import CHECKPOINTED, LAYOUT, SELECTIVE
 from leanlm.planning.parts import peaks
-from leanlm.planning.trace import Trace, Work
+from leanlm.planning.simulation.operations import CHECKPOINTED, LAYOUT, SELECTIVE
+from leanlm.planning.simulation.trace import Trace, Work
 
 
 def test_a_trace_counts_what_real_tensors_hold() -> None:
@@ -93,7 +93,7 @@ import sys, torch, leanlm
 from torch._subclasses.fake_tensor import FakeTensorMode
 from leanlm.memory.malloc import return_freed_memory
 from leanlm.planning.parts import peaks
-from leanlm.planning.trace import Trace
+from leanlm.planning.simulation.trace import Trace
 return_freed_memory()
 torch.set_num_threads(1)
 
@@ -140,7 +140,7 @@ def test_a_recurrence_reads_its_weights_again_for_each_token(monkeypatch: pytest
 
     moved()  # what is done once
     with_them = moved()
-    monkeypatch.setattr("leanlm.planning.trace.read_again", lambda *_: 0)
+    monkeypatch.setattr("leanlm.planning.simulation.trace.read_again", lambda *_: 0)
     assert (with_them - moved()) * LAYOUT == 3 * (tokens - 1) * 4 * width * width * 4  # of what a product moves, that counts
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from conftest import composed
 
-from leanlm.callbacks.record import Record
-from leanlm.config import check
-from leanlm.planning.cards import sheet as sheet_of
-from leanlm.precision import automatic
-from leanlm.runs import COLUMNS, Run, Table
-from leanlm.utilization import full_speed, instead_of_fp32, operations_per_token
+from leanlm.common.precision import automatic
+from leanlm.common.run_folder import COLUMNS, Run, Table
+from leanlm.config.checks import check
+from leanlm.config.device_sheets import sheet as sheet_of
+from leanlm.training.callbacks.record import Record
+from leanlm.training.utilization import full_speed, instead_of_fp32, operations_per_token
 
 CARD = "NVIDIA H100 80GB HBM3"
 
@@ -47,7 +47,7 @@ def test_what_fp32_gives_away() -> None:
 
 
 def test_auto_is_bf16_where_a_card_has_it_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanlm.precision.gpu_has_bf16", lambda: True)
+    monkeypatch.setattr("leanlm.common.precision.gpu_has_bf16", lambda: True)
     sheets = {name: {"accelerator": "cuda", "flops": sheet_of(name)["flops"]} for name in (CARD, "NVIDIA T4")}
     assert automatic(sheets[CARD]) == "bf16-mixed"
     assert automatic(sheets["NVIDIA T4"]) == "fp32"  # it emulates bf16

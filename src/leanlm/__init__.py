@@ -3,16 +3,12 @@
 import os
 import time
 
-from leanlm.lazy import put_off_imports
-
 __version__ = "0.1.0"
 BEGAN = time.monotonic()
 
-put_off_imports()
-
-# on a CPU torch then asks Linux for pages of 2 MiB for large tensors, which come faster; it reads this once
+# On a CPU torch then asks Linux for pages of 2 MiB for large tensors, which come faster. torch reads this once.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-# on a GPU, what was freed then makes room for tensors of any size; torch reads this once too
+# On a GPU, what was freed then makes room for tensors of any size. torch reads this once, too.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -2,78 +2,9 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
-
-from leanlm.callbacks.plots import bars, loss_curve
-from leanlm.errors import UserError
-from leanlm.runs import Run
-
-
-def compare(paths: list[Path], into: Path) -> Path:
-    """Print a table of finished runs and draw `comparison.png` in the folder `into`; runs without a result are named.
-
-    Raises:
-        UserError: none of the paths is a finished run.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    runs = {path.name: Run(path) for path in paths}
-    results = {name: run.results() for name, run in runs.items() if run.result.is_file()}
-    if not results:
-        raise UserError("none of these is the folder of a finished run: " + ", ".join(map(str, paths)))
-    base = next(iter(results.values()))
-    table = Table()
-    for column in (
-        "run",
-        "validation loss",
-        "perplexity",
-        "tokens/s",
-        "peak MiB per rank",
-        "exactness",
-        "largest difference*",
-    ):
-        table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
-    first = curve(next(iter(runs.values())))
-    for name, result in results.items():
-        shared = [abs(loss - first[step]) for step, loss in curve(runs[name]).items() if step in first]
-        same = result["parameters"] == base["parameters"] and shared
-        table.add_row(
-            name,
-            f"{result['loss']:.4f}",
-            f"{result['perplexity']:.2f}",
-            f"{result['tokens_per_second']:,.0f}",
-            ", ".join(f"{peak / 2**20:,.0f}" for peak in result["peak_memory_bytes"]),
-            result["exactness"],
-            f"{max(shared):.1e}" if same else "-",
-        )
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    console.print(f"* of the training loss from that of {next(iter(results))}, where the model has the same size")
-    for name in runs.keys() - results.keys():
-        console.print(f"{name}: not finished")
-    loss_curve({name: runs[name] for name in results}, into / "comparison-loss.png")
-    bars(results, into / "comparison.png")
-    console.print(f"pictures: {into / 'comparison-loss.png'}, {into / 'comparison.png'}")
-    return into / "comparison.png"
-
-
-def curve(run: Run) -> dict[float, float]:
-    """Step -> training loss."""
-    return {row["step"]: row["train_loss"] for row in run.rows() if "train_loss" in row}
-
-
-class CompareSweep(Callback):
-    """Hydra callback: one comparison when a sweep has ended."""
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        paths = sorted((file.parent for file in folder.glob("*/config.yaml")), key=lambda path: int(path.name.split("_")[0]))
-        if len(paths) > 1 and any(Run(path).result.is_file() for path in paths):
-            compare(paths, folder)
+from leanlm.common.errors import UserError
+from leanlm.reporting.comparison import compare
 
 
 def main() -> None:

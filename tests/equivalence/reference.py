@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from conftest import composed
 
-from leanlm import build
-from leanlm.config import Settings, check
+from leanlm.config.checks import check
+from leanlm.config.schema import Settings
 from leanlm.models.dropout import draw, row_keys, sites
-from leanlm.prepare import tokens
 from leanlm.strategies.schedules import SCHEDULES
+from leanlm.training import build
+from leanlm.training.data import tokens, training_batches
 
 STEPS, ROWS = 15, 8
 MODELS = {
@@ -58,8 +59,8 @@ def settings(model: str, text: Path, depth: int | None = None) -> Settings:
 def plain_loop(settings: Settings) -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
     """No Lightning, no plan, no chunks: the definition of a run. Returns losses, weights and gradient norms."""
     config = settings.config
-    data = tokens(settings)
-    net = build.cut(config, settings.plan, data.tokenizer.vocabulary).net
+    prepared = tokens(settings)
+    net = build.cut(config, settings.plan, prepared.tokenizer.vocabulary).net
     named = list(net.named_parameters())
     hidden = [p for n, p in named if config.optim.name == "muon" and p.dim() == 2 and n.startswith("blocks.")]
     rest = [p for _, p in named if not any(p is h for h in hidden)]
@@ -74,7 +75,7 @@ def plain_loop(settings: Settings) -> tuple[list[float], dict[str, torch.Tensor]
     optimizers += [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1)] if hidden else []
     peaks = [(g, g["lr"]) for o in optimizers for g in o.param_groups]
     curve, norms, states = [], [], None
-    batches = iter(build.training_batches(settings, data, net))
+    batches = iter(training_batches(settings, prepared, net))
     for step in range(STEPS):
         batch = next(batches)
         for o in optimizers:

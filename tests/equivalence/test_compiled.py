@@ -13,9 +13,9 @@ from conftest import composed
 from reference import STEPS, overrides, plain_loop, settings
 from runner import final_weights, losses, run_all
 
-from leanlm import build
-from leanlm.config import check
+from leanlm.config.checks import check
 from leanlm.memory import loss
+from leanlm.training import build
 
 COMPILED = {"compile": "true"}
 CASES = {  # model, plan, processes

@@ -12,13 +12,14 @@ from reference import MODELS, STEPS, overrides, plain_loop, settings
 from runner import final_weights, losses, run_all
 from test_memory import TECHNIQUES, fits
 
-from leanlm.config import check
-from leanlm.evaluate import Evaluate, evaluate
-from leanlm.fit import fit
-from leanlm.launch import launch, process_group
-from leanlm.module import LanguageModel
-from leanlm.runs import Run
+from leanlm.common.run_folder import Run
+from leanlm.config.checks import check
+from leanlm.inference.evaluation import Evaluate, evaluate
+from leanlm.launch.processes import launch
+from leanlm.launch.ranks import process_group
 from leanlm.strategies.plan import Plan
+from leanlm.training.fit import fit
+from leanlm.training.lightning_module import LanguageModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 PAIRED = [names for names in combinations(TECHNIQUES, 2) if not {"step in backward", "ZeRO-1", "native"} & set(names)]
@@ -113,8 +114,8 @@ def sharing(arguments: list[str], path: Path) -> None:
     torch.zeros((), device="cuda:0")  # a mesh would else choose a GPU for each
     with process_group("cpu"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(CUDAAccelerator, "parse_devices", staticmethod(lambda devices: [0] * devices))
-        patch.setattr("leanlm.build.device", lambda config: torch.device("cuda", 0))
-        patch.setattr("leanlm.config.on_gpus", lambda *_: [])
+        patch.setattr("leanlm.training.build.device", lambda config: torch.device("cuda", 0))
+        patch.setattr("leanlm.config.checks.on_gpus", lambda *_: [])
         run(arguments, path)
 
 

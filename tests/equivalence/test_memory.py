@@ -9,7 +9,7 @@ import torch
 from reference import STEPS, overrides, settings, supported
 from runner import final_weights, losses, run_all
 
-from leanlm.runs import Run
+from leanlm.common.run_folder import Run
 
 DEPTH = 4
 TECHNIQUES = {

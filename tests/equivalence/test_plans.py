@@ -11,10 +11,10 @@ from conftest import composed
 from reference import MODELS, ROWS, STEPS, overrides, plain_loop, settings
 from runner import final_weights, losses, run_all
 
-from leanlm import build
-from leanlm.config import check
-from leanlm.module import LanguageModel
-from leanlm.prepare import tokens
+from leanlm.config.checks import check
+from leanlm.training import build
+from leanlm.training.data import tokens, training_batches
+from leanlm.training.lightning_module import LanguageModel
 
 ONE_PROCESS = {
     "single": {},
@@ -64,9 +64,9 @@ def test_same_curve_and_weights(model: str, plan: str, text: Path, references, r
 def test_counts_are_unequal(text: Path) -> None:
     """Without this, a mean of means would pass the tests above."""
     config = check(composed(*overrides("gpt2", text, {"accumulate_grad_batches": 4})))
-    data = tokens(config)
-    net = build.cut(config.config, config.plan, data.tokenizer.vocabulary).net
-    micros = list(build.training_batches(config, data, net).step(0))
+    prepared = tokens(config)
+    net = build.cut(config.config, config.plan, prepared.tokenizer.vocabulary).net
+    micros = list(training_batches(config, prepared, net).step(0))
     counts = [(micro.target != -100).sum().item() for micro in micros]
     assert len(set(counts)) > 1
     assert {micro.step_tokens for micro in micros} == {sum(counts)}

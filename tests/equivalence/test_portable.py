@@ -8,12 +8,12 @@ import pytest
 from reference import overrides, supported
 from runner import losses, run_all
 
-from leanlm.evaluate import Evaluate, evaluate
-from leanlm.generate import Generate
-from leanlm.generate import _main as write
-from leanlm.runs import Run
-from leanlm.strategies import checkpoint
+from leanlm.common.run_folder import Run
+from leanlm.generate import job as write
+from leanlm.inference.continuation import Generate
+from leanlm.inference.evaluation import Evaluate, evaluate
 from leanlm.strategies.plan import Plan
+from leanlm.training import checkpoint
 
 DEPTH = 4
 PLANS = {

@@ -11,8 +11,8 @@ from reference import ROWS, STEPS, plain_loop
 from runner import final_weights, losses, run_all
 
 import leanlm
-from leanlm.config import check
-from leanlm.errors import UserError
+from leanlm.common.errors import UserError
+from leanlm.config.checks import check
 
 TESTS = Path(__file__).resolve().parents[1]
 PLANS = {

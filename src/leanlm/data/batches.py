@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-IGNORE = -100  # a target that is not counted (the value that torch's losses ignore)
+from leanlm.models.head import IGNORE
 
 
 class Batch(NamedTuple):

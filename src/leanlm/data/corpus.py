@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from leanlm.errors import UserError
+from leanlm.common.errors import UserError
+from leanlm.common.files import cache_folder
 
 CHUNK = 1 << 22  # bytes read at a time; a chunk ends at a line end
 
@@ -176,12 +177,6 @@ WIKITEXT2 = Download(
         "test.txt": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
     },
 )
-
-
-def cache_folder() -> Path:
-    """Where prepared data lives: `LEANLM_CACHE`, or `leanlm` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanlm"
-    return Path(os.environ.get("LEANLM_CACHE") or default).expanduser()
 
 
 def _fetch(path: str | None, corpus: str, name: str, source: Download) -> Path:

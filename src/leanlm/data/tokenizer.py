@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from leanlm.errors import UserError
+from leanlm.common.errors import UserError
 
 NAMES = ("byte", "char", "word", "bpe")
 

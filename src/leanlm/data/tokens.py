@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from leanlm.common.files import cache_folder
 from leanlm.data import tokenizer as tokenizers
-from leanlm.data.corpus import Corpus, cache_folder
+from leanlm.data.corpus import Corpus
 from leanlm.data.tokenizer import Tokenizer
 
 FORMAT = 1  # of the folder; part of the fingerprint

@@ -20,11 +20,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanlm.data.batches import IGNORE
-from leanlm.memory import kernels
+from leanlm.common.dtensors import is_spread
 from leanlm.memory.softmax import cross_entropy_
-from leanlm.models.head import Head
-from leanlm.spread import is_spread
+from leanlm.models import kernels
+from leanlm.models.head import IGNORE, Head
 
 CHUNK = 1 << 22  # logits that a CPU holds at a time: 16 MiB in float32
 SHARE = 128  # one part in so many of a GPU's memory may be logits

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from leanlm.memory import kernels
+from leanlm.common.dtensors import layout, local, place, with_layout
 from leanlm.memory.malloc import LARGE
-from leanlm.spread import layout, local, place, with_layout
+from leanlm.models import kernels
 
 CHOICES = ("none", "activations", "optimizer", "all")
 SMALLEST = LARGE  # bytes of an activation that is worth moving: smaller ones share pages with others, which stay
@@ -99,7 +99,7 @@ class Scratch:
 @cache
 def scratch() -> Scratch:
     """This process's file, in the folder of prepared data."""
-    from leanlm.data.corpus import cache_folder
+    from leanlm.common.files import cache_folder
 
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = -100  # as torch's losses do
+IGNORE = -100  # a target that is not counted (the value that torch's losses ignore)
 ROUND = 64  # tokens of a band: oneDNN makes and keeps a kernel for every size that it meets
 
 

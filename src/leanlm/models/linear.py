@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlm.memory import kernels
+from leanlm.models import kernels
 
 
 def together(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:

@@ -5,16 +5,17 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from leanlm.config import Settings, can_compile, cuts, worth_compiling
+from leanlm.config.of_model import can_compile, cuts, worth_compiling
+from leanlm.config.schema import Settings
 from leanlm.memory import offload
 from leanlm.planning.choice import Choice
-from leanlm.planning.device import MARGIN, Device
+from leanlm.planning.hardware.devices import MARGIN, Device
+from leanlm.planning.hardware.probe import sent
 from leanlm.planning.parts import groups
-from leanlm.planning.probe import sent
-from leanlm.planning.simulate import Stages, stages
+from leanlm.planning.simulation.step import Stages, stages
 from leanlm.strategies import balance
+from leanlm.strategies.checks import SAVED, of_run, resolve
 from leanlm.strategies.plan import Plan
-from leanlm.strategies.resolve import SAVED, of_run, resolve
 
 
 @dataclass(frozen=True)

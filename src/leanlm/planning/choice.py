@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from leanlm.config import Settings, exactness
+from leanlm.config.schema import Settings, exactness
 from leanlm.strategies.plan import Plan
 
 

@@ -1,8 +1,8 @@
 """Bytes of a traced step by part, and with what the process, its libraries and the allocator hold beside its tensors."""
 
 from leanlm.planning.choice import Choice
-from leanlm.planning.device import Device
-from leanlm.planning.trace import WORKSPACES, Trace
+from leanlm.planning.hardware.devices import Device
+from leanlm.planning.simulation.trace import WORKSPACES, Trace
 from leanlm.strategies.plan import AXES, Plan
 
 PARTS = ("weights", "gradients", "state", "activations", "logits", "buffers", "temporaries")

@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from leanlm.config import Settings
-from leanlm.planning import allocator, roofline
+from leanlm.common.precision import PRECISIONS
+from leanlm.config.schema import Settings
 from leanlm.planning.choice import Choice
-from leanlm.planning.device import MARGIN, Device
+from leanlm.planning.hardware import roofline
+from leanlm.planning.hardware.devices import MARGIN, Device
 from leanlm.planning.parts import heap_of, peaks, with_overhead
-from leanlm.planning.simulate import Stages, Step, ends, simulate, stages
-from leanlm.planning.trace import BEFORE, Work
-from leanlm.precision import PRECISIONS
+from leanlm.planning.simulation import allocator
+from leanlm.planning.simulation.step import Stages, Step, ends, simulate, stages
+from leanlm.planning.simulation.trace import BEFORE, Work
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
 from leanlm.strategies.schedules import SCHEDULES, stages_of

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanlm.planning.choice import Choice
-from leanlm.planning.device import MARGIN, Device
+from leanlm.planning.hardware.devices import MARGIN, Device
 from leanlm.strategies.plan import AXES, LEVERS, Plan
 
 if TYPE_CHECKING:

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import torch
 
 from leanlm import BEGAN
-from leanlm.config import Settings
-from leanlm.errors import UserError
+from leanlm.common.errors import UserError
+from leanlm.common.machine import cores, memory_limit
+from leanlm.config.schema import Settings
 from leanlm.planning.candidates import Estimate, families
 from leanlm.planning.choice import Choice
-from leanlm.planning.device import Device, cores, memory_limit
-from leanlm.planning.simulate import stages
+from leanlm.planning.hardware.devices import Device
+from leanlm.planning.simulation.step import stages
 
 HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
 LATER = {"interleaved": 1.06, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leanlm.spread import is_spread, local
-from leanlm.strategies.cut import Cut
+from leanlm.common.dtensors import is_spread, local
+from leanlm.strategies.parallel_model import Cut
 
 
 def complete(cut: Cut) -> None:

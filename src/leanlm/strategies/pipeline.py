@@ -7,7 +7,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_sc
 
 from leanlm.data.batches import Batch
 from leanlm.strategies.balance import bubble, order_of
-from leanlm.strategies.cut import Cut
+from leanlm.strategies.parallel_model import Cut
 from leanlm.strategies.schedules import SCHEDULES
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from leanlm.common.files import defaults
 from leanlm.strategies.schedules import SCHEDULES
 
 AXES = ("pipeline", "replicate", "shard", "tensor")  # of the device mesh; the last varies fastest over the ranks
@@ -15,57 +16,32 @@ LEVERS = (
 )  # fmt: skip
 
 
+SHIPPED = defaults("strategy/single.yaml")
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How a global batch and a model are cut.
+    """How a global batch and a model are cut. What each field means, and its default, stand in `conf/strategy/single.yaml`."""
 
-    Attributes:
-        auto: the rest is for the planner to choose.
-        accumulate_grad_batches: micro-batches that one device reads for a step; under a pipeline they flow through it.
-        pipeline: devices that hold the blocks one group after the other (pipeline parallel). -1: the devices left.
-        replicate: copies of the model, each reading its rows (DDP). -1: the devices left.
-        shard: devices that share one copy of parameters, gradients and optimizer state and read rows each (FSDP2); with
-            `replicate` above 1, HSDP. -1: the devices left.
-        tensor: devices that share each matrix (tensor parallel). -1: the devices left.
-        schedule: order of a pipeline's work: gpipe, 1f1b, interleaved, zero-bubble, or torch's name of one.
-        stages_per_device: stages on one device of a pipeline; None: 1 for gpipe and 1f1b, else 2.
-        stage_blocks: blocks of each stage, the first stage first; None: balanced by cost.
-        reshard_after_forward: free a block's parameters between forward and backward (FSDP2): less memory, one more
-            all-gather.
-        reduce_every_micro_batch: under `shard`, reduce gradients after each micro-batch (they stay sharded: least
-            memory) or only after the last (least traffic).
-        recompute: what backward computes again instead of keeping it: none, blocks (all), 2 or more (every k-th block),
-            operators (what is cheap in each block), or 0 to 1: the share of the blocks' activations that may stay.
-        recompute_window: of a model that carries state, tokens of the sequence that are read at a time and read again in
-            backward, so that memory grows with its square root. 0: none. -1: four times the square root.
-        step_in_backward: update each weight as soon as its gradient is whole, and free the gradient.
-        zero1: under `replicate`, divide the averages of AdamW and Muon among the copies of the model (ZeRO-1).
-        offload: what a GPU keeps in host memory, a CPU in a file: none, activations, optimizer (the averages of AdamW and
-            Muon), or all.
-        return_freed_memory: on a CPU, let large tensors leave the process as soon as they are freed.
-        rnn_kernel: of recurrent layers on a CPU: onednn, or native, which keeps fewer bytes for backward.
-        compile: true, false, or auto: let torch.compile fuse the operations of a stage; auto, until it is settled, does not.
-    """
-
-    auto: bool = False
-    accumulate_grad_batches: int = 1
-    pipeline: int = 1
-    replicate: int = 1
-    shard: int = 1
-    tensor: int = 1
-    schedule: str = "1f1b"
-    stages_per_device: int | None = None
-    stage_blocks: list[int] | None = None
-    reshard_after_forward: bool = True
-    reduce_every_micro_batch: bool = True
-    recompute: str = "none"
-    recompute_window: int = 0
-    zero1: bool = False
-    step_in_backward: bool = False
-    offload: str = "none"
-    return_freed_memory: bool = True
-    rnn_kernel: str = "onednn"
-    compile: Any = "auto"
+    auto: bool = SHIPPED["auto"]
+    accumulate_grad_batches: int = SHIPPED["accumulate_grad_batches"]
+    pipeline: int = SHIPPED["pipeline"]
+    replicate: int = SHIPPED["replicate"]
+    shard: int = SHIPPED["shard"]
+    tensor: int = SHIPPED["tensor"]
+    schedule: str = SHIPPED["schedule"]
+    stages_per_device: int | None = SHIPPED["stages_per_device"]
+    stage_blocks: list[int] | None = SHIPPED["stage_blocks"]
+    reshard_after_forward: bool = SHIPPED["reshard_after_forward"]
+    reduce_every_micro_batch: bool = SHIPPED["reduce_every_micro_batch"]
+    recompute: str = SHIPPED["recompute"]
+    recompute_window: int = SHIPPED["recompute_window"]
+    zero1: bool = SHIPPED["zero1"]
+    step_in_backward: bool = SHIPPED["step_in_backward"]
+    offload: str = SHIPPED["offload"]
+    return_freed_memory: bool = SHIPPED["return_freed_memory"]
+    rnn_kernel: str = SHIPPED["rnn_kernel"]
+    compile: Any = SHIPPED["compile"]
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -114,6 +90,16 @@ class Plan:
     def compiled(self) -> bool:
         """Whether training is compiled."""
         return self.compile is True
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the averages of the optimizer lie elsewhere between two steps."""
+        return self.offload in ("optimizer", "all")
+
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether what backward needs lies elsewhere until then."""
+        return self.offload in ("activations", "all")
 
     @property
     def order(self) -> str:

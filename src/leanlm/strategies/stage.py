@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanlm.memory import kernels
 from leanlm.memory.loss import token_loss
 from leanlm.memory.offload import activations
 from leanlm.memory.recompute import again, levels
+from leanlm.models import kernels
 from leanlm.models.contract import Model
 from leanlm.models.dropout import draw, row_keys, sites
 from leanlm.strategies.plan import Plan
@@ -49,7 +49,7 @@ class Stage(nn.Module):
         self.graph: Callable[..., tuple[Tensor, list[Any]]] | None = None  # of the whole stage, compiled
         if plan.compiled:
             self._compile(plan)
-        self.offloads = plan.offload in ("activations", "all")
+        self.offloads = plan.offloads_activations
         self.step, self.fresh = 0, True
         self.before: dict[int, list[Any]] = {}
         self.after: dict[int, list[Any]] = {}

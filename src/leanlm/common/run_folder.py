@@ -1,0 +1,100 @@
+"""The folder of a run: what it always holds, and how to read it again."""
+
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from leanlm.common.errors import UserError
+from leanlm.common.files import write
+
+COLUMNS = ("step", "train_loss", "grad_norm", "lr", "tokens_per_second", "mfu", "val_loss")
+ROOT = Path("runs")
+
+
+class Run:
+    """A run's folder: `config.yaml`, `metrics.csv`, `loss.png`, `samples.txt`, `result.json`, `checkpoints/`."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.csv"
+        self.result = self.path / "result.json"
+
+    @classmethod
+    def find(cls, name: str) -> "Run":
+        """An earlier run by its path; `latest` is the one begun last in `runs/`."""
+        if name == "latest":
+            found = sorted(ROOT.glob("**/config.yaml"), key=lambda file: file.stat().st_mtime)
+            if not found:
+                raise UserError(f"there is no run in {ROOT}/ yet")
+            return cls(found[-1].parent)
+        if not (Path(name) / "config.yaml").is_file():
+            raise UserError(f"{name} is not the folder of a run: it holds no config.yaml")
+        return cls(name)
+
+    @classmethod
+    def new_path(cls, name: str, root: Path = ROOT) -> Path:
+        """A path for a new run that no other run has."""
+        base = root / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}"
+        path, n = base, 1
+        while path.exists():
+            n += 1
+            path = base.with_name(f"{base.name}_{n}")
+        return path
+
+    def config(self) -> DictConfig:
+        config = OmegaConf.load(self.path / "config.yaml")
+        assert isinstance(config, DictConfig)
+        return config
+
+    def create(self, config: DictConfig) -> None:
+        """Make the folder and write down the configuration."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+
+    def rows(self) -> list[dict[str, float]]:
+        """The rows of `metrics.csv`, without empty fields."""
+        if not self.metrics.is_file():
+            return []
+        with open(self.metrics, newline="") as file:
+            read = list(csv.DictReader(file))
+        return [{key: float(value) for key, value in row.items() if value} for row in read]
+
+    def results(self) -> dict[str, Any]:
+        if not self.result.is_file():
+            raise UserError(f"{self.path} has no result.json: the run has not ended")
+        return json.loads(self.result.read_text())
+
+
+class Table:
+    """Writes `metrics.csv`: a row per step, the values of one step gathered as they come."""
+
+    def __init__(self, run: Run, after: int, mfu: bool = False) -> None:
+        """Go on after step `after`: rows beyond it, which a killed run may have left, are dropped. `mfu`: with its column."""
+        kept = [row for row in run.rows() if row["step"] <= after]
+        self.pending = kept.pop() if kept else {}  # its validation may come yet
+        self.columns = [name for name in COLUMNS if name != "mfu" or mfu or any("mfu" in row for row in kept)]
+        lines = [",".join(self.columns), *map(self._line, kept)]
+        write(run.metrics, "\n".join(lines) + "\n")
+        self.file = open(run.metrics, "a")  # noqa: SIM115 - open as long as the run
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        if self.pending and self.pending["step"] != step:
+            self.file.write(self._line(self.pending) + "\n")
+            self.pending = {}
+        self.pending |= {"step": step, **values}
+
+    def flush(self) -> None:
+        """Write everything down, the row at hand too; it can be completed no more in this session."""
+        if self.pending:
+            self.file.write(self._line(self.pending) + "\n")
+            self.pending = {}
+        self.file.flush()
+
+    def _line(self, row: dict[str, float]) -> str:
+        text = {key: str(int(value)) if key == "step" else repr(float(value)) for key, value in row.items()}
+        return ",".join(text.get(column, "") for column in self.columns)

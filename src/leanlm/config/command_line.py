@@ -1,0 +1,207 @@
+"""What all commands share: one check of the whole command line, Hydra, and one clear line for each mistake."""
+
+import difflib
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from leanlm.common.errors import UserError
+from leanlm.common.files import CONF
+from leanlm.common.run_folder import Run
+from leanlm.config.arguments import MOVED, leaves, moved, typed
+from leanlm.config.checks import check
+from leanlm.config.resume import effective
+from leanlm.config.schema import Config
+from leanlm.launch.processes import Stopped, WorkerFailed, leave, memory_ended
+from leanlm.launch.ranks import adopt_slurm, launched, rank, say, world_size
+from leanlm.launch.supervisor import OUT_OF_MEMORY
+
+FREE_TEXT = ("prompt", "text", "sample")
+
+
+SWEPT = "LEANLM_SWEPT"  # environment variable with the keys to which a sweep gives several values
+
+
+def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
+    """The command `name`: compose `conf/<name>.yaml` with the command line and call `function`, once for each job.
+
+    `function` gets the composed configuration (of the class `schema`, except for `Config`, which it checks itself).
+    The process ends with 2 after a mistake of the user's, 137 where memory ended, 1 after another failure, 128 + n after
+    signal n.
+    """
+    codes = [0]
+
+    @hydra.main(config_path=str(CONF), config_name=name, version_base="1.3")
+    def hydra_job(config: DictConfig) -> Any:
+        adopt_slurm()  # here, not before Hydra starts: submitit runs only this function in the jobs that it queues
+        try:
+            return function(config if schema is Config else typed(config, schema)[1])
+        except Stopped as stopped:
+            raise SystemExit(128 + stopped.signum) from None
+        except Exception as error:
+            if not HydraConfig.get().launcher._target_.endswith("BasicLauncher"):
+                raise  # in a job of its own, whose launcher has to hear of it
+            if isinstance(error, UserError):
+                codes.append(_complain(error))
+            elif isinstance(error, WorkerFailed):
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                codes.append(OUT_OF_MEMORY if error.out_of_memory else 1)
+            else:
+                traceback.print_exc()
+                codes.append(OUT_OF_MEMORY if memory_ended(repr(error)) else 1)
+            return None
+
+    sys.argv[1:] = map(_free_text, sys.argv[1:])
+    try:
+        command_line(sys.argv[1:], name, schema)
+        os.environ[SWEPT] = ",".join(swept_keys(sys.argv[1:]))
+        hydra_job()
+    except UserError as error:
+        codes.append(_complain(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        codes.append(128 + signal.SIGINT)
+    if launched() and world_size() > 1:
+        leave(max(codes))
+    if max(codes):
+        sys.exit(max(codes))
+
+
+def _free_text(argument: str) -> str:
+    """Free text may hold whatever it likes: put it between quotes for Hydra's grammar, unless it is."""
+    key, equals, value = argument.partition("=")
+    if key not in FREE_TEXT or not equals or value == "null" or re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL):
+        return argument
+    return f"{key}={quoted(value)}"
+
+
+def quoted(value: str) -> str:
+    """A value as Hydra's grammar reads it, whatever is in it."""
+    value = value.replace("${", "\\${")
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
+
+
+def _complain(error: UserError) -> int:
+    if rank() == 0:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+    return 2
+
+
+def command_line(arguments: list[str], name: str, schema: type) -> None:
+    """Check everything that a command line asks for, each job of a sweep too, before Hydra starts.
+
+    Raises:
+        UserError: with all problems.
+    """
+    asked = get_args_parser().parse_args(arguments)
+    if asked.help or asked.hydra_help or asked.info or asked.cfg or asked.shell_completion:
+        return
+    try:
+        parsed = OverridesParser.create().parse_overrides(asked.overrides)
+    except HydraException as error:
+        raise UserError(str(error).splitlines()[0]) from None
+    if asked.multirun:
+        jobs = [job for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
+    else:
+        jobs = [asked.overrides]
+    problems: list[str] = []
+    if len(jobs) > 1 and any(override.key_or_group == "run_dir" and not override.is_sweep_override() for override in parsed):
+        problems.append(f"run_dir names one folder, and this sweep has {len(jobs)} jobs: set hydra.sweep.dir instead")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for job in jobs:
+            config, found = _compose(name, job)
+            try:
+                if schema is Config:
+                    check(effective(config, job))
+                else:
+                    found += typed(config, schema)[0]
+            except UserError as error:
+                found += error.problems
+            problems += [problem for problem in found if problem not in problems]
+    if problems:
+        raise UserError(*problems)
+
+
+def swept_keys(arguments: list[str]) -> set[str]:
+    """The keys that a command line gives several values; none if it cannot be read."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides)
+    except HydraException:
+        return set()
+    return {override.key_or_group for override in parsed if override.is_sweep_override()}
+
+
+def _compose(name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
+    """Compose a job; if Hydra refuses, find every override at fault, where Hydra itself names the first, and compose the
+    others."""
+    try:
+        return compose(name, overrides=overrides), []
+    except HydraException as error:
+        first = error
+    base = config = compose(name)
+    problems: list[str] = []
+    good: list[str] = []
+    unknown: set[str] = set()
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.partition(".")[0] in unknown:  # keys of a group that could not be chosen
+            continue
+        try:
+            config = compose(name, overrides=[*good, override])
+            good.append(override)
+        except HydraException as error:
+            problems.append(_explain(override, base, error))
+            unknown.add(key)
+    return config, problems or [str(first).splitlines()[0]]
+
+
+def _explain(override: str, base: DictConfig, error: HydraException) -> str:
+    key, _, value = override.partition("=")
+    group = Path(CONF, key.lstrip("+~"))
+    if group.is_dir():
+        options = sorted(file.stem for file in group.glob("*.yaml"))
+        near = difflib.get_close_matches(value, options, 1)
+        return f"{override}: there is no {key} of that name; choose one of {', '.join(options)}" + (
+            f" (did you mean {near[0]}?)" if near else ""
+        )
+    if key.lstrip("+~") in MOVED:
+        return f"{override}: {moved(key.lstrip('+~'), value)}"
+    if OmegaConf.select(base, key) is None:
+        known = list(leaves(base)) + [folder.name for folder in Path(CONF).iterdir() if folder.is_dir()]
+        near = difflib.get_close_matches(key, known, 1)
+        return f"{override}: there is no key {key}" + (f"; did you mean {near[0]}?" if near else "; see --help for the keys")
+    return f"{override}: {str(error).splitlines()[0]}"
+
+
+def job(config: DictConfig) -> tuple[DictConfig, Path, bool, list[str] | None]:
+    """Of a job of `leanlm.train`: its configuration with what it resumes, its folder, whether it is one of a sweep, and the
+    command line of a process that has no other job."""
+    hydra = HydraConfig.get()
+    given = list(hydra.overrides.task)
+    config = effective(config, given)
+    if hydra.mode != RunMode.MULTIRUN:
+        name = "_".join(hydra.runtime.choices[group] for group in ("data", "model", "strategy"))
+        return config, Run.new_path(name), False, sys.argv[1:]
+    swept = os.environ.get(SWEPT, "").split(",")  # SLURM and submitit run jobs elsewhere, with this environment
+    named = [override for override in given if override.partition("=")[0] in swept] or given
+    path = Path(hydra.sweep.dir, f"{hydra.job.num}_{','.join(named)}".replace(os.sep, "-")[:120])
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and (path / "config.yaml").is_file():
+        config.resume = str(path)  # SLURM has queued the job again
+    say(f"\njob {hydra.job.num}: {' '.join(given)}")
+    return config, path, True, None

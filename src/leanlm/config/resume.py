@@ -1,0 +1,55 @@
+"""The configuration of a run that goes on."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from leanlm.common.errors import UserError
+from leanlm.common.run_folder import Run
+from leanlm.config.schema import Settings
+from leanlm.launch.ranks import restarted, say
+
+# What a resumed run may set anew; anything else would make another run of it.
+RESUMABLE = {
+    "resume", "restarts", "allow", "run_dir", "strategy", "devices", "device", "logger", "max_steps", "log_every", "val_every",
+    "val_lanes", "val_overlap", "checkpoint_every", "keep_checkpoints", "sample", "sample_tokens", "data.path",
+}  # fmt: skip
+
+
+def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration to run: with `resume`, the old run's own with the new overrides on top.
+
+    Raises:
+        UserError: an override would change the mathematics of the run.
+    """
+    if not config.resume:
+        if restarted() and config.run_dir and Path(config.run_dir, "config.yaml").is_file():
+            config.resume = config.run_dir  # torchrun has begun its processes again
+        return config
+    run = Run.find(config.resume)
+    merged = run.config()
+    merged.resume, merged.run_dir = str(run.path), None
+    given = [override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)]
+    refused = [key for key in given if not (key in RESUMABLE or key.partition(".")[0] in RESUMABLE or key.startswith("hydra."))]
+    if refused:
+        raise UserError(
+            *(
+                f"{key}=... would make another run of {run.path}, not continue it: leave it out, or start a new run"
+                for key in refused
+            )
+        )
+    for key in given:
+        if key != "resume" and not key.startswith("hydra."):
+            OmegaConf.update(merged, key, OmegaConf.select(config, key), merge=False, force_add=True)
+    return merged
+
+
+def goes_on(settings: Settings, run: Run) -> Settings:
+    """Settings of a run that goes on from its own checkpoint if its processes have been begun again after a failure, and there
+    is one; else it begins where it was told to."""
+    if not restarted() or not any(run.checkpoints.glob("step-*")):
+        return settings
+    say(f"begun again after a failure, {restarted()} of at most {settings.config.restarts} times")
+    return replace(settings, config=replace(settings.config, resume=str(run.path)))

@@ -1,0 +1,83 @@
+"""The typed schema of a run."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from leanlm.common.files import defaults
+from leanlm.data.corpus import Corpus
+from leanlm.optimizers.settings import Optim
+from leanlm.strategies.plan import Plan
+
+SHIPPED = defaults("train.yaml")
+
+
+@dataclass
+class Config:
+    """What `conf/train.yaml` composes. Sizes count rows and tokens; every interval counts optimizer steps."""
+
+    seed: int = SHIPPED["seed"]
+    devices: int | None = SHIPPED["devices"]
+    max_steps: int = SHIPPED["max_steps"]
+    global_batch: int = SHIPPED["global_batch"]
+    sequence: int = SHIPPED["sequence"]
+    clip: float = SHIPPED["clip"]
+    log_every: int = SHIPPED["log_every"]
+    val_every: int = SHIPPED["val_every"]
+    val_lanes: int = SHIPPED["val_lanes"]
+    val_overlap: int = SHIPPED["val_overlap"]
+    checkpoint_every: int = SHIPPED["checkpoint_every"]
+    keep_checkpoints: int = SHIPPED["keep_checkpoints"]
+    resume: str | None = SHIPPED["resume"]
+    restarts: int = SHIPPED["restarts"]
+    run_dir: str | None = SHIPPED["run_dir"]
+    precision: str = SHIPPED["precision"]
+    sample: str = SHIPPED["sample"]
+    sample_tokens: int = SHIPPED["sample_tokens"]
+    model: Any = None
+    data: Any = None
+    allow: list[str] = field(default_factory=SHIPPED["allow"].copy)
+    strategy: Plan = field(default_factory=Plan)
+    optim: Optim = field(default_factory=Optim)
+    logger: Any = None
+    device: Any = None
+
+
+ALLOWED = ("precision", "optim.state")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A configuration found good: `config` with its types, `plan` with its numbers, `corpus` found on disk."""
+
+    config: Config
+    plan: Plan
+    corpus: Corpus
+    devices: int | None = None  # as asked for, or as many as processes were started
+    predicted: dict[str, Any] | None = None  # by the planner: `peak_memory_bytes` of each rank, `seconds_per_step`
+
+    @property
+    def exactness(self) -> str:
+        """The run's label, see `exactness`."""
+        return exactness(self.plan, self.config.precision, self.config.optim.state)
+
+    def describe(self) -> str:
+        """One line: the plan, the number types, the exactness."""
+        state = [] if self.config.optim.state == "fp32" else [f"optim.state={self.config.optim.state}"]
+        return ", ".join([self.plan.describe(), *state, self.config.precision]) + f" ({self.exactness})"
+
+
+def exactness(plan: Plan, precision: str, state: str) -> str:
+    """How a run's curve keeps to that of one device in fp32: `changes` where number types or the optimizer's state may move it,
+    else as the plan's order of summation does, `bitwise` or `rounding`."""
+    return "changes" if precision.startswith("bf16") or state != "fp32" else plan.order
+
+
+def written(config: Any, settings: Settings) -> dict[str, Any]:
+    """A configuration with what has become of `auto` in it: the run keeps that wherever it is resumed."""
+    plain: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    chosen: dict[str, Any] = {"precision": settings.config.precision}
+    if not settings.plan.auto and plain["strategy"]["auto"]:
+        chosen |= {"strategy": settings.plan.asdict(), "optim": plain["optim"] | {"state": settings.config.optim.state}}
+    return plain | chosen

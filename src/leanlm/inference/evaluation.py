@@ -1,0 +1,104 @@
+"""The loss of a trained model."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from leanlm.common.errors import UserError
+from leanlm.common.files import write
+from leanlm.common.run_folder import Run
+from leanlm.config.checks import check
+from leanlm.config.schema import Settings
+from leanlm.inference.restoring import restore, tokenizer_of
+from leanlm.launch.processes import launch
+from leanlm.launch.ranks import process_group, rank
+from leanlm.strategies.checks import resolve
+from leanlm.strategies.plan import Plan
+
+
+@dataclass
+class Evaluate:
+    """What `conf/evaluate.yaml` sets."""
+
+    run: str = "latest"
+    split: str = "validation"
+    text: str | None = None
+    devices: int | None = None
+    lanes: int | None = None
+    overlap: int | None = None
+    rows: int | None = None
+    strategy: Plan = field(default_factory=Plan)
+    device: Any = None
+
+
+def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None = None) -> dict[str, float]:
+    """Mean loss over every token of a split, once each, or of `asked.text` by the chain rule.
+
+    Args:
+        asked: what `conf/evaluate.yaml` sets.
+        within: where `device.memory` is set, settings and vocabulary -> settings that take no more.
+
+    Returns:
+        `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `log_probability` (nats, of all together).
+    """
+    run = Run.find(asked.run)
+    config = run.config()
+    given: dict[str, Any] = {"devices": asked.devices, "strategy": asdict(asked.strategy)}
+    if asked.strategy.pipeline == 1:
+        given["strategy"]["accumulate_grad_batches"] = 1
+    given |= {
+        key: value
+        for key, value in (("val_lanes", asked.lanes), ("val_overlap", asked.overlap), ("device", asked.device))
+        if value is not None
+    }
+    for key, value in given.items():
+        OmegaConf.update(config, key, value, merge=False)
+    rows = asked.rows or config.global_batch
+    plan, _ = resolve(Plan(**given["strategy"]), asked.devices, 0)  # what cannot work about it, `check` says
+    readers = max(1, plan.readers)
+    # only the rows in a forward pass: the figures do not depend on it
+    config.global_batch = -(-rows // readers) * readers * max(1, plan.accumulate_grad_batches)
+    settings = check(config)
+    if asked.text is None and asked.split not in settings.corpus.splits:
+        raise UserError(f"split={asked.split}: the data has {', '.join(settings.corpus.splits)}")
+    if asked.text is not None and not settings.plan.cuts_model:
+        settings = replace(settings, plan=replace(settings.plan, replicate=1))
+    if within is not None and settings.config.device.get("memory"):
+        settings = within(settings, tokenizer_of(run).vocabulary)
+    result = launch(_work, (settings, run.path, asked.split, asked.text), settings.plan.world)
+    if asked.text is None and rank() == 0:
+        write(run.path / f"evaluation-{asked.split}.json", json.dumps(result, indent=2))
+    return result
+
+
+def _work(settings: Settings, path: Path, split: str, text: str | None) -> dict[str, float]:
+    import numpy as np
+
+    from leanlm.training import build, data
+
+    with process_group(settings.config.device["accelerator"]):
+        tokenizer, cut = restore(settings.config, settings.plan, Run(path))
+        if text is None:
+            prepared = data.tokens(settings)
+            numbers, size = prepared.splits[split], prepared.bytes[split]
+        else:
+            numbers, size = np.asarray(tokenizer.encode(text.encode())), len(text.encode())
+            if not len(numbers):
+                raise UserError("text is empty")
+        module = build.module(settings, cut, training=False)
+        batches = data.whole_split(settings, tokenizer, cut.net, numbers)
+        build.trainer(settings, [], []).validate(module, batches, verbose=False)
+        found = module.split_loss.compute()
+    loss, count = float(found["loss"]), int(found["tokens"])
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "bits_per_byte": loss * len(numbers) / size / math.log(2),  # as if tokens that are not counted cost the mean
+        "tokens": count,
+        "log_probability": -loss * count,
+    }

@@ -1,0 +1,1 @@
+"""Processes: local ones, torchrun's and SLURM's, and what waits for a run."""

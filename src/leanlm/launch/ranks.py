@@ -1,0 +1,120 @@
+"""Which process this is of how many, whoever started them: `launch`, torchrun or SLURM."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from leanlm.common.machine import cores
+
+
+def launched() -> bool:
+    """Whether torchrun, or `launch`, started this process as one of several."""
+    return "LOCAL_RANK" in os.environ
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1)) if launched() else 1
+
+
+def local_world_size() -> int:
+    """Processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0)) if launched() else 0
+
+
+def restarted() -> int:
+    """How often this process's group has been begun again after a failure, by `launch` or torchrun."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if launched() else 0
+
+
+def adopt_slurm() -> None:
+    """Where srun started this process as one of several, say so in torchrun's words, which all else here reads.
+
+    The address and the port are those that Lightning's SLURMEnvironment takes: the first node, and a port made of the job's
+    number.
+    """
+    if launched() or int(os.environ.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in os.environ:
+        return
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    slurm = SLURMEnvironment(auto_requeue=False)
+    tasks = os.environ["SLURM_NTASKS_PER_NODE"]
+    os.environ |= {
+        "MASTER_ADDR": slurm.main_address,
+        "MASTER_PORT": str(slurm.main_port),
+        "WORLD_SIZE": str(slurm.world_size()),
+        "RANK": str(slurm.global_rank()),
+        "LOCAL_RANK": str(slurm.local_rank()),
+        "GROUP_RANK": str(slurm.node_rank()),
+        "LOCAL_WORLD_SIZE": tasks,
+    }
+
+
+def say(text: str) -> None:
+    """Print, once for all ranks."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+@contextmanager
+def process_group(accelerator: str) -> Iterator[None]:
+    """The default process group of all ranks, if there are several."""
+    if world_size() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    cuda = accelerator != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, _, _ = next(dist.rendezvous("env://"))
+    # the agent may keep its store over restarts, and in it the addresses of processes that are gone
+    store = dist.PrefixStore(f"attempt {restarted()}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank(), world_size=world_size())
+    yield
+    dist.destroy_process_group()  # not after an exception: it would wait for ranks that are gone
+
+
+def set_threads() -> None:
+    """Share the cores among the processes of this machine."""
+    import torch
+
+    local = local_world_size()
+    if local > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // local))
+
+
+def of_ranks(value: Any) -> list[Any]:
+    """`value` of each rank. All ranks must call it."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def on_rank_0(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, on all ranks. All ranks must call it."""
+    import torch.distributed as dist
+
+    made = [make() if rank() == 0 else None]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(made)
+    return made[0]
+
+
+def on_rank_0_first(make: Callable[[], Any]) -> Any:
+    """What each rank makes, after rank 0 has made it and has left it on disk. All ranks must call it."""
+    import torch.distributed as dist
+
+    made = make() if rank() == 0 else None
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+    return made if rank() == 0 else make()

@@ -1,0 +1,135 @@
+"""`strategy=auto`: the planner chooses, and plans again for less should memory end."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from leanlm.common.errors import UserError
+from leanlm.common.run_folder import Run
+from leanlm.config.command_line import quoted
+from leanlm.config.schema import Settings, written
+from leanlm.launch import supervisor
+from leanlm.launch.processes import WorkerFailed, launch
+from leanlm.launch.ranks import on_rank_0, say
+from leanlm.planning import report
+from leanlm.planning.choice import Choice
+from leanlm.planning.hardware import devices as devices_
+from leanlm.planning.search import search
+from leanlm.training.data import tokens
+
+SCALES = (1.0, 0.85, 0.7, 0.55)  # of the memory that a plan is chosen for: first, and after each time that it was not enough
+
+Work = Callable[[Settings, dict[str, Any], Path], dict[str, Any]]
+
+
+def train(
+    work: Work, settings: Settings, config: dict[str, Any], path: Path, command: list[str] | None = None
+) -> dict[str, Any]:
+    """Train under the plan that the planner chooses, and under one for less memory should that not be enough.
+
+    Args:
+        work: what each rank does, given settings, configuration and folder.
+        settings: whose plan says `auto`.
+        config: the configuration as it will stand in the run's folder.
+        path: folder of the run.
+        command: overrides that compose the configuration, of a process that has nothing else to do: it is replaced by one that
+            waits for the run, and this function does not return.
+    """
+    if command is not None:
+        hand_over(settings, command, path)
+    return train_within_memory(work, settings, config, path)
+
+
+def agreed(settings: Settings, config: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    """What rank 0 chooses, under torchrun, on all ranks."""
+    settings = on_rank_0(lambda: choose(settings)[0])
+    return settings, written(config, settings)
+
+
+def choose(settings: Settings, scale: float = 1.0, beside: int | None = None) -> tuple[Settings, list[str]]:
+    """The fastest exact plan that fits the configured device, and the lines that say why.
+
+    If none leaves the margin free, the one that leaves most is tried, should it fit at all.
+
+    Args:
+        settings: whose plan says `auto`.
+        scale: of the budget; below 1 after a run has met the end of memory.
+        beside: bytes of a machine that the process takes which waits for a run on one device; None: what one with torch does.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    config = settings.config
+    count = devices_.count(config.device, settings.devices)
+    device = devices_.of_config(config.device, count).scaled(scale)
+    if count == 1 and device.shared:  # several have one with torch beside them anyhow
+        held = device.process[2]
+        device = replace(device, memory=device.memory - (held if beside is None or config.restarts else beside))
+    vocabulary = tokens(settings).tokenizer.vocabulary
+    answer = search(settings, vocabulary, device, count, () if config.resume else config.allow, wanted=4)
+    budget = report.budgets(device, count)
+    if not answer.fitting and not answer.least.tight:
+        raise UserError(
+            f"strategy=auto: no plan fits {budget}: the smallest that was looked at needs "
+            f"{report.mib(answer.least.fullest.peak)} ({report.arguments(answer.least.plan)}); write device.memory=..., more "
+            "devices, allow=[precision,optim.state], or a smaller model or sequence"
+        )
+    best = answer.fitting[0] if answer.fitting else answer.least
+    needs = [best.of_rank(rank) for rank in range(best.plan.world)]
+    predicted = [need.peak - need.parts.get("context", 0) for need in needs]  # what a run can measure
+    rest = answer.fitting[1:] or answer.others
+    after = "".join(
+        f"; next {one.seconds:.3g} s, {report.mib(one.fullest.peak)}: {report.arguments(one.plan)}" for one in rest[:1]
+    )
+    margin = f"none leaves {devices_.MARGIN:.0%} of it free, this may fit: the smallest"
+    kind = "the fastest that fits" if answer.fitting else margin
+    lines = [
+        f"strategy=auto: {best.plan.settings(settings).describe()}",
+        f"  predicted peak {report.mib(best.fullest.peak)} of {budget}, {best.seconds:.3g} s a step",
+        f"  {kind} of {answer.simulated} plans simulated, the likeliest of {answer.candidates}{after}",
+    ]
+    prediction = {"peak_memory_bytes": predicted, "seconds_per_step": best.seconds}
+    return replace(best.plan.settings(settings), predicted=prediction), lines
+
+
+def hand_over(settings: Settings, command: list[str], path: Path) -> NoReturn:
+    """Let the planner choose, and go on as a process that waits for the run of its choice."""
+    attempt = int(os.environ.pop(supervisor.ATTEMPT, 0))
+    chosen, lines = choose(settings, SCALES[attempt], beside=supervisor.SIZE)
+    say("\n".join(lines))
+    assert chosen.predicted is not None
+    asked = [part for part in command if part.lstrip("+~").partition("=")[0] != "run_dir"]
+    here = f"run_dir={quoted(str(path))}"
+    wanted, given = (
+        (f"precision={one.config.precision}", f"optim.state={one.config.optim.state}") for one in (chosen, settings)
+    )
+    changed = [after for after, before in zip(wanted, given, strict=True) if after != before]
+    named = [part for part in asked if not re.match(r"[+~]*strategy[.=]", part)]
+    supervisor.instead(
+        run=[*named, "strategy=single", *report.arguments(Choice.of(chosen)).split(), *changed, here],
+        again=[*asked, here] if attempt + 1 < len(SCALES) else None,
+        resume=[f"resume={quoted(str(path))}", "strategy=auto"],
+        checkpoints=Run(path).checkpoints,
+        environment={supervisor.PREDICTED: json.dumps(chosen.predicted), supervisor.ATTEMPT: str(attempt + 1)},
+    )
+
+
+def train_within_memory(work: Work, settings: Settings, plain: dict[str, Any], path: Path) -> dict[str, Any]:
+    """As `hand_over`, from within a process that goes on: a job of a sweep."""
+    for scale in SCALES:
+        chosen, lines = choose(settings, scale)
+        say("\n".join(lines))
+        config = written(plain, chosen)
+        try:
+            return launch(work, (chosen, config, path), chosen.plan.world, True, settings.config.restarts)
+        except WorkerFailed as failure:
+            if scale == SCALES[-1] or not failure.out_of_memory:
+                raise
+            say(f"memory ended: {str(failure).splitlines()[-1]}\nplanning for less; the curve goes on from the last checkpoint")
+        if any(Run(path).checkpoints.glob("step-*")):
+            settings = replace(settings, config=replace(settings.config, resume=str(path)))
+    raise AssertionError

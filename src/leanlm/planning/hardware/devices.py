@@ -1,0 +1,204 @@
+"""Devices: how much memory one has and how fast it is, measured here or from a data sheet (`conf/device`)."""
+
+import json
+import math
+import platform
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from leanlm.common.errors import UserError
+from leanlm.common.files import cache_folder, write
+from leanlm.common.machine import cores, memory_limit
+from leanlm.config.device_sheets import size
+from leanlm.planning.hardware import gpus as cards
+from leanlm.planning.hardware.probe import VERSION, measured
+
+LISTS = ("memory", "speed")  # of a config, what may be given for each device
+SIZES = ("total", "context", "workspace", "communicator")
+MARGIN = 0.05  # of a budget that is left free: predictions have errors
+SLICE = 2.5e-3  # seconds that processes, two of which share a core, reach a collective apart (measured: 1.5 to 4.7 ms)
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device, or a machine whose processes share memory and cores.
+
+    Attributes:
+        name: of the device.
+        accelerator: auto, cpu or cuda.
+        memory: bytes that a process may use on it; of a machine that is shared, all its processes.
+        total: bytes of a GPU, whatever may be used of it.
+        flops: name of a number type -> floating-point operations per second in matrix products.
+        bandwidth: bytes per second to and from its memory.
+        link: bytes per second from one device to another, in one direction.
+        links: the same by the kind of communication, where kinds differ (gloo's do).
+        latency: seconds of a collective operation without payload.
+        overhead: seconds of an operation without work.
+        context: bytes that a GPU's driver and the kernels take.
+        workspace: bytes that cuBLAS takes for each thread that multiplies.
+        communicator: bytes that NCCL takes for each group of ranks.
+        threads: that a GPU keeps resident.
+        process: bytes of a process that trains alone before it has built anything, of one of several, and of what starts
+            these, without the pages that they share.
+        common: bytes of the pages of libraries, which several processes share.
+        paging, small_paging: bytes per second of new pages of 2 MiB, and of 4 KiB; a GPU's allocator keeps what was freed.
+        shared: whether `memory` and the rates are of a machine and divided among its processes.
+        pair: flops, bandwidth, both pagings and overhead of each of two processes that share a machine, measured at once.
+        memories: bytes of each device, in the order of ranks, where they differ; `memory` is then the least of them.
+        speeds: of each device, as multiples of `flops`, `bandwidth` and both pagings; none: all alike.
+    """
+
+    name: str
+    accelerator: str
+    memory: int
+    flops: dict[str, float] = field(hash=False)
+    bandwidth: float
+    link: float
+    latency: float
+    overhead: float
+    total: int = 0
+    context: int = 0
+    workspace: int = 0
+    communicator: int = 0
+    threads: int = 0
+    process: tuple[int, int, int] = (0, 0, 0)
+    common: int = 0
+    links: dict[str, float] = field(default_factory=dict, hash=False)
+    paging: float = math.inf
+    small_paging: float = math.inf
+    shared: bool = False
+    pair: dict[str, Any] = field(default_factory=dict, hash=False)
+    memories: tuple[int, ...] = ()
+    speeds: tuple[float, ...] = ()
+
+    @property
+    def card(self) -> "Device | None":
+        """Itself, if it is a GPU."""
+        return None if self.accelerator == "cpu" else self
+
+    @property
+    def alike(self) -> bool:
+        """Whether it does not matter which of several devices is meant."""
+        return len({*self.memories}) < 2 and len({*self.speeds}) < 2
+
+    def least(self, ranks: range) -> "Device":
+        """What each of these has at least: work that is cut evenly waits for the slowest."""
+        speed = min((self.speeds[rank] for rank in ranks), default=1.0) if self.speeds else 1.0
+        return replace(
+            self,
+            memory=min(self.memories[rank] for rank in ranks) if self.memories else self.memory,
+            flops={kind: rate * speed for kind, rate in self.flops.items()},
+            bandwidth=self.bandwidth * speed,
+            paging=self.paging * speed,
+            small_paging=self.small_paging * speed,
+            memories=(),
+            speeds=(),
+        )
+
+    def scaled(self, by: float) -> "Device":
+        """With another amount of memory."""
+        memories = tuple(round(memory * by) for memory in self.memories)
+        return replace(self, memory=round(self.memory * by), memories=memories)
+
+    def share(self, processes: int) -> "Device":
+        """What each of several processes gets of a machine; pages that they share count in each, and once for the machine."""
+        if not self.shared:
+            return self
+        if processes == 1:
+            return self
+        crowd, part = self.crowd(processes), 2 / processes  # of what each of two has; if that is not known, half of all
+        two = self.pair or {name: getattr(self, name) / 2 for name in ("bandwidth", "paging", "small_paging")}
+        flops = self.pair.get("flops") or {kind: rate / 2 for kind, rate in self.flops.items()}
+        return replace(
+            self,
+            memory=(self.memory - self.process[2] + (processes - 1) * self.common) // processes,
+            flops={kind: rate * part for kind, rate in flops.items()},
+            bandwidth=two["bandwidth"] * part,
+            paging=two["paging"] * part,
+            small_paging=two["small_paging"] * part,
+            link=self.link / processes,
+            links={kind: rate / processes for kind, rate in self.links.items()},
+            overhead=two.get("overhead", self.overhead) * crowd,
+            latency=self.latency * crowd + SLICE * (crowd - 1),
+        )
+
+    def crowd(self, processes: int) -> float:
+        """How many of so many processes share a core; 1 if each has one of its own."""
+        return max(1.0, processes / cores()) if self.shared else 1.0
+
+
+def count(node: dict[str, Any], devices: int | None) -> int:
+    """How many devices: as asked for, or as many as a list of memories or speeds has, or the GPUs here, or one."""
+    listed = max((len(node[key]) for key in LISTS if isinstance(node.get(key), list)), default=0)
+    return devices or listed or (len(cards.here()) if _of_this_machine(node) else 0) or 1
+
+
+def _of_this_machine(node: dict[str, Any]) -> bool:
+    """Whether it asks for GPUs without a data sheet."""
+    return "flops" not in node and node["accelerator"] != "cpu"
+
+
+def of_config(node: dict[str, Any], devices: int | None = None) -> Device:
+    """The device of a config group; what it leaves open is measured on this machine.
+
+    Args:
+        node: of `conf/device`; `memory` and `speed` may be lists, of one value for each device.
+        devices: how many there are; None: as many as the lists have, or GPUs are here.
+
+    Raises:
+        UserError: `memory` or `speed` cannot be read or does not fit the number of devices, or a GPU here has no data sheet.
+    """
+    if _of_this_machine(node):
+        node = cards.as_node(node.get("memory"), devices) or node
+    lists = {key: tuple(node[key]) if isinstance(node.get(key), list) else () for key in LISTS}
+    problems = [
+        f"device.{key} has {len(values)} values for {count(node, devices)} devices: write one for each, in the order of ranks"
+        for key, values in lists.items()
+        if values and len(values) != count(node, devices)
+    ]
+    if any(lists.values()) and "flops" not in node:
+        problems.append("device: processes of one machine share it; write one value, or take a data sheet, such as device=l4")
+    single = node.get("speed") is not None and not lists["speed"]
+    if single or not all(isinstance(speed, int | float) and speed > 0 for speed in lists["speed"]):
+        problems.append(
+            f"device.speed={node['speed']}: write a list of positive numbers, 1 for a device as its data sheet says"
+        )
+    if problems:
+        raise UserError(*problems)
+    if "flops" in node:
+        memories = tuple(map(size, lists["memory"]))
+        known: dict[str, Any] = {key: size(value) if key in SIZES else value for key, value in node.items() if key not in LISTS}
+        return Device(**known, memory=min(memories or (size(node["memory"]),)), memories=memories, speeds=lists["speed"])
+    here = this_machine()
+    return replace(here, memory=size(node["memory"])) if node.get("memory") else here
+
+
+def this_machine(again: bool = False) -> Device:
+    """This machine's processor and the memory that a process here may use. Rates are measured once and stored.
+
+    Args:
+        again: measure, whatever is stored.
+    """
+    import torch
+
+    file = cache_folder() / "device.json"
+    key = f"{platform.node()} {platform.machine()} {cores()} cores, torch {torch.__version__}, probe {VERSION}"
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    if again or key not in stored:
+        stored[key] = measured()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, json.dumps(stored, indent=1))
+    rates = stored[key]
+    return Device(
+        name=f"this machine ({cores()} cores)",
+        accelerator="cpu",
+        memory=memory_limit(),
+        **rates["alone"],
+        pair=rates["pair"],
+        link=rates["links"]["send"],
+        links=rates["links"],
+        latency=rates["latency"],
+        process=tuple(rates["process"]),
+        common=rates["common"],
+        shared=True,
+    )

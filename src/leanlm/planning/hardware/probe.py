@@ -1,0 +1,160 @@
+"""Rates of this machine, and what processes weigh on it."""
+
+import json
+import math
+import mmap
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from leanlm.launch.processes import launch
+from leanlm.launch.ranks import process_group, world_size
+from leanlm.memory.malloc import ENDS
+
+VERSION = 3  # of what is measured
+PRODUCTS = ("float32", "bfloat16", "float64")
+ROUNDS = 4
+SMALL = 1 << 20  # bytes of a tensor that gets pages of 4 KiB
+LARGE = 8 << 20  # of one that is as large as activations are
+HUGE = 16 << 20  # of one whose pages are large
+AROUND = 2.4  # times as long as an addition without work takes to start, an operation or view in a model takes
+MESSAGE, TIMES = 8 << 20, 9  # bytes that are sent to measure a link, and how often
+
+
+def measured() -> dict[str, Any]:
+    """What `probe` finds, in a process that has imported nothing else, which would weigh in those that it starts."""
+    done = subprocess.run([sys.executable, "-m", __name__], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def probe() -> dict[str, Any]:
+    """Rates of this machine, and what its processes weigh; measured in about 24 seconds.
+
+    What one process does is measured where it is alone and has all threads, and in two at once that share them: memory and
+    new pages are not divided as cores are.
+    """
+    alone, of_one = launch(_process, (), 1, isolate=True)
+    several, of_two = launch(_process, (), 2, isolate=True)
+    return {
+        "alone": of_one["rates"],
+        "pair": of_two["rates"],
+        **of_two["links"],
+        "common": of_two["common"],
+        "process": [alone, several, _launcher()],
+    }
+
+
+def _rates() -> dict[str, Any]:
+    """What this process does a second."""
+    n = 1024
+    kinds: dict[str, Callable[[], Any]] = {}
+    for kind in PRODUCTS:
+        a, b = (torch.randn(n, n).to(getattr(torch, kind)) for _ in range(2))
+        kinds[kind] = partial(torch.mm, a, b, out=torch.empty_like(a))
+    large, small = torch.randn(LARGE // 4), torch.zeros(8)
+    # an operation as models have them: it computes a little for each number
+    kinds["bandwidth"] = partial(torch.ops.aten.gelu.out, large, out=torch.empty_like(large))
+    kinds["paging"] = lambda: torch.ones(HUGE // 4)
+    pages = partial(mmap.mmap, -1, SMALL, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    kinds["small_paging"] = lambda: torch.frombuffer(pages(), dtype=torch.float32).fill_(1)
+    kinds["overhead"] = lambda: small + small
+    best = dict.fromkeys(kinds, math.inf)
+    for _ in range(ROUNDS):  # a shared processor is slower for a while, then fast again
+        for kind, run in kinds.items():
+            best[kind] = min(best[kind], fastest(run))
+    small_paging = SMALL / best["small_paging"]
+    huge = max(best["paging"] - ENDS / small_paging, best["paging"] / 4)  # noise may leave nothing of it
+    return {
+        "flops": {kind: 2 * n**3 / best[kind] for kind in PRODUCTS},
+        "bandwidth": 2 * LARGE / best["bandwidth"],
+        "paging": (HUGE - ENDS) / huge,
+        "small_paging": small_paging,
+        "overhead": AROUND * best["overhead"],
+    }
+
+
+def fastest(run: Callable[[], Any], during: float = 0.1) -> float:
+    """Of one run, the best of several."""
+    run()
+    best, until = math.inf, time.perf_counter() + during
+    while time.perf_counter() < until:
+        begin = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def _process() -> tuple[int, dict[str, Any]]:
+    """Bytes of this process, one that will train, before it has built anything; its rates; of several, how fast they send."""
+    import leanlm.training.fit  # noqa: F401
+    from leanlm.common.machine import memory_now
+
+    with process_group("cpu"):
+        size = memory_now()
+        common = size - memory_now(shared=False)
+        links = _links() if world_size() > 1 else {}  # they begin at once what follows
+        return size, {"rates": _rates(), "common": common, "links": links}
+
+
+def sent(kind: str, ranks: int) -> float:
+    """Of the payload of a kind of communication, what each rank sends if they stand in a ring."""
+    share = (ranks - 1) / ranks
+    return {"all-reduce": 2 * share, "all-gather": share, "reduce-scatter": share}.get(kind, 1.0)
+
+
+def _links() -> dict[str, Any]:
+    """Bytes per second that all processes together send in each kind of communication, and seconds of one without payload."""
+    import torch.distributed as dist
+
+    warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has new names for two of these
+    ranks = dist.get_world_size()
+    whole, part, small = torch.ones(MESSAGE // 4), torch.ones(MESSAGE // 4 // ranks), torch.ones(1)
+
+    def pass_on() -> None:
+        if dist.get_rank() % 2:
+            dist.recv(whole, dist.get_rank() - 1)
+        else:
+            dist.send(whole, dist.get_rank() + 1)
+
+    kinds = {
+        "all-reduce": lambda: dist.all_reduce(whole),
+        "all-gather": lambda: dist.all_gather_into_tensor(whole, part),
+        "reduce-scatter": lambda: dist.reduce_scatter_tensor(part, whole),
+        "send": pass_on,
+        "": lambda: dist.all_reduce(small),
+    }
+    seconds = {}
+    for kind, run in kinds.items():
+        run()
+        found = []
+        for _ in range(TIMES):
+            dist.barrier()
+            begin = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - begin)
+        seconds[kind] = statistics.median(found)
+    latency = seconds.pop("")
+    links = {kind: ranks * MESSAGE * sent(kind, ranks) / (taken - latency) for kind, taken in seconds.items()}
+    return {"latency": latency, "links": links}
+
+
+def _launcher() -> int:
+    """Bytes of a process that starts others and waits for them, without the pages of libraries, which are theirs too."""
+    code = (
+        "import leanlm.train, torch.distributed.launcher.api, torch.distributed.elastic.multiprocessing\n"
+        "from leanlm.training.callbacks.record import memory_now\nprint(memory_now(shared=False))"
+    )
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+if __name__ == "__main__":
+    from leanlm.planning.hardware import probe as importable  # where the processes that it starts find it
+
+    print(json.dumps(importable.probe()))

@@ -1,0 +1,95 @@
+"""Evaluation and generation within a memory budget: what they need, simulated as a training step is."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+from leanlm.common.errors import UserError
+from leanlm.config.schema import Config, Settings
+from leanlm.data.batches import Batch
+from leanlm.memory import malloc
+from leanlm.models.generation import generate
+from leanlm.planning.choice import Choice
+from leanlm.planning.hardware import devices as devices
+from leanlm.planning.parts import heap_of, peaks, with_overhead
+from leanlm.planning.report import mib
+from leanlm.planning.simulation import allocator
+from leanlm.planning.simulation import fake_world as pretend
+from leanlm.planning.simulation.trace import Trace
+from leanlm.strategies.plan import Plan
+from leanlm.training import build
+
+
+def rows_that_fit(settings: Settings, vocabulary: int) -> Settings:
+    """Settings of an evaluation with as many rows in a forward pass as the budget has room for, at most those asked for.
+
+    Raises:
+        UserError: one row for each reader is too much.
+    """
+    config, plan = settings.config, settings.plan
+    device = devices.of_config(config.device)
+    if plan.world > 1:
+        device = device.share(plan.world)
+    unit = plan.readers * plan.accumulate_grad_batches
+    rows = config.global_batch // unit
+    ends = {0, plan.world - 1}  # of a pipeline the last has the head
+    choice = Choice.of(settings)
+    while (need := max(_total(_evaluation(settings, vocabulary, device, r), choice, device) for r in ends)) > device.memory:
+        if rows == 1:
+            raise UserError(_too_much("evaluate with one row", need, device.memory, "strategy=fsdp devices=2"))
+        rows //= 2
+        settings = replace(settings, config=replace(config, global_batch=rows * unit))
+    return settings
+
+
+def check_generation(config: Config, plan: Plan, vocabulary: int, prompt: int, tokens: int) -> None:
+    """Raise UserError if going on from so many tokens of a prompt needs more than the budget."""
+    device = devices.of_config(config.device)
+    trace = Trace(vocabulary, card=device.card)
+    with pretend.everything(trace, plan, 0):
+        cut = build.cut(replace(config, device={"accelerator": "cpu"}), plan, vocabulary)
+        trace.own = malloc.own_pages(cut.parameters)
+        trace.mark("weights", cut.net.parameters())
+        longest = min(prompt + tokens, cut.net.sequence)  # a context that is full, and the prompt at once
+        for first, more in ((prompt, 1), (max(prompt, longest - 2), 2)):
+            list(generate(cut.net.eval(), [0] * min(first, longest), more, temperature=0))
+    need = _total(trace, Choice(**plan.asdict(), precision=config.precision), device)
+    if need > device.memory:
+        raise UserError(_too_much("generate", need, device.memory, "a shorter prompt"))
+
+
+def _evaluation(settings: Settings, vocabulary: int, device: devices.Device, rank: int = 0) -> Trace:
+    """Two forward passes of a rank as validation makes them."""
+    config, plan = replace(settings.config, device={"accelerator": "cpu"}), replace(settings.plan, compile=False)
+    settings = replace(settings, config=config, plan=plan)
+    trace = Trace(vocabulary, copies=device.card is None, card=device.card)
+    rows = plan.micro_batch(config.global_batch) if plan.pipeline == 1 else config.global_batch // plan.readers
+
+    with pretend.everything(trace, plan, rank):
+        cut = build.cut(config, plan, vocabulary)
+        trace.own = malloc.own_pages(cut.parameters)
+        trace.mark("weights", cut.net.parameters())
+        module = build.module(settings, cut, training=False)
+        trainer = build.trainer(settings, [], [])
+        with contextlib.redirect_stdout(None), pretend.no_moves(module):
+            trainer.validate(module, _Batches(rows, config.sequence), verbose=False)
+    return trace
+
+
+class _Batches:
+    def __init__(self, rows: int, sequence: int) -> None:
+        self.rows, self.sequence = rows, sequence
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(2):
+            yield pretend.batch(self.rows, self.sequence, number, 0, self.rows)
+
+
+def _total(trace: Trace, plan: Choice, device: devices.Device) -> int:
+    largest = max(peaks(trace).values(), key=lambda parts: sum(parts.values()))
+    reserved = allocator.reserved(trace.events) if device.card else 0
+    return sum(with_overhead(largest, heap_of(trace), plan, device, False, reserved).values())
+
+
+def _too_much(what: str, need: int, memory: int, instead: str) -> str:
+    return f"{what} needs {mib(need)}, device.memory allows {mib(memory)}: write more, or {instead}"

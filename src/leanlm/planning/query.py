@@ -1,0 +1,78 @@
+"""What `python -m leanlm.plan` asks, and what it is answered."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from leanlm.common.precision import automatic
+from leanlm.config.checks import check
+from leanlm.config.schema import Config
+from leanlm.planning import report
+from leanlm.planning.hardware import devices as devices_
+from leanlm.training.data import tokens
+
+
+@dataclass
+class Ask(Config):
+    """What `conf/plan.yaml` sets beside the keys of a training run."""
+
+    vocabulary: int | None = None
+    show: int = 6
+    json: bool = False
+    picture: str | None = "plan.png"
+
+
+OWN = {each.name for each in fields(Ask)} - {each.name for each in fields(Config)}
+
+
+def plan(asked: Ask, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Search the plans of a training configuration.
+
+    Args:
+        asked: as `conf/plan.yaml` composes it.
+        overrides: of the command line, to be repeated in the commands that are printed.
+
+    Returns:
+        `device`, `budget_bytes`, `fits` and `does_not_fit` (lists of plans, see `report.as_dict`), `least_bytes`.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    from leanlm.planning.search import search
+
+    device, count = devices_.of_config(asked.device, asked.devices), devices_.count(asked.device, asked.devices)
+    node = {key: value for key, value in vars(asked).items() if key not in OWN}
+    node["device"] = {"accelerator": "cpu"}
+    if asked.precision == "auto":
+        node["precision"] = automatic(asked.device)
+    settings = check(OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config(**node)))))  # type: ignore[arg-type]
+    vocabulary = asked.vocabulary or tokens(settings).tokenizer.vocabulary
+    overrides = overrides or []
+    answer = search(settings, vocabulary, device, count, asked.allow, asked.show)
+    mine, size = device.share(count), asked.global_batch * asked.sequence
+    fits, does_not = ([report.as_dict(found, size, overrides) for found in some] for some in (answer.fitting, answer.others))
+    result = {
+        "device": device.name,
+        "devices": count,
+        "vocabulary": vocabulary,
+        "budget_bytes": list(mine.memories) or mine.memory,
+        "candidates": answer.candidates,
+        "simulated": answer.simulated,
+        "fits": fits,
+        "does_not_fit": [{**one, "reason": report.reason(found)} for one, found in zip(does_not, answer.others, strict=True)],
+        "least_bytes": report.enough(answer.least) if mine.memories else max(report.enough(answer.least)),
+    }
+    if asked.json:
+        print(json.dumps(result, indent=2))
+        return result
+    print(
+        f"vocabulary of {vocabulary:,} types" + ("" if asked.vocabulary else " (of the data; vocabulary=... plans for another)")
+    )
+    report.show(answer, device, count, size, overrides)
+    if asked.picture:
+        report.draw(answer, Path(asked.picture))
+        print(f"picture: {asked.picture}")
+    return result

@@ -1,0 +1,1 @@
+"""One training step without storage and without other processes, and what it takes."""

@@ -1,0 +1,209 @@
+"""A training step without storage and without other processes: what one rank of a plan would hold and compute.
+
+Model, optimizer and trainer are built by the functions that training uses, and Lightning's loop runs them, under torch's
+FakeTensorMode and a process group that only pretends (torch.testing's FakeProcessGroup). What is replaced: the batches, which
+have a shape and no tokens; DDP's reducer, which is C++ and looks into memory, by one that holds its buckets; device meshes
+are made with real numbers; nothing is moved to a device or broadcast; FSDP2 tells the trace when it empties a storage; and for
+a GPU, operations that it has other kernels for (gpu.py).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from leanlm.config.schema import Settings
+from leanlm.data.batches import Batch
+from leanlm.memory import malloc
+from leanlm.models.contract import without_storage
+from leanlm.planning.hardware.devices import Device
+from leanlm.planning.simulation import fake_world as pretend
+from leanlm.planning.simulation.trace import BEFORE, Trace
+from leanlm.strategies import balance
+from leanlm.strategies.plan import Plan
+from leanlm.training import build
+
+
+@dataclass
+class Step:
+    """A simulated rank.
+
+    Attributes:
+        trace: of all steps.
+        blocks: that this rank holds, as far as they were built.
+        order: of a pipeline, device -> its work in order, see `balance.bubble`.
+    """
+
+    trace: Trace
+    blocks: int
+    order: dict[int, list[tuple[str, int, int]]]
+
+
+def simulate(
+    settings: Settings, vocabulary: int, rank: int = 0, blocks: int | None = None, device: Device | None = None
+) -> Step:
+    """A training step of one rank, by an optimizer that has its state.
+
+    Args:
+        settings: `plan` is resolved; the corpus is not read.
+        vocabulary: token types.
+        rank: from 0 to below `settings.plan.world`.
+        blocks: build at most so many of each stage, of a model whose `depth` is their number; None: all.
+        device: of a CPU, the copies that gloo makes count too; of a GPU, its kernels; None: torch's part on a CPU.
+    """
+    plan = settings.plan
+    if device is None or device.card is None:
+        plan = replace(plan, compile=False)  # on a CPU a compiler holds no more
+    config = replace(settings.config, device={"accelerator": "cpu"})
+    whole = stages(config, plan, vocabulary)
+    card = device.card if device is not None else None
+    copies = device is not None and card is None
+    trace = Trace(vocabulary, copies, malloc.own_pages(whole.parameters), pinned=whole.recurrent and copies, card=card)
+    built = [len(names[:blocks]) for names in whole.split]
+    if plan.pipeline > 1:
+        plan = replace(plan, stage_blocks=built)
+    if blocks is not None:
+        config = replace(config, model={**config.model, "depth": sum(built)})
+    settings = replace(settings, plan=plan, config=config)
+    steps = 2 if plan.step_in_backward else 1  # only its own step gives such an optimizer its state
+    with pretend.everything(trace, plan, rank):
+        cut = build.cut(config, plan, vocabulary)
+        module = build.module(settings, cut)
+        trace.mark("weights", cut.net.parameters())
+        trace.mark("buffers", cut.net.buffers())
+        trainer = build.trainer(settings, [_Phases(trace, ends(plan))], [], steps)
+        if plan.world > 1 and not plan.cuts_model:
+            trainer.strategy._setup_model = partial(pretend.with_buckets, trace, plan)  # type: ignore[method-assign]
+        trainer.strategy.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]
+        with contextlib.redirect_stdout(None), pretend.no_moves(module):
+            trainer.fit(module, _Batches(settings, steps))
+    order = {}
+    if module.pipeline is not None:
+        order = balance.order_of(module.pipeline.schedule, plan.accumulate_grad_batches)
+    return Step(trace, sum(len(stage.blocks) for stage in cut.stages.values()), order)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A model as a plan's pipeline splits it: blocks of each stage, cost of each part, whether `depth` is how many of one
+    kind there are."""
+
+    split: list[list[str]]
+    cost: dict[str, float]
+    alike: bool
+    parameters: int
+    elements: dict[str, int]  # of the parameters, by part
+    recurrent: bool
+    width: int  # of the hidden state
+
+
+_known: dict[Any, Any] = {}
+
+
+def stages(config: Any, plan: Plan, vocabulary: int) -> Stages:
+    key = repr((config.model, config.sequence, vocabulary))
+    if key not in _known:
+        with without_storage():
+            net = build.model(config, replace(plan, rnn_kernel="onednn"), vocabulary)
+        shapes = {tuple((name, p.shape) for name, p in block.named_parameters()) for block in net.blocks.values()}
+        parts = {"embed": net.embed, **dict(net.blocks.items()), "head": net.head}
+        elements = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        count = sum(parameter.numel() for parameter in net.parameters())
+        alike = len(shapes) == 1 and config.model.get("depth") == len(net.blocks)
+        _known[key] = balance.costs(net), alike, count, elements, net.carries_state, net.width
+    cost, *rest = _known[key]
+    return Stages(balance.split(cost, plan), cost, *rest)
+
+
+class _Batches:
+    def __init__(self, settings: Settings, steps: int) -> None:
+        self.settings, self.steps = settings, steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        config, plan = self.settings.config, self.settings.plan
+        rows = config.global_batch // (plan.readers * plan.batches_per_step)
+        for step in range(2 - self.steps, 2):
+            here = rows if step or plan.pipeline > 1 else 1  # one makes a state, unless stages have agreed on shapes
+            for micro in range(plan.batches_per_step):
+                yield pretend.batch(here, config.sequence, step, micro, config.global_batch)
+
+
+class _Phases(pl.Callback):
+    """Names the phases of a step, and what its tensors are."""
+
+    def __init__(self, trace: Trace, ends: int) -> None:
+        self.trace, self.ends = trace, ends
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self.step = self.micro = 0
+        for stage in module.cut.stages.values():
+            stage.register_forward_pre_hook(self._begin, prepend=True)
+            stage.register_forward_hook(self._end)
+            blocks = list(stage.blocks.values())
+            for i, block in enumerate(blocks):
+                here, after = (_place(number, len(blocks), self.ends) for number in (i, i + 1))
+                block.register_forward_hook(partial(self._block, here, after))
+        for parameter in module.net.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: self.trace.mark("gradients", [p.grad]))
+        if not module.plan.step_in_backward:
+            (optimizer,) = trainer.optimizers
+            self.trace.enter(BEFORE)
+            for parameter in module.net.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            self._mark_state(optimizer)
+            optimizer.zero_grad()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Batch, index: int) -> None:
+        self.step, self.micro, self.backwards = batch.step, batch.micro, False
+        self._enter("embed")
+
+    def _enter(self, name: str) -> None:
+        self.trace.enter(f"step {self.step}, micro-batch {min(self.micro, 1)}, {name}")
+
+    def _block(self, place: str, after: str, block: Any, inputs: Any, outputs: Any) -> None:
+        if torch.compiler.is_compiling():  # a graph has no blocks
+            return
+        hidden = outputs[0]
+        if hidden.requires_grad and not self.backwards:
+            hidden.register_hook(lambda _: self._back(place))
+        if not self.backwards:
+            self._enter(f"forward {after}")
+
+    def _back(self, place: str) -> None:
+        self._enter(f"backward {place}")
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.trace.mark("gradients", [p.grad for p in module.net.parameters()])
+        self.trace.enter(f"step {self.step}, optimizer")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Batch, index: int) -> None:
+        self._mark_state(trainer.optimizers[0])
+
+    def _mark_state(self, optimizer: torch.optim.Optimizer) -> None:
+        state = [value for values in optimizer.state.values() for value in values.values()]
+        self.trace.mark("state", [value for value in state if isinstance(value, Tensor)])
+
+    def _begin(self, *_: Any) -> None:
+        self.first, self.backwards = len(self.trace.events), False
+
+    def _end(self, *_: Any) -> None:
+        self.trace.mark_new("activations", self.first)
+        self.backwards = True  # what runs again from here on belongs to the backward pass
+
+
+def ends(plan: Plan) -> int:
+    """Blocks at either end of a stage that have phases of their own: what grows along the others is largest at one of these.
+    FSDP2 gathers the next block while one runs."""
+    return 2 if plan.shard > 1 else 1
+
+
+def _place(block: int, blocks: int, ends: int) -> str:
+    if block == blocks:
+        return "head"
+    return str(block) if block < ends else str(block - blocks) if blocks - block <= ends else "middle"

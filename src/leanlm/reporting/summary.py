@@ -1,0 +1,33 @@
+"""What a run prints when it ends."""
+
+from typing import Any
+
+from leanlm.common.run_folder import Run
+
+
+def summary(result: dict[str, Any], sample: str | None, run: Run) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    peak = ", ".join(f"{peak / 2**20:,.0f} MiB" for peak in result["peak_memory_bytes"])
+    if "predicted_peak_memory_bytes" in result:
+        peak += ", predicted " + ", ".join(f"{size / 2**20:,.0f} MiB" for size in result["predicted_peak_memory_bytes"])
+    for name, value in (
+        ("validation loss", f"{result['loss']:.4f} nats per token"),
+        ("perplexity", f"{result['perplexity']:.2f}"),
+        ("bits per byte", f"{result['bits_per_byte']:.3f}"),
+        ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s of training"),
+        ("peak memory", peak),
+        ("parameters", f"{result['parameters']:,}"),
+        ("run", str(run.path)),
+    ):
+        table.add_row(f"[bold]{name}", value)
+    console = Console(highlight=False)
+    if sample is not None:
+        console.rule("a sample")
+        console.print(sample, markup=False, soft_wrap=True)
+        console.rule()
+    console.print(table)

@@ -1,0 +1,108 @@
+"""Configuration to objects, the same way for training, evaluation and generation."""
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+
+from leanlm.common.errors import UserError
+from leanlm.common.precision import PRECISIONS, STOCHASTIC
+from leanlm.config.schema import Config, Settings
+from leanlm.launch.ranks import local_world_size, rank, world_size
+from leanlm.models import kernels
+from leanlm.models.contract import Model, initialize, without_storage
+from leanlm.strategies import balance
+from leanlm.strategies.lightning import strategy
+from leanlm.strategies.parallel_model import Cut
+from leanlm.strategies.plan import Plan
+from leanlm.training.lightning_module import LanguageModel, RecurrentLanguageModel
+
+
+def model(config: Config, plan: Plan, vocabulary: int) -> Model:
+    """The configured model in its parameters' type, without initial values."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(PRECISIONS[config.precision][0])
+    try:
+        net = instantiate(config.model, vocabulary=vocabulary, sequence=config.sequence)
+    finally:
+        torch.set_default_dtype(before)
+    kernels.choose(net, plan.rnn_kernel)
+    return net
+
+
+def cut(config: Config, plan: Plan, vocabulary: int) -> Cut:
+    """What this rank holds of the configured model, with its initial weights. All ranks must call it."""
+    if not plan.cuts_model:
+        net = model(config, plan, vocabulary)
+        initialize(net, config.seed)
+        return Cut(net, plan, config.seed, device(config))
+    with without_storage():
+        net = model(config, plan, vocabulary)
+    cost = balance.costs(net) if plan.pipeline > 1 else None
+    return Cut(net, plan, config.seed, device(config), cost)
+
+
+def device(config: Config) -> torch.device:
+    """This rank's device."""
+    if config.device["accelerator"] == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def module(settings: Settings, cut: Cut, training: bool = True) -> LanguageModel:
+    config = settings.config
+    kind = RecurrentLanguageModel if cut.net.carries_state else LanguageModel
+    rows = config.global_batch // cut.plan.readers
+    pipeline = None
+    if training and cut.plan.pipeline > 1:
+        from leanlm.strategies.pipeline import Pipeline
+
+        pipeline = Pipeline(cut, rows, config.sequence)
+    return kind(cut, pipeline, config.optim, config.max_steps, config.clip, config.precision == STOCHASTIC)
+
+
+def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Sequence[Logger], max_steps: int = -1) -> pl.Trainer:
+    """Lightning's Trainer for a plan. Intervals are in optimizer steps; Lightning counts micro-batches."""
+    config, plan = settings.config, settings.plan
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    made = pl.Trainer(
+        accelerator=config.device["accelerator"],
+        devices=local_world_size(),
+        num_nodes=world_size() // local_world_size(),
+        strategy=strategy(plan),
+        precision=PRECISIONS[config.precision][1],  # type: ignore[arg-type]
+        accumulate_grad_batches=plan.batches_per_step,
+        max_steps=max_steps,
+        max_epochs=-1,
+        val_check_interval=config.val_every * plan.batches_per_step,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        inference_mode=False,  # carried state and sharded parameters outlive a validation
+        callbacks=list(callbacks),
+        logger=list(loggers),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    # Lightning asks all ranks for a SIGTERM before each batch and waits for the device's answer; `Checkpoints` has that signal
+    made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return made
+
+
+def loggers(config: Config, run_path: str) -> list[Logger]:
+    """The loggers of `conf/logger`, for the run's folder; only rank 0 has any."""
+    if rank() != 0 or not config.logger:
+        return []
+    nodes = [dict(node) for node in config.logger.values()]
+    try:
+        return [instantiate(node | {node.pop("into"): run_path}) for node in nodes if node.pop("needs")]
+    except InstantiationException as error:
+        raise UserError(f"the logger could not be set up: {error.__cause__ or error}") from None

@@ -1,0 +1,163 @@
+"""Saving, resuming, and stopping in good order."""
+
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from leanlm import __version__
+from leanlm.common.run_folder import Run
+from leanlm.launch.processes import Stopped
+from leanlm.launch.ranks import say
+from leanlm.training import checkpoint
+from leanlm.training.callbacks.record import Record, validate_now
+from leanlm.training.lightning_module import LanguageModel
+
+
+class Checkpoints(pl.Callback):
+    """Saves every `every` steps and at the end; resumes from `start`; on SIGTERM or Ctrl-C saves, then raises Stopped.
+
+    A checkpoint is taken before the first micro-batch of a step, when the validation of the step before is in it too.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        record: Record,
+        every: int,
+        val_every: int,
+        keep: int,
+        global_batch: int,
+        fingerprint: str,
+        start: Any = None,
+    ) -> None:
+        self.run, self.record, self.every, self.val_every, self.keep = run, record, every, val_every, keep
+        self.global_batch, self.fingerprint, self.start = global_batch, fingerprint, start
+        self.saved = -1
+        self.signal, self.first_signal = 0, 0.0
+        self.told = Told()
+        self.handlers: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.start is None:
+            return
+        assert isinstance(module, LanguageModel)
+        carried, state = checkpoint.load(self.start, module.cut.named_parameters(), trainer.optimizers[0])
+        module.carry(carried, self.global_batch)
+        step, micros = state["step"], state["step"] * module.plan.batches_per_step
+        loop = trainer.fit_loop.epoch_loop
+        loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+        counts = dict.fromkeys(("ready", "started", "processed", "completed"), micros)
+        loop.batch_progress.total.load_state_dict(counts)
+        loop._batches_that_stepped = step
+        self.saved = step
+        self.record.seconds, self.record.tokens = state["seconds"], state["tokens"]
+        self.record.validated, self.record.val_loss = state["validated"], state["val_loss"]
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.handlers[number] = signal.signal(number, self._on_signal)
+        step = trainer.global_step
+        if step and step % self.val_every == 0 and self.record.validated != step:
+            validate_now(trainer)  # the run was stopped before it came to this
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch.micro == 0:
+            self._stop_if_told(trainer, module)
+            if batch.step % self.every == 0 and batch.step not in (0, self.saved):
+                self.save(trainer, module)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.state.fn == "fit":
+            self._stop_if_told(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.told.wait()
+        if self.saved != trainer.global_step:
+            self.save(trainer, module)
+        self._restore_handlers()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self.record.flush()
+        self._restore_handlers()
+
+    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write a checkpoint of the state after the last whole step. All ranks must call it."""
+        assert isinstance(module, LanguageModel)
+        self.record.flush()
+        state = {
+            "step": trainer.global_step,
+            "seconds": self.record.seconds,
+            "tokens": self.record.tokens,
+            "validated": self.record.validated,
+            "val_loss": self.record.val_loss,
+            "plan": module.plan.asdict(),
+            "text": self.fingerprint,
+            "versions": {"leanlm": __version__, "torch": torch.__version__},
+        }
+        named = module.cut.owned_parameters()
+        checkpoint.save(self.run.checkpoints, named, trainer.optimizers[0], module.carried(), state, self.keep)
+        self.saved = trainer.global_step
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self.signal and now - self.first_signal > 2:  # a launcher passes on the signal that the terminal sent too
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal, self.first_signal = number, now
+            say(f"\n{signal.Signals(number).name}: saving a checkpoint (again to leave at once)")
+
+    def _stop_if_told(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, LanguageModel)
+        if number := self.told(self.signal) if module.plan.world > 1 else self.signal:
+            if self.saved != trainer.global_step:
+                self.save(trainer, module)
+            name = signal.Signals(number).name
+            message = (
+                f"stopped by {name} after step {trainer.global_step}; to go on: python -m leanlm.train resume={self.run.path}"
+            )
+            if trainer.is_global_zero:
+                print(message, file=sys.stderr, flush=True)
+            raise Stopped(number, message)
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+
+class Told:
+    """Whether a signal has reached any rank: signals come to them at different times, and all must stop at the same step.
+
+    Each call begins an exchange between the ranks' processors (gloo), which the next one reads: no device is waited for, nor a
+    rank that is less than a step behind. All ranks must make the same calls.
+    """
+
+    def __init__(self) -> None:
+        self.group: Any = None
+        self.number, self.work = torch.tensor(0), None
+
+    def __call__(self, number: int) -> int:
+        """The largest number of any rank in the call before."""
+        if self.group is None:
+            self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        if found := self.wait():
+            return found
+        self.number = torch.tensor(number)
+        self.work = dist.all_reduce(self.number, dist.ReduceOp.MAX, self.group, async_op=True)
+        return 0
+
+    def wait(self) -> int:
+        """What the last call has begun comes to; none is under way any more."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return int(self.number)

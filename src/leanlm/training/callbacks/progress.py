@@ -1,0 +1,80 @@
+"""A progress bar with loss, speed and time left; plain lines where there is no terminal."""
+
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+
+from leanlm.training.callbacks.record import Record
+
+
+class Progress(pl.Callback):
+    """Shows what `record` measured. Only rank 0 should have it."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.bar: Any = None
+        self.shown = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.first_step, self.first_seconds, self.shown = trainer.global_step, self.record.seconds, 0.0
+        if sys.stdout.isatty():
+            from rich import progress
+
+            self.bar = progress.Progress(
+                progress.TextColumn("step"),
+                progress.MofNCompleteColumn(),
+                progress.BarColumn(),
+                progress.TextColumn("{task.fields[status]}"),
+                progress.TextColumn("left"),
+                progress.TimeRemainingColumn(compact=True),
+                refresh_per_second=4,
+            )
+            self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, status="")
+            self.bar.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.monotonic()
+        if now - self.shown < (0.2 if self.bar else 10) and trainer.global_step < trainer.max_steps:
+            return
+        self.shown = now
+        if self.bar:
+            self.bar.update(self.task, completed=trainer.global_step, status=self._status())
+        elif self.record.row:
+            print(
+                f"step {trainer.global_step}/{trainer.max_steps}  {self._status()}  {self._left(trainer)} left",
+                flush=True,
+            )
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        text = f"step {trainer.global_step}/{trainer.max_steps}  validation loss {self.record.val_loss:.4f}"
+        if self.bar:
+            self.bar.console.print(text)
+        else:
+            print(text, flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def _status(self) -> str:
+        row = self.record.row
+        if not row:
+            return ""
+        mfu = f"  mfu {row['mfu']:.1%}" if "mfu" in row else ""
+        return f"loss {row['train_loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s{mfu}"
+
+    def _left(self, trainer: pl.Trainer) -> str:
+        steps = trainer.global_step - self.first_step
+        seconds = (self.record.seconds - self.first_seconds) / max(1, steps) * (trainer.max_steps - trainer.global_step)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

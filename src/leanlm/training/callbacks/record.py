@@ -1,0 +1,99 @@
+"""Loss, gradient norm, learning rate and speed of a run, to `metrics.csv` and to the configured loggers."""
+
+import math
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+
+from leanlm.common.errors import UserError
+from leanlm.common.run_folder import Run, Table
+from leanlm.training.lightning_module import LanguageModel
+
+
+class Record(pl.Callback):
+    """Writes a row every `every` steps and after each validation, and validates when training ends.
+
+    Attributes:
+        row: the newest values, for the progress bar.
+        seconds: spent in training steps, without validation, over all sessions of the run.
+        tokens: counted in those steps.
+        validated: the last step after which the whole split was validated, and `val_loss` its loss in nats per token.
+    """
+
+    def __init__(self, run: Run, every: int, full_speed: float | None = None) -> None:
+        """`full_speed`: tokens/s at which the devices would multiply all the time, if it is known."""
+        self.run, self.every, self.full_speed = run, every, full_speed
+        self.row: dict[str, float] = {}
+        self.seconds, self.tokens = 0.0, 0
+        self.validated, self.val_loss = 0, float("nan")
+        self.table: Table | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.table = Table(self.run, trainer.global_step, self.full_speed is not None)
+        self.logged = self.seconds, self.tokens
+        self.mark = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(module, LanguageModel)
+        if batch.micro < module.plan.batches_per_step - 1:
+            return
+        step = trainer.global_step
+        writes = step % self.every == 0 or step == 1 or step == trainer.max_steps
+        loss = float(module.global_loss()) if writes else math.nan  # waits for a GPU: before the clock is read
+        now = time.perf_counter()
+        self.seconds, self.mark = self.seconds + now - self.mark, now
+        self.tokens += batch.step_tokens
+        if writes:
+            self._finite(loss, "training", step, module)
+            seconds, tokens = self.seconds - self.logged[0], self.tokens - self.logged[1]
+            self.logged = self.seconds, self.tokens
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            self.row = {
+                "train_loss": loss,
+                "grad_norm": float(module.grad_norm),
+                "lr": rate,
+                "tokens_per_second": tokens / seconds,
+            }
+            if self.full_speed is not None:
+                self.row["mfu"] = tokens / seconds / self.full_speed
+            self._write(trainer, step, self.row)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, LanguageModel)
+        self.validated, self.val_loss = trainer.global_step, float(module.split_loss.compute()["loss"])
+        self._finite(self.val_loss, "validation", trainer.global_step, module)
+        self._write(trainer, trainer.global_step, {"val_loss": self.val_loss})
+        self.mark = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.validated != trainer.global_step:
+            validate_now(trainer)
+        self.flush()
+
+    def flush(self) -> None:
+        if self.table is not None:
+            self.table.flush()
+
+    def _finite(self, loss: float, kind: str, step: int, module: LanguageModel) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the {kind} loss is {loss} after step {step}: lower optim.lr (now {module.optimizer.lr:g}) or clip "
+                f"(now {module.clip:g}); the checkpoints so far are in {self.run.checkpoints}"
+            )
+
+    def _write(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
+        if self.table is not None:
+            self.table.add(step, values)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step)
+
+
+def validate_now(trainer: pl.Trainer) -> None:
+    """Run the validation of a fit outside its turn."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True

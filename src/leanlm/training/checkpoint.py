@@ -1,0 +1,229 @@
+"""One checkpoint format under every plan: a folder of `torch.distributed.checkpoint` with global names.
+
+A checkpoint holds `model.<parameter>`, `optimizer.<parameter>.<state>`, `carried.<block>.<part>` (rows of the global
+batch), `rng.<rank>`, and beside them `state.json` (step, versions, plan) and `manifest.json` (size and sha256 of every
+file). It is written under another name and renamed when whole; older ones are removed only then.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from leanlm.common.errors import UserError
+from leanlm.memory import offload
+from leanlm.optimizers.adamw import convert, empty_like, owned, put_away
+
+FORMAT = 1
+
+
+Named = Iterable[tuple[str, nn.Parameter]]  # a rank's parameters, whole or its shards, by global name
+
+
+def save(
+    folder: Path,
+    named: Named,
+    optimizer: torch.optim.Optimizer,
+    carried: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write `folder/step-N` and keep the last `keep` checkpoints. All ranks must call it.
+
+    Args:
+        folder: holds the checkpoints of a run.
+        named: parameters to save; each must be given by one rank, or the same by several.
+        optimizer: its state is saved by the name of the parameter.
+        carried: recurrent state of the global batch, `[global batch, ...]` each.
+        state: JSON to keep beside; `state["step"]` names the checkpoint.
+        keep: checkpoints to keep, at least 1.
+    """
+    whole = folder / f"step-{state['step']:08d}"
+    part = folder / f".writing-{whole.name}"
+    if _rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    _barrier()
+    named = list(named)
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in named}
+    tensors |= {f"optimizer.{name}": value for name, value in _optimizer_state(named, optimizer).items()}
+    tensors |= {f"carried.{name}": value for name, value in carried.items()}
+    tensors |= {f"rng.{_rank()}": torch.get_rng_state()}
+    import torch.distributed.checkpoint as dcp
+
+    class OneAtATime(dcp.DefaultSavePlanner):
+        """What is offloaded comes back to be written: all of it together is what may not fit."""
+
+        def resolve_data(self, write_item: Any) -> Any:
+            offload.release_all()
+            return super().resolve_data(write_item)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dcp warns that it runs without a process group, which is what we ask for
+        dcp.save(tensors, checkpoint_id=part, planner=OneAtATime(), no_dist=not _distributed())
+    offload.release_all()
+    if _rank() == 0:
+        _write(part / "state.json", {"format": FORMAT, **state})
+        files = sorted(file for file in part.iterdir() if file.is_file())
+        _write(part / "manifest.json", {file.name: [file.stat().st_size, _digest(file)] for file in files})
+        if whole.exists():  # a run that was resumed may reach a step again
+            shutil.rmtree(whole)
+        part.rename(whole)
+        _sync(folder)
+        # one of a later step is damaged, or this run would have begun there: it must not crowd out whole ones
+        kept = [each for each in checkpoints(folder) if each.name <= whole.name][-keep:]
+        for other in set(checkpoints(folder)) - set(kept):
+            shutil.rmtree(other)
+    _barrier()
+    return whole
+
+
+def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint, made under any plan, into parameters (a name may be there twice) and their optimizer. All ranks must
+    call it.
+
+    Returns:
+        The carried state and the JSON that `save` was given.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = dcp.FileSystemReader(folder)
+    stored = {
+        name: meta
+        for name, meta in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(meta, TensorStorageMetadata)
+    }
+    named = list(named)
+    parameters = dict(named)
+    missing = [name for name in parameters if f"model.{name}" not in stored]
+    if missing:
+        raise UserError(f"{folder} is of another model: it has no {missing[0]} ({len(missing)} of {len(parameters)} lacking)")
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, meta in stored.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer" and optimizer is not None and rest.rpartition(".")[0] in parameters:
+            parameter = parameters[rest.rpartition(".")[0]]
+            whole = rest.rpartition(".")[2] in getattr(optimizer, "whole_state", ())
+            if len(meta.size) == parameter.dim() > 0 and not whole:  # as large, or packed along its last dimension
+                tensors[name] = empty_like(owned(optimizer, parameter), meta.size, meta.properties.dtype)
+            else:
+                tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype, device=parameter.device)
+            if (file := getattr(optimizer, "scratch", None)) is not None:
+                place = {name: tensors[name]}
+                put_away(place, file)
+                tensors |= place
+        elif kind == "carried" or name == f"rng.{_rank()}":
+            tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype)
+
+    class OneAtATime(dcp.DefaultLoadPlanner):
+        """As in `save`."""
+
+        def resolve_tensor(self, read_item: Any) -> Tensor:
+            offload.release_all()
+            return super().resolve_tensor(read_item)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, storage_reader=reader, planner=OneAtATime(), no_dist=not _distributed())
+    offload.release_all()
+    for name, parameter in named:
+        if parameter is not parameters[name]:
+            parameter.detach().copy_(parameters[name].detach())
+    if optimizer is not None:
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                owner, _, key = name.removeprefix("optimizer.").rpartition(".")
+                for parameter in (parameter for name, parameter in named if name == owner):
+                    mine = parameter is parameters[owner]
+                    optimizer.state[parameter][key] = value if mine else value.clone()
+        for _, parameter in named:
+            if parameter in optimizer.state:
+                convert(optimizer.state[parameter], owned(optimizer, parameter), getattr(optimizer, "kind", None))
+        if f"rng.{_rank()}" in tensors:
+            torch.set_rng_state(tensors[f"rng.{_rank()}"])
+    carried = {name.removeprefix("carried."): value for name, value in tensors.items() if name.startswith("carried.")}
+    return carried, json.loads((folder / "state.json").read_text())
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all as they were written, and what is wrong with those after it."""
+    damaged: list[str] = []
+    for checkpoint in reversed(checkpoints(folder)):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint} is damaged: {wrong}")
+    return None, damaged
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        items = [(checkpoint / name, name, size, digest) for name, (size, digest) in manifest.items()]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return "manifest.json is missing or cannot be read"
+    for file, name, size, digest in items:
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _digest(file) != digest:
+            return f"{name} is not what was written (its sha256 differs)"
+    return None
+
+
+def _optimizer_state(named: Named, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name, parameter in named
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _write(file: Path, content: Any) -> None:
+    with open(file, "w") as target:
+        json.dump(content, target, indent=1)
+        target.flush()
+        os.fsync(target.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _rank() -> int:
+    return dist.get_rank() if _distributed() else 0
+
+
+def _barrier() -> None:
+    if _distributed():
+        dist.barrier()

@@ -1,0 +1,79 @@
+"""The data of a configured run: its tokens, the micro-batches of each step, the whole of a split."""
+
+from typing import Any
+
+from leanlm.common.errors import UserError
+from leanlm.config.checks import fits
+from leanlm.config.schema import Config, Settings
+from leanlm.data.batches import GlobalBatches, Lanes, WholeSplit, Windows
+from leanlm.data.preparation_bar import PreparationBar
+from leanlm.data.tokenizer import Tokenizer
+from leanlm.data.tokens import Tokens, prepare
+from leanlm.launch.ranks import rank
+from leanlm.models.contract import Model
+
+
+def tokens(settings: Settings) -> Tokens:
+    """The tokens of the configured text.
+
+    Raises:
+        UserError: the text is too short, or `data.ignore` names a token that does not exist.
+    """
+    data = settings.config.data
+
+    with PreparationBar() as bar:
+        made = prepare(settings.corpus, data["tokenizer"], data["vocabulary"], bar)
+    problems = fits(settings.config, {split: len(numbers) for split, numbers in made.splits.items()})
+    problems += [
+        f"data.ignore: the tokenizer has no token {name!r}"
+        for name in data.get("ignore", [])
+        if not made.tokenizer.numbers(name)
+    ]
+    if problems:
+        raise UserError(*problems)
+    return made
+
+
+def ignored(config: Config, tokenizer: Tokenizer) -> list[int]:
+    """Numbers of the tokens that are not counted as targets."""
+    return [number for name in config.data.get("ignore", []) for number in tokenizer.numbers(name)]
+
+
+def training_batches(settings: Settings, tokens: Tokens, net: Model, first_step: int = 0) -> GlobalBatches:
+    """This rank's micro-batches of every step from `first_step` on."""
+    config, plan = settings.config, settings.plan
+    order = (Lanes if net.carries_state else Windows)(
+        len(tokens.splits["train"]), config.sequence, config.global_batch, config.seed
+    )
+    return GlobalBatches(
+        tokens.splits["train"],
+        order,
+        plan.readers,
+        plan.reader(rank()),
+        plan.batches_per_step,
+        ignored(config, tokens.tokenizer),
+        first_step,
+    )
+
+
+def whole_split(settings: Settings, tokenizer: Tokenizer, net: Model, numbers: Any) -> WholeSplit:
+    """This rank's part of a split (or of any token numbers), each token once."""
+    config, plan = settings.config, settings.plan
+    overlap = config.val_overlap
+    if net.carries_state:
+        overlap = max(overlap, config.sequence)  # a lane first reads some text to come to a state
+        length = WholeSplit.lane_length(len(numbers), config.val_lanes, overlap)
+    else:
+        length = config.sequence
+    rows = max(1, min(plan.micro_batch(config.global_batch), -(-len(numbers) // length)))
+    return WholeSplit(
+        numbers,
+        tokenizer.start,
+        config.sequence,
+        length,
+        overlap,
+        rows,
+        plan.readers,
+        plan.reader(rank()),
+        ignored(config, tokenizer),
+    )

@@ -1,0 +1,173 @@
+"""One training run on one rank: the folder, the text, the model as the plan cuts it, the step, the trainer; then the result."""
+
+import json
+import math
+import shutil
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from omegaconf import OmegaConf
+
+from leanlm import __version__
+from leanlm.common.errors import UserError
+from leanlm.common.files import write
+from leanlm.common.machine import memory_now, peak_memory
+from leanlm.common.precision import gpu_has_bf16
+from leanlm.common.run_folder import Run
+from leanlm.config.schema import Settings
+from leanlm.data.prefetch import prefetched
+from leanlm.data.tokenizer import Tokenizer, stream
+from leanlm.data.tokens import Tokens
+from leanlm.launch.ranks import of_ranks, on_rank_0, on_rank_0_first, rank, say
+from leanlm.models.generation import LogitsAfter, generate
+from leanlm.reporting.pictures import loss_curve
+from leanlm.reporting.summary import summary
+from leanlm.strategies.parallel_model import Cut
+from leanlm.training import build, data, utilization
+from leanlm.training.callbacks.checkpoints import Checkpoints
+from leanlm.training.callbacks.progress import Progress
+from leanlm.training.callbacks.record import Record
+from leanlm.training.checkpoint import newest_whole
+from leanlm.training.lightning_module import LanguageModel
+
+
+def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Train as configured in the folder `path` and return what `result.json` holds. All ranks must call it."""
+    asked = settings.config
+    run = Run(on_rank_0(lambda: path))  # Under torchrun each rank has made up its own.
+    tokens = on_rank_0_first(lambda: data.tokens(settings))
+    start = checkpoint_to_start_from(settings, tokens)
+    if rank() == 0:
+        make_folder(run, config, tokens, start)
+    before = of_ranks(memory_now())
+
+    cut = build.cut(asked, settings.plan, tokens.tokenizer.vocabulary)
+    module = build.module(settings, cut)
+    announce(settings, tokens, module, run)
+
+    card = torch.cuda.get_device_name(cut.device) if cut.device.type == "cuda" else None
+    record = Record(run, asked.log_every, utilization.full_speed(settings, tokens.tokenizer.vocabulary, card))
+    checkpoints = Checkpoints(
+        run, record, asked.checkpoint_every, asked.val_every, asked.keep_checkpoints, asked.global_batch, tokens.fingerprint,
+        start,
+    )  # fmt: skip
+    callbacks = [record, *([Progress(record)] if rank() == 0 else []), checkpoints]
+    trainer = build.trainer(settings, callbacks, build.loggers(asked, str(run.path)), asked.max_steps)
+    batches = data.training_batches(settings, tokens, cut.net, first_step=_step_of(start))
+    validation = data.whole_split(settings, tokens.tokenizer, cut.net, tokens.splits["validation"])
+    with closing(prefetched(batches, cut.device)) as ahead:
+        trainer.fit(module, ahead, validation)
+
+    result = result_of(settings, tokens, module, trainer, record) | {"memory_before_bytes": before}
+    if rank() == 0:
+        loss_curve({"": run}, run.path / "loss.png")
+        write(run.result, json.dumps(result, indent=2))
+    sample = None
+    if rank() == 0 or settings.plan.cuts_model:
+        sample = sample_of(cut, tokens.tokenizer, asked.sample, asked.sample_tokens)
+    if rank() == 0:
+        if sample is not None:
+            with open(run.path / "samples.txt", "a") as file:
+                file.write(f"--- step {trainer.global_step}\n{sample}\n")
+        summary(result, sample, run)
+    return result
+
+
+def checkpoint_to_start_from(settings: Settings, tokens: Tokens) -> Path | None:
+    """The checkpoint to resume from, None to begin at step 0.
+
+    Raises:
+        UserError: there is none that is whole, it is of another text, or the run has done its steps.
+    """
+    if not settings.config.resume:
+        return None
+    run = Run(settings.config.resume)
+    start, damaged = newest_whole(run.checkpoints)
+    for line in damaged:
+        say(f"{line}; " + (f"using {start.name}, the one before it" if start else "there is none before it"))
+    if start is None and damaged:
+        raise UserError(f"{run.path} has no whole checkpoint to resume from; start a new run")
+    if start is None:
+        say(f"{run.path} has no checkpoint yet: beginning at step 0")
+        return None
+    state = json.loads((start / "state.json").read_text())
+    if state["text"] != tokens.fingerprint:
+        raise UserError(f"the text or its tokens are not those that {run.path} was trained on; set data.path to the same text")
+    if state["step"] >= settings.config.max_steps:
+        raise UserError(f"{run.path} has done its {state['step']} steps; to go on write max_steps={state['step'] * 2}, say")
+    say(f"resuming after step {state['step']}")
+    return start
+
+
+def make_folder(run: Run, config: dict[str, Any], tokens: Tokens, start: Path | None) -> None:
+    """The folder of a run with its configuration, its tokenizer and, if it goes on from another, the rows of that."""
+    if start and start.parent.parent.resolve() != run.path.resolve():
+        run.path.mkdir(parents=True, exist_ok=True)
+        shutil.copy(start.parent.parent / run.metrics.name, run.metrics)
+    run.create(OmegaConf.create({**config, "resume": None, "run_dir": None}))
+    write(run.path / "tokenizer.json", json.dumps(tokens.tokenizer.state()))
+
+
+def announce(settings: Settings, tokens: Tokens, module: LanguageModel, run: Run) -> None:
+    """Say what is going to be trained, on what, and how."""
+    asked = settings.config
+    say(
+        f"{type(module.net).__name__}, {module.cut.parameters:,} parameters, {len(tokens.splits['train']):,} training tokens "
+        f"of {tokens.tokenizer.vocabulary:,} types\nplan: {settings.describe()}; global batch {asked.global_batch} x "
+        f"{asked.sequence} tokens, {asked.max_steps:,} steps, in {run.path}"
+    )
+    if module.pipeline is not None:
+        say(module.pipeline.describe())
+    if module.cut.device.type == "cuda" and asked.precision == "fp32" and gpu_has_bf16():
+        say(utilization.instead_of_fp32(torch.cuda.get_device_name(module.cut.device)))
+
+
+def result_of(settings: Settings, tokens: Tokens, module: LanguageModel, trainer: pl.Trainer, record: Record) -> dict[str, Any]:
+    """What `result.json` holds. All ranks must call it."""
+    nats, speed = record.val_loss, record.tokens / record.seconds
+    result = {
+        "loss": nats,
+        "perplexity": math.exp(min(nats, 700)),
+        "bits_per_byte": nats * len(tokens.splits["validation"]) / tokens.bytes["validation"] / math.log(2),
+        "steps": trainer.global_step,
+        "tokens": record.tokens,
+        "tokens_per_second": speed,
+        "mfu": None if record.full_speed is None else speed / record.full_speed,
+        "peak_memory_bytes": of_ranks(peak_memory()),
+        "held_bytes": of_ranks(module.held_bytes(trainer.optimizers[0])),
+        "seconds": record.seconds,
+        "plan": settings.plan.asdict(),
+        "exactness": settings.exactness,
+        "precision": settings.config.precision,
+        "parameters": module.cut.parameters,
+        "versions": {"leanlm": __version__, "torch": torch.__version__, "lightning": lightning.__version__},
+    }
+    if settings.predicted is not None:
+        result["predicted_peak_memory_bytes"] = settings.predicted["peak_memory_bytes"]
+        result["predicted_seconds_per_step"] = settings.predicted["seconds_per_step"]
+    if module.cut.device.type == "cuda":
+        result["peak_allocated_bytes"] = of_ranks(torch.cuda.max_memory_allocated())
+    return result
+
+
+def sample_of(cut: Cut, tokenizer: Tokenizer, prompt: str, tokens: int) -> str | None:
+    """Text that the model writes; None if that fails. All ranks must call it when the model is spread over them."""
+    try:
+        begin = [tokenizer.start, *map(int, tokenizer.encode(prompt.encode()))]
+    except UserError:  # the prompt has characters that this text does not
+        begin, prompt = [tokenizer.start], ""
+    cut.net.eval()
+    try:
+        logits_after = cut.logits_after() if cut.plan.cuts_model else LogitsAfter(cut.net)
+        return prompt + "".join(stream(tokenizer, generate(logits_after, begin, tokens, temperature=0.8)))
+    except Exception as error:  # whatever it is, the run has done its work
+        say(f"no sample could be made: {type(error).__name__}: {error}".splitlines()[0])
+        return None
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return json.loads((checkpoint / "state.json").read_text())["step"] if checkpoint else 0

@@ -1,0 +1,50 @@
+"""How much of what a card can multiply a run uses (model FLOPs utilization, Chowdhery et al. 2022)."""
+
+from leanlm.common.errors import UserError
+from leanlm.config.device_sheets import sheet
+from leanlm.config.schema import Settings
+from leanlm.models.contract import without_storage
+from leanlm.strategies import balance
+from leanlm.training import build
+
+
+def operations_per_token(settings: Settings, vocabulary: int) -> float:
+    """Floating-point operations of matrix products and attention for one token of a training step: backward takes twice what
+    forward does, and what is computed again is not counted."""
+    with without_storage():
+        net = build.model(settings.config, settings.plan, vocabulary)
+    return 3 * sum(balance.costs(net).values()) / settings.config.sequence
+
+
+def full_speed(settings: Settings, vocabulary: int, card: str | None) -> float | None:
+    """Tokens/s at which all devices of a run would multiply all the time; None: it is a CPU, or has no data sheet.
+
+    Args:
+        settings: of the run.
+        vocabulary: token types.
+        card: name of the GPU, as torch has it; None: a CPU.
+    """
+    flops = _rates(card) if card else None
+    if flops is None:
+        return None
+    kind = {"fp32": "float32", "fp64": "float64"}.get(settings.config.precision, "bfloat16")
+    return flops[kind] * settings.plan.world / operations_per_token(settings, vocabulary)
+
+
+def instead_of_fp32(card: str) -> str:
+    """What bf16 or TF32 would bring on a card that has both, in one line."""
+    flops = _rates(card)
+    if flops is None:
+        gain = "products several times as fast, and half the bytes of activations"
+    else:  # of TF32 a card does half as many
+        fast, slow = flops["bfloat16"] / 1e12, flops["float32"] / 1e12
+        gain = f"products at up to {fast:,.0f} instead of {slow:,.0f} teraflop/s (TF32: about {fast / 2:,.0f})"
+    return f"precision=fp32: bf16-mixed would bring {gain}; TF32 is TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment"
+
+
+def _rates(card: str) -> dict[str, float] | None:
+    """Floating-point operations per second by number type, of a card's data sheet; None: it has none."""
+    try:
+        return sheet(card)["flops"]
+    except UserError:
+        return None
