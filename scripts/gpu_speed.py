@@ -125,10 +125,10 @@ def ours(name: str, text: Path, warm: int = 8, timed: int = 20) -> dict[str, Any
     with process_group("cuda"):
         prepared, clock = prepare(settings), Clock()
         prepared.splits["train"] = np.random.default_rng(0).integers(0, types, 4_000_000).astype(np.uint16)
-        cut = build.cut(settings.config, settings.plan, types)
+        parallel = build.parallel(settings.config, settings.plan, types)
         operations = _operations(settings, types)
-        module = build.module(settings, cut)
-        with closing(prefetched(training_batches(settings, prepared, cut.net), cut.device)) as batches:
+        module = build.module(settings, parallel)
+        with closing(prefetched(training_batches(settings, prepared, parallel.net), parallel.device)) as batches:
             build.trainer(settings, [clock], [], warm + timed).fit(module, batches)
     rows = settings.config.global_batch
     return {

@@ -37,15 +37,15 @@ def ours(steps: int) -> tuple[float, list[float]]:
     settings = check(composed(OVERRIDES))
     with process_group("cpu"):
         prepared = tokens(settings)
-        cut = build.cut(settings.config, settings.plan, prepared.tokenizer.vocabulary)
-        module, watch, losses = build.module(settings, cut), clock(), []
+        parallel = build.parallel(settings.config, settings.plan, prepared.tokenizer.vocabulary)
+        module, watch, losses = build.module(settings, parallel), clock(), []
 
         class Losses(type(watch)):
             def on_train_batch_end(self, trainer, module, *args: Any) -> None:
                 losses.append(module.step_nats)
 
         trainer = build.trainer(settings, [watch, Losses()], [], steps)
-        trainer.fit(module, training_batches(settings, prepared, cut.net))
+        trainer.fit(module, training_batches(settings, prepared, parallel.net))
         return median(watch.times), [float(total(loss)) for loss in losses]
 
 

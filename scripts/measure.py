@@ -52,7 +52,7 @@ def measure(overrides: list[str], steps: int, vocabulary: int | None = None) -> 
                     self.peak = peak_memory()
                     self.traffic = self.look.enter_context(Communication())
                     parameters, optimizer = list(module.net.parameters()), trainer.optimizers[0]
-                    self.held = self.look.enter_context(watched(parameters, optimizer, cut.vocabulary))
+                    self.held = self.look.enter_context(watched(parameters, optimizer, parallel.vocabulary))
                 self.begin = time.perf_counter()
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
@@ -64,20 +64,20 @@ def measure(overrides: list[str], steps: int, vocabulary: int | None = None) -> 
     settings = check(composed(overrides))
     with process_group("cpu"):
         prepared = tokens(settings)
-        cut = build.cut(settings.config, settings.plan, vocabulary or prepared.tokenizer.vocabulary)
-        module, watch = build.module(settings, cut), Watch()
+        parallel = build.parallel(settings.config, settings.plan, vocabulary or prepared.tokenizer.vocabulary)
+        module, watch = build.module(settings, parallel), Watch()
         base = resident()
         trainer = build.trainer(settings, [watch], [], steps + 1)
-        trainer.fit(module, training_batches(settings, prepared, cut.net))
+        trainer.fit(module, training_batches(settings, prepared, parallel.net))
         with torch.no_grad():
             module.eval()
-            batches = iter(whole_split(settings, prepared.tokenizer, cut.net, prepared.splits["validation"]))
+            batches = iter(whole_split(settings, prepared.tokenizer, parallel.net, prepared.splits["validation"]))
             nats, counted = 0.0, 0
             for batch in islice(batches, settings.plan.accumulate_grad_batches):  # together the rows of a global batch
-                for stage in cut.stages.values():
+                for stage in parallel.stages.values():
                     stage.begin(batch.step, batch.fresh)
-                found = cut.relay(batch.input, batch.rows, batch.target)
-                if found is not None and cut.counts_loss:
+                found = parallel.relay(batch.input, batch.rows, batch.target)
+                if found is not None and parallel.counts_loss:
                     nats, counted = nats + float(found), counted + int((batch.target != IGNORE).sum())
         return {
             "milliseconds": 1000 * statistics.median(watch.times[1:steps]),
@@ -90,7 +90,7 @@ def measure(overrides: list[str], steps: int, vocabulary: int | None = None) -> 
             "traffic": of_ranks({kind: [watch.traffic.calls[kind], watch.traffic.bytes[kind]] for kind in watch.traffic.calls}),
             "describe": settings.describe(),
             "exactness": settings.exactness,
-            "parameters": cut.parameters,
+            "parameters": parallel.parameters,
             "stages": module.pipeline.describe() if module.pipeline else None,
             "torch": torch.__version__,
         }

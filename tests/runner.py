@@ -65,9 +65,9 @@ def losses(path: Path) -> list[float]:
 
 def final_weights(path: Path, settings: Settings) -> dict[str, torch.Tensor]:
     """The weights in the last checkpoint of a run."""
-    cut = build.cut(settings.config, settings.plan, tokens(settings).tokenizer.vocabulary)
-    load(checkpoints(Run(path).checkpoints)[-1], cut.named_parameters(), None)
-    return {name: parameter.detach() for name, parameter in cut.net.named_parameters()}
+    parallel = build.parallel(settings.config, settings.plan, tokens(settings).tokenizer.vocabulary)
+    load(checkpoints(Run(path).checkpoints)[-1], parallel.named_parameters(), None)
+    return {name: parameter.detach() for name, parameter in parallel.net.named_parameters()}
 
 
 __all__ = ["rank"]

@@ -41,7 +41,7 @@ def test_every_mesh_and_only_plans_that_keep_the_curve(text: Path) -> None:
         plans = [plan for group in families(asked, 2, stages(asked.config, Plan(), 256), HERE, allow) for plan in group]
         assert {plan.world for plan in plans} == {2}
         assert {plan.pipeline for plan in plans} == {1, 2}
-        assert all(8 % (plan.readers * plan.accumulate_grad_batches) == 0 for plan in plans)
+        assert all(8 % (plan.data_parallel_size * plan.accumulate_grad_batches) == 0 for plan in plans)
         assert any(plan.exactness == "changes" for plan in plans) == changes
 
 

@@ -52,8 +52,8 @@ def test_the_costliest_stage_costs_least(stages: int, head: float) -> None:
         return max(sums)
 
     best = min(
-        worst([names[a:b] for a, b in zip([0, *cuts], [*cuts, 9], strict=True)])
-        for cuts in combinations(range(1, 9), stages - 1)
+        worst([names[a:b] for a, b in zip([0, *model_problems], [*model_problems, 9], strict=True)])
+        for model_problems in combinations(range(1, 9), stages - 1)
     )
     found = split(cost, Plan(pipeline=stages, accumulate_grad_batches=8))
     assert [name for part in found for name in part] == names
@@ -73,7 +73,10 @@ def test_where_devices_have_several_stages_the_costliest_device_costs_least(sche
         each[-1] += head
         return max(sum(each[stage] for stage in stages) for stages in held)
 
-    best = min(worst([b - a for a, b in zip([0, *cuts], [*cuts, 6], strict=True)]) for cuts in combinations(range(1, 6), 3))
+    best = min(
+        worst([b - a for a, b in zip([0, *model_problems], [*model_problems, 6], strict=True)])
+        for model_problems in combinations(range(1, 6), 3)
+    )
     found = split(cost, Plan(pipeline=2, schedule=schedule, accumulate_grad_batches=4))
     assert worst([len(part) for part in found]) == best
 

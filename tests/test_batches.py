@@ -10,7 +10,7 @@ from leanlm.models.head import IGNORE
 
 def test_windows_read_every_window_once_in_an_epoch() -> None:
     order = Windows(tokens=1000, sequence=10, global_batch=7, seed=3)
-    series = np.concatenate([order.starts(step)[0] for step in range(60)])
+    series = np.concatenate([order.offsets(step)[0] for step in range(60)])
     for epoch in range(3):
         starts = np.sort(series[epoch * order.per_epoch : (epoch + 1) * order.per_epoch])
         assert (np.diff(starts) == 10).all()
@@ -21,19 +21,19 @@ def test_windows_read_every_window_once_in_an_epoch() -> None:
 def test_windows_are_shuffled_differently_in_each_epoch_and_for_each_seed() -> None:
     order = Windows(1000, 10, 98, 3)
     assert order.per_epoch == 98
-    first, second = order.starts(0)[0], order.starts(1)[0]
+    first, second = order.offsets(0)[0], order.offsets(1)[0]
     assert not np.array_equal(first, np.sort(first))
     assert not np.array_equal(first - first.min(), second - second.min())
-    assert not np.array_equal(first, Windows(1000, 10, 98, 4).starts(0)[0])
+    assert not np.array_equal(first, Windows(1000, 10, 98, 4).offsets(0)[0])
 
 
 @pytest.mark.parametrize("kind", [Windows, Lanes])
 def test_rows_are_a_function_of_seed_and_step(kind: type) -> None:
     order = kind(977, 8, 6, 5)
-    forwards = [order.starts(step) for step in range(90)]
+    forwards = [order.offsets(step) for step in range(90)]
     fresh = kind(977, 8, 6, 5)
     for step in (89, 3, 41, 40, 0):
-        rows, begins = fresh.starts(step)
+        rows, begins = fresh.offsets(step)
         assert np.array_equal(rows, forwards[step][0])
         assert begins == forwards[step][1]
 
@@ -42,7 +42,7 @@ def test_lanes_continue_where_they_stopped_until_the_epoch_ends() -> None:
     order = Lanes(tokens=1001, sequence=9, global_batch=5, seed=1)
     epochs, before = 0, None
     for step in range(3 * order.per_epoch):
-        rows, begins = order.starts(step)
+        rows, begins = order.offsets(step)
         assert rows.max() + 9 <= 1000
         if begins:
             epochs += 1
@@ -60,10 +60,10 @@ def test_rank_and_micro_batch_only_slice(kind: type) -> None:
     order = kind(999, 6, 12, 2)
     for step in (0, 5, 17):
         whole = next(GlobalBatches(text, order, ignore=[3, 7]).step(step))
-        cut = [b for rank in (0, 1, 2) for b in GlobalBatches(text, order, 3, rank, 2, [3, 7]).step(step)]
+        parallel = [b for rank in (0, 1, 2) for b in GlobalBatches(text, order, 3, rank, 2, [3, 7]).step(step)]
         for field in ("input", "target", "rows"):
-            assert torch.equal(torch.cat([getattr(b, field) for b in cut]), getattr(whole, field))
-        assert {b.step_tokens for b in cut} == {int((whole.target != IGNORE).sum())}
+            assert torch.equal(torch.cat([getattr(b, field) for b in parallel]), getattr(whole, field))
+        assert {b.step_tokens for b in parallel} == {int((whole.target != IGNORE).sum())}
         assert torch.equal(
             whole.input[:, 1:][whole.target[:, :-1] != IGNORE], whole.target[:, :-1][whole.target[:, :-1] != IGNORE]
         )

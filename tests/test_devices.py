@@ -14,10 +14,10 @@ from conftest import composed
 from leanlm.common.errors import UserError
 from leanlm.common.machine import memory_limit
 from leanlm.config.checks import check
-from leanlm.config.device_sheets import size
+from leanlm.config.device_sheets import sheet, size
 from leanlm.config.schema import Settings
 from leanlm.planning.candidates import families
-from leanlm.planning.hardware import gpus as cards
+from leanlm.planning.hardware import gpus
 from leanlm.planning.hardware.devices import SLICE, Device, count, of_config
 from leanlm.planning.hardware.roofline import seconds
 from leanlm.planning.predict import predict
@@ -186,22 +186,22 @@ def test_a_search_over_unequal_devices(text: Path) -> None:
 def test_gpus_of_this_machine_by_their_data_sheets(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe", "NVIDIA GeForce RTX 4090", "Tesla T4",
              "NVIDIA L4", "NVIDIA H200")  # fmt: skip
-    found = [cards.sheet(name)["name"] for name in names]
+    found = [sheet(name)["name"] for name in names]
     assert found == ["NVIDIA H100 SXM", "NVIDIA A100 40GB", "NVIDIA A100 80GB", "NVIDIA GeForce RTX 4090", "NVIDIA T4",
                      "NVIDIA L4", "NVIDIA H200 SXM"]  # fmt: skip
     with pytest.raises(UserError, match="no data sheet"):
-        cards.sheet("NVIDIA L40S")
+        sheet("NVIDIA L40S")
 
     auto = {"accelerator": "auto", "memory": None}
-    asking = round(cards.ASKING * (600 << 20))  # is given back by the process that has asked
-    monkeypatch.setattr(cards, "here", lambda: (("NVIDIA L4", 23_000_000_000), ("NVIDIA L4", 22_900_000_000)))
+    asking = round(gpus.ASKING * (600 << 20))  # is given back by the process that has asked
+    monkeypatch.setattr(gpus, "here", lambda: (("NVIDIA L4", 23_000_000_000), ("NVIDIA L4", 22_900_000_000)))
     assert count(auto, None) == 2
     two = of_config(auto)
     assert (two.memory, two.memories, two.speeds, two.bandwidth) == (22_900_000_000 + asking, (), (), 300e9)
     assert of_config(auto | {"memory": "8GiB"}, 1).memory == 8 << 30
     with pytest.raises(UserError, match="has 2 GPUs"):
         of_config(auto, 4)
-    monkeypatch.setattr(cards, "here", lambda: (("NVIDIA GeForce RTX 4090", 24 << 30), ("Tesla T4", 15 << 30)))
+    monkeypatch.setattr(gpus, "here", lambda: (("NVIDIA GeForce RTX 4090", 24 << 30), ("Tesla T4", 15 << 30)))
     mixed = of_config(auto)
     assert mixed.memories == ((24 << 30) + asking, (15 << 30) + asking)
     assert mixed.speeds == pytest.approx((1.0, 320 / 1008), rel=0.01)

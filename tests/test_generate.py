@@ -109,8 +109,8 @@ def test_a_sentence_by_the_chain_rule(run: Run) -> None:
     sentence = "the cat in it."[:14].replace(".", "").replace("c", "h")
     found = evaluate(Evaluate(run=str(run.path), text=sentence, strategy=check(run.config()).plan))
     settings = check(run.config())
-    tokenizer, cut = restore(settings.config, settings.plan, run)
-    net = cut.net
+    tokenizer, parallel = restore(settings.config, settings.plan, run)
+    net = parallel.net
     numbers = [tokenizer.start, *tokenizer.encode(sentence.encode()).tolist()]
     total = 0.0
     with torch.no_grad():
@@ -146,11 +146,13 @@ def test_weights_are_where_the_cut_says(model: str, text: Path, monkeypatch: pyt
     """Trained, restored or in the end sampled from: from the beginning, and after Lightning has let go of its module."""
     monkeypatch.setattr(builders, "device", lambda config: torch.device("meta"))  # as a GPU, another than the CPU
     settings = check(composed(*MODELS[model], "data=text", f"data.path={text}", "data.tokenizer=char", "model.tied=true"))
-    cut = builders.cut(settings.config, settings.plan, 29)
-    module = builders.module(settings, cut)
-    tensors = {*cut.net.parameters(), *cut.net.buffers(), module.split_loss.nats}
+    parallel = builders.parallel(settings.config, settings.plan, 29)
+    module = builders.module(settings, parallel)
+    tensors = {*parallel.net.parameters(), *parallel.net.buffers(), module.split_loss.nats}
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert cut.net.head.projection.weight is cut.net.embed.get_parameter(next(n for n, _ in cut.net.embed.named_parameters()))
+    assert parallel.net.head.projection.weight is parallel.net.embed.get_parameter(
+        next(n for n, _ in parallel.net.embed.named_parameters())
+    )
     module.cpu()  # which Lightning calls in the end
     assert {tensor.device.type for tensor in module.parameters()} == {"meta"}
 
@@ -159,8 +161,8 @@ def test_weights_are_where_the_cut_says(model: str, text: Path, monkeypatch: pyt
 def test_the_whole_split_against_a_plain_loop(run: Run, lanes: int) -> None:
     """A recurrent model reads the split as one stream, or in lanes that first read a sequence; a Transformer in windows."""
     settings = check(run.config())
-    tokenizer, cut = restore(settings.config, settings.plan, run)
-    net = cut.net
+    tokenizer, parallel = restore(settings.config, settings.plan, run)
+    net = parallel.net
     found = evaluate(Evaluate(run=str(run.path), lanes=lanes, strategy=settings.plan, rows=3))
     from leanlm.training.data import tokens
 

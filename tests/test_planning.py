@@ -24,7 +24,7 @@ from leanlm.planning.choice import Choice
 from leanlm.planning.hardware.devices import Device, of_config
 from leanlm.planning.parts import ONE_PROCESS, peaks
 from leanlm.planning.predict import _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
-from leanlm.planning.simulation import fake_world as pretend
+from leanlm.planning.simulation import fake_world
 from leanlm.planning.simulation.step import ends, simulate, stages
 from leanlm.planning.simulation.trace import Work
 from leanlm.strategies.plan import Plan
@@ -55,8 +55,8 @@ def _measured(settings: Settings) -> list[list[int]]:
     from leanlm.training import build
 
     with process_group("cpu"):
-        cut = build.cut(settings.config, settings.plan, 256)
-        module = build.module(settings, cut)
+        parallel = build.parallel(settings.config, settings.plan, 256)
+        module = build.module(settings, parallel)
         trainer = build.trainer(settings, [pl.Callback()], [], 2)
         trainer.fit(module, _Batches(settings, 2))
         held = module.held_bytes(trainer.optimizers[0])
@@ -194,7 +194,7 @@ def test_three_pieces_of_head_and_state_say_what_all_need(plan: str, text: Path,
     monkeypatch.setattr(state, "PIECE", 1 << 12)
     asked = settings(text, *plan.split(), "sequence=160")
     few = simulate(asked, 256)
-    monkeypatch.setattr(pretend, "few_pieces", lambda trace: nullcontext())
+    monkeypatch.setattr(fake_world, "few_pieces", lambda trace: nullcontext())
     every = simulate(asked, 256)
     assert len(few.trace.events) < len(every.trace.events)
     assert in_step(peaks(few.trace)) == in_step(peaks(every.trace))
@@ -221,7 +221,7 @@ def test_one_tensor_of_a_shape_says_what_an_optimizer_does_to_each(
     monkeypatch.setattr(state, "SMALLEST", 64)
     asked = settings(text, *plan.split(), "model.width=64", "model.depth=2")
     once = simulate(asked, 64).trace  # as many token types as rows of a matrix, which is then of the logits
-    monkeypatch.setattr(pretend, "alike_tensors", lambda trace: nullcontext())
+    monkeypatch.setattr(fake_world, "alike_tensors", lambda trace: nullcontext())
     each = simulate(asked, 64).trace
     events = [
         [(trace.parts.get(number), size) for number, size in trace.events[start:]]
@@ -285,7 +285,7 @@ def test_small_tensors_share_the_heap_in_the_simulation_as_in_training(text: Pat
     """Of 5 blocks of 3 million weights and of 2, of which a simulation builds fewer."""
     wanted = settings(text, *size)
     with mock.patch.object(malloc, "return_freed_memory") as asked:
-        build.cut(wanted.config, wanted.plan, 256)
+        build.parallel(wanted.config, wanted.plan, 256)
     assert (
         simulate(wanted, 256, blocks=1).trace.own == asked.call_args.args[0] == (512 if "model.depth=5" in size else 2048) << 10
     )
@@ -338,6 +338,6 @@ def test_what_a_pipeline_has_sent_stays_as_with_gloo(text: Path) -> None:
     asked = settings(text, "strategy=interleaved", "devices=2", "strategy.accumulate_grad_batches=4", "model.depth=4")
     rows, hidden = 2, 16 * 32 * 4
     most = max(sum(parts.values()) for parts in peaks(simulate(asked, 256, 1).trace).values())
-    with mock.patch.object(pretend, "_Sent", lambda work, tensors: work):
+    with mock.patch.object(fake_world, "_Sent", lambda work, tensors: work):
         less = max(sum(parts.values()) for parts in peaks(simulate(asked, 256, 1).trace).values())
     assert most - less >= 2 * rows * hidden

@@ -54,16 +54,16 @@ def step(text: Path, *more: str) -> tuple[int, float, list[torch.Tensor]]:
             "global_batch=4", "sequence=128", "model.width=32", "model.depth=6", "model.dropout=0.1", *more,
         )
     )  # fmt: skip
-    cut = build.cut(settings.config, settings.plan, 20)
-    (stage,) = cut.stages.values()
+    parallel = build.parallel(settings.config, settings.plan, 20)
+    (stage,) = parallel.stages.values()
     size = settings.config.sequence
     tokens = torch.arange(4 * size).view(4, size) % 19
     stage.begin(3, True)
     with Live() as live:
         nats = stage(tokens, torch.arange(4), tokens + 1)
-        held = live.bytes(cut.net)
+        held = live.bytes(parallel.net)
     nats.backward()
-    return held, nats.item(), [p.grad for p in cut.net.parameters() if p.grad is not None]
+    return held, nats.item(), [p.grad for p in parallel.net.parameters() if p.grad is not None]
 
 
 def same(ours: tuple, theirs: tuple, tolerance: float = 0) -> None:
@@ -133,13 +133,13 @@ def test_a_tied_embedding_has_one_gradient(text: Path, monkeypatch: pytest.Monke
     settings = check(composed("data=text", f"data.path={text}", *GPT2, "model.width=32", "model.depth=1", "sequence=12"))
     found = {}
     for rows_only in (True, False):
-        cut = build.cut(settings.config, settings.plan, 4001)
-        table: torch.Tensor = cut.net.embed.tokens.weight
+        parallel = build.parallel(settings.config, settings.plan, 4001)
+        table: torch.Tensor = parallel.net.embed.tokens.weight
         if not rows_only:
-            cut.net.embed.tokens.forward = partial(nn.Embedding.forward, cut.net.embed.tokens)
+            parallel.net.embed.tokens.forward = partial(nn.Embedding.forward, parallel.net.embed.tokens)
 
         tokens = torch.arange(48).view(4, 12) * 83
-        (stage,) = cut.stages.values()
+        (stage,) = parallel.stages.values()
         with Tables(table) as tables:
             stage(tokens, torch.arange(4), tokens + 1).backward()
         found[rows_only] = tables.most, table.grad

@@ -200,19 +200,19 @@ def test_adafactor_keeps_a_row_and_a_column() -> None:
 
 def test_a_step_in_backward_has_one_gradient_at_a_time(text: Path) -> None:
     settings = check(composed(*overrides(text, "fp32", ["strategy.step_in_backward=true", "clip=0"], 2)))
-    cut = build.cut(settings.config, settings.plan, 60)
-    module = build.module(settings, cut)
+    parallel = build.parallel(settings.config, settings.plan, 60)
+    module = build.module(settings, parallel)
     optimizer = module.configure_optimizers()
     counts, step = [], optimizer.step
-    optimizer.step = lambda: (counts.append(sum(p.grad is not None for p in cut.net.parameters())), step())
-    before = [parameter.detach().clone() for parameter in cut.net.parameters()]
+    optimizer.step = lambda: (counts.append(sum(p.grad is not None for p in parallel.net.parameters())), step())
+    before = [parameter.detach().clone() for parameter in parallel.net.parameters()]
     tokens = torch.randint(60, (8, 12))
-    (stage,) = cut.stages.values()
+    (stage,) = parallel.stages.values()
     (stage(tokens, torch.arange(8), tokens) / tokens.numel()).backward()
     assert counts == [1] * len(before)
-    assert not any(torch.equal(now, then) for now, then in zip(cut.net.parameters(), before, strict=True))
+    assert not any(torch.equal(now, then) for now, then in zip(parallel.net.parameters(), before, strict=True))
     norm, largest = module.in_backward.done()
-    assert largest == max(parameter.nbytes for parameter in cut.net.parameters())
+    assert largest == max(parameter.nbytes for parameter in parallel.net.parameters())
     assert norm > 0
 
 

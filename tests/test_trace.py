@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
-from leanlm.memory.recompute import again
+from leanlm.memory.recompute import recomputed
 from leanlm.planning.parts import peaks
 from leanlm.planning.simulation.operations import CHECKPOINTED, LAYOUT, SELECTIVE
 from leanlm.planning.simulation.trace import Trace, Work
@@ -54,21 +54,21 @@ def test_new_pages_come_slowly_up_to_four_mebibytes_of_each_tensor() -> None:
 def test_what_checkpointing_keeps_track_of_starts_more_slowly() -> None:
     """A product, a sine, a tanh and a sine: what backward runs again starts as it does elsewhere."""
 
-    def starts(level: str) -> list[int]:
+    def dispatches(level: str) -> list[int]:
         weight, x = torch.ones(4, 4, requires_grad=True), torch.ones(4, 4, requires_grad=True)
         with Trace(vocabulary=7) as trace:
             trace.enter("forward")
-            out = again(lambda x: (x @ weight).sin().tanh().sin(), x, level=level)
+            out = recomputed(lambda x: (x @ weight).sin().tanh().sin(), x, level=level)
             trace.enter("backward")
             out.sum().backward()
         return [
-            sum(kind.starts * n for kind, n in trace.work[phase].items() if kind.moved) for phase in ("forward", "backward")
+            sum(kind.dispatches * n for kind, n in trace.work[phase].items() if kind.moved) for phase in ("forward", "backward")
         ]
 
-    forward, backward = starts("keep")
+    forward, backward = dispatches("keep")
     assert forward == 4
-    assert starts("blocks") == [4 * CHECKPOINTED, backward + 3]  # but the last sine
-    assert starts("operators") == [4 * SELECTIVE, backward + 2]  # nor the product
+    assert dispatches("blocks") == [4 * CHECKPOINTED, backward + 3]  # but the last sine
+    assert dispatches("operators") == [4 * SELECTIVE, backward + 2]  # nor the product
 
 
 @pytest.mark.parametrize("pinned", [False, True])

@@ -100,15 +100,15 @@ def test_one_graph_with_chunks_of_logits(precision: str, text: Path, monkeypatch
     for compiled in ("false", "true"):
         how = {"compile": compiled, "recompute": "2"}
         checked = check(composed(*overrides("gpt2", text, how, 2), f"precision={precision}"))
-        cut = build.cut(checked.config, checked.plan, 20)
-        (stage,) = cut.stages.values()
+        parallel = build.parallel(checked.config, checked.plan, 20)
+        (stage,) = parallel.stages.values()
         for step in range(2):
             stage.begin(step, True)
             tokens = torch.arange(48).view(4, 12) * 7 % 20
             with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp64"):
                 nats = stage(tokens, torch.arange(4), (tokens * 3 + step) % 20)
             (nats / 7).backward()
-        found[compiled] = nats, *(parameter.grad for parameter in cut.net.parameters())
+        found[compiled] = nats, *(parameter.grad for parameter in parallel.net.parameters())
     for ours, theirs in zip(found["true"], found["false"], strict=True):
         assert (ours - theirs).norm() <= (1e-9 if precision == "fp64" else 0.02) * max(
             theirs.norm(), 1

@@ -65,7 +65,7 @@ def test_counts_are_unequal(text: Path) -> None:
     """Without this, a mean of means would pass the tests above."""
     config = check(composed(*overrides("gpt2", text, {"accumulate_grad_batches": 4})))
     prepared = tokens(config)
-    net = build.cut(config.config, config.plan, prepared.tokenizer.vocabulary).net
+    net = build.parallel(config.config, config.plan, prepared.tokenizer.vocabulary).net
     micros = list(training_batches(config, prepared, net).step(0))
     counts = [(micro.target != -100).sum().item() for micro in micros]
     assert len(set(counts)) > 1

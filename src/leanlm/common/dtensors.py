@@ -12,30 +12,30 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def is_spread(tensor: Any) -> "TypeGuard[DTensor]":
+def is_dtensor(tensor: Any) -> "TypeGuard[DTensor]":
     return hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Any) -> Tensor:
     """What this device holds of a tensor, sharing its storage. What is still on its way from other devices is waited for."""
-    mine = tensor.to_local() if is_spread(tensor) else tensor
+    mine = tensor.to_local() if is_dtensor(tensor) else tensor
     return mine.trigger_wait() if hasattr(mine, "trigger_wait") else mine
 
 
 def place(tensor: Any) -> int:
     """Which storage holds what this device has of a tensor. Without an operation, as `local` takes one for each parameter; the
     number stands for a storage as long as that lives, and a simulation's have one too."""
-    return (tensor._local_tensor if is_spread(tensor) else tensor).untyped_storage()._cdata
+    return (tensor._local_tensor if is_dtensor(tensor) else tensor).untyped_storage()._cdata
 
 
 def whole(tensor: Any) -> Tensor:
     """All of a tensor. All devices that share it must call it."""
-    return tensor.full_tensor() if is_spread(tensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def local_part(tensor: Tensor, like: Any) -> Tensor:
     """The part of a whole tensor that this device holds of the tensor `like`: the innermost axis of the mesh splits first."""
-    if not is_spread(like):
+    if not is_dtensor(like):
         return tensor
     for dim in reversed(range(like.device_mesh.ndim)):
         placement = like.placements[dim]
@@ -48,7 +48,7 @@ def local_part(tensor: Tensor, like: Any) -> Tensor:
 
 def layout(tensor: Any) -> tuple[Any, ...] | None:
     """How a tensor is spread, without the tensor; None: it is not."""
-    return (tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()) if is_spread(tensor) else None
+    return (tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()) if is_dtensor(tensor) else None
 
 
 def with_layout(mine: Tensor, layout: tuple[Any, ...] | None) -> Tensor:
@@ -66,7 +66,7 @@ def with_layout(mine: Tensor, layout: tuple[Any, ...] | None) -> Tensor:
     return DTensor.from_local(mine, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def spread_like(mine: Tensor, like: "DTensor", size: torch.Size) -> "DTensor":
+def dtensor_like(mine: Tensor, like: "DTensor", size: torch.Size) -> "DTensor":
     """A tensor of `size` of which this device holds `mine`, spread as `like` is."""
     stride = torch.empty(size, device="meta").stride()
     return with_layout(mine, (like.device_mesh, like.placements, size, stride))  # type: ignore[return-value]

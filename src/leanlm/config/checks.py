@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from leanlm.common.errors import UserError
 from leanlm.common.precision import PRECISIONS, automatic
 from leanlm.config.arguments import argument_problems, target, typed
-from leanlm.config.of_model import cuts, settle_compile
+from leanlm.config.of_model import model_problems, settle_compile
 from leanlm.config.schema import ALLOWED, Config, Settings
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.corpus import Corpus
@@ -59,7 +59,7 @@ def check(config: DictConfig) -> Settings:
     problems += found + checked.optim.problems() + _device(checked.device) + _loggers(checked.logger) + _model(checked)
     problems += of_run(plan, checked.optim, checked.precision, checked.clip)
     if not problems:
-        problems += cuts(checked, plan) + on_gpus(plan, checked.device["accelerator"])
+        problems += model_problems(checked, plan) + on_gpus(plan, checked.device["accelerator"])
     occupied = checked.run_dir and Path(checked.run_dir, "config.yaml").is_file()
     if occupied and not (checked.resume and Path(checked.run_dir).resolve() == Path(checked.resume).resolve()):
         problems.append(

@@ -8,7 +8,7 @@ from typing import Any
 
 from leanlm.config.arguments import target
 from leanlm.config.schema import Config
-from leanlm.strategies.checks import cuts_of_model, earns_compiling, resolve
+from leanlm.strategies.checks import earns_compiling, of_model, resolve
 from leanlm.strategies.plan import Plan
 
 MANY = 1 << 20  # token types, more than any cutoff: how many there are is not known before the text has been read
@@ -28,7 +28,7 @@ def can_compile(config: Config, plan: Plan) -> bool:
     """Whether nothing stands against compiling a model under a plan on a GPU."""
     asked = replace(plan, compile=True)
     able = target(config.model["_target_"]).compiles and plan.tensor == 1
-    return able and not resolve(asked, plan.world, config.global_batch)[1] and not cuts(config, asked)
+    return able and not resolve(asked, plan.world, config.global_batch)[1] and not model_problems(config, asked)
 
 
 def worth_compiling(config: Config, plan: Plan) -> bool:
@@ -44,11 +44,11 @@ def worth_compiling(config: Config, plan: Plan) -> bool:
     return earns_compiling(operations, plan.accumulate_grad_batches, blocks, config.max_steps)
 
 
-def cuts(config: Config, plan: Plan) -> list[str]:
+def model_problems(config: Config, plan: Plan) -> list[str]:
     """Problems of a plan with this model, found on one that has no storage."""
     if plan.pipeline * plan.tensor == 1 and not plan.recompute_window and not plan.compiled:
         return []
-    return cuts_of_model(plan, *_facts(json.dumps(config.model), config.sequence))
+    return of_model(plan, *_facts(json.dumps(config.model), config.sequence))
 
 
 @cache

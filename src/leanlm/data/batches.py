@@ -45,7 +45,7 @@ class Windows:
     seed: int
     _epoch: dict[int, tuple[int, NDArray[np.int64]]] = field(default_factory=dict, repr=False)  # the last one drawn
 
-    def starts(self, step: int) -> tuple[NDArray[np.int64], bool]:
+    def offsets(self, step: int) -> tuple[NDArray[np.int64], bool]:
         """First input token of each row, `[global_batch]`; False, since no state is carried."""
         series = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
         starts = np.empty(self.global_batch, np.int64)
@@ -82,7 +82,7 @@ class Lanes:
     global_batch: int
     seed: int
 
-    def starts(self, step: int) -> tuple[NDArray[np.int64], bool]:
+    def offsets(self, step: int) -> tuple[NDArray[np.int64], bool]:
         """First input token of each row, `[global_batch]`, and whether an epoch begins."""
         epoch, position = divmod(step, self.per_epoch)
         room = self.length - self.per_epoch * self.sequence
@@ -125,7 +125,7 @@ class GlobalBatches:
 
     def step(self, step: int) -> Iterator[Batch]:
         """The micro-batches of one step."""
-        starts, fresh = self.order.starts(step)
+        starts, fresh = self.order.offsets(step)
         size = len(starts) // (self.replicas * self.accumulate)
         step_tokens = len(starts) * self.order.sequence
         if self.ignore:  # only then do counts depend on the text, and the whole global batch has to be looked at

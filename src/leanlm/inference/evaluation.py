@@ -60,13 +60,13 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
         OmegaConf.update(config, key, value, merge=False)
     rows = asked.rows or config.global_batch
     plan, _ = resolve(Plan(**given["strategy"]), asked.devices, 0)  # what cannot work about it, `check` says
-    readers = max(1, plan.readers)
+    data_parallel_size = max(1, plan.data_parallel_size)
     # only the rows in a forward pass: the figures do not depend on it
-    config.global_batch = -(-rows // readers) * readers * max(1, plan.accumulate_grad_batches)
+    config.global_batch = -(-rows // data_parallel_size) * data_parallel_size * max(1, plan.accumulate_grad_batches)
     settings = check(config)
     if asked.text is None and asked.split not in settings.corpus.splits:
         raise UserError(f"split={asked.split}: the data has {', '.join(settings.corpus.splits)}")
-    if asked.text is not None and not settings.plan.cuts_model:
+    if asked.text is not None and not settings.plan.splits_model:
         settings = replace(settings, plan=replace(settings.plan, replicate=1))
     if within is not None and settings.config.device.get("memory"):
         settings = within(settings, tokenizer_of(run).vocabulary)
@@ -82,7 +82,7 @@ def _work(settings: Settings, path: Path, split: str, text: str | None) -> dict[
     from leanlm.training import build, data
 
     with process_group(settings.config.device["accelerator"]):
-        tokenizer, cut = restore(settings.config, settings.plan, Run(path))
+        tokenizer, parallel = restore(settings.config, settings.plan, Run(path))
         if text is None:
             prepared = data.tokens(settings)
             numbers, size = prepared.splits[split], prepared.bytes[split]
@@ -90,8 +90,8 @@ def _work(settings: Settings, path: Path, split: str, text: str | None) -> dict[
             numbers, size = np.asarray(tokenizer.encode(text.encode())), len(text.encode())
             if not len(numbers):
                 raise UserError("text is empty")
-        module = build.module(settings, cut, training=False)
-        batches = data.whole_split(settings, tokenizer, cut.net, numbers)
+        module = build.module(settings, parallel, training=False)
+        batches = data.whole_split(settings, tokenizer, parallel.net, numbers)
         build.trainer(settings, [], []).validate(module, batches, verbose=False)
         found = module.split_loss.compute()
     loss, count = float(found["loss"]), int(found["tokens"])

@@ -9,13 +9,14 @@ from leanlm.config.schema import Config
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.tokenizer import Tokenizer
 from leanlm.launch.ranks import say
+from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.strategies.plan import Plan
 
 if TYPE_CHECKING:
-    from leanlm.strategies.parallel_model import Cut
+    pass
 
 
-def restore(config: Config, plan: Plan, run: Run) -> "tuple[Tokenizer, Cut]":
+def restore(config: Config, plan: Plan, run: Run) -> "tuple[Tokenizer, ParallelModel]":
     """Tokenizer and trained weights of a run under a plan, from its newest whole checkpoint, whatever plan made it.
 
     Raises:
@@ -29,9 +30,9 @@ def restore(config: Config, plan: Plan, run: Run) -> "tuple[Tokenizer, Cut]":
     if newest is None:
         raise UserError(f"{run.path} has no checkpoint" + (" that is whole" if damaged else " yet"))
     tokenizer = tokenizer_of(run)
-    cut = build.cut(config, plan, tokenizer.vocabulary)
-    checkpoint.load(newest, cut.named_parameters(), None)
-    return tokenizer, cut
+    parallel = build.parallel(config, plan, tokenizer.vocabulary)
+    checkpoint.load(newest, parallel.named_parameters(), None)
+    return tokenizer, parallel
 
 
 def tokenizer_of(run: Run) -> Tokenizer:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanlm.common.dtensors import is_spread
+from leanlm.common.dtensors import is_dtensor
 from leanlm.memory.softmax import cross_entropy_
 from leanlm.models import kernels
 from leanlm.models.head import IGNORE, Head
@@ -48,7 +48,7 @@ def token_loss(head: Head, hidden: Tensor, target: Tensor) -> Tensor:
 
 
 def _choice_loss(hidden: Tensor, projection: Any, target: Tensor) -> Tensor:
-    split = is_spread(projection.weight)
+    split = is_dtensor(projection.weight)
     if not split and target.numel() * projection.out_features <= (LEAST // 4 if kernels.on_gpu(hidden) else CHUNK):
         logits = projection(hidden)
         wide = torch.promote_types(logits.dtype, torch.float32)  # a sum of 1,000 tokens has few digits left in bf16

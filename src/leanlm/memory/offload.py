@@ -24,7 +24,7 @@ CHOICES = ("none", "activations", "optimizer", "all")
 SMALLEST = LARGE  # bytes of an activation that is worth moving: smaller ones share pages with others, which stay
 
 
-class Away(Protocol):
+class StateStorage(Protocol):
     """Where an optimizer's state is between two steps."""
 
     def empty(self, size: Iterable[int], dtype: torch.dtype) -> Tensor: ...

@@ -52,7 +52,7 @@ def levels(recompute: str, blocks: Sequence[nn.Module], compiled: bool = False) 
     return ["blocks"] * (len(blocks) - kept) + ["keep"] * kept
 
 
-def again(function: Callable[..., Any], *inputs: Any, level: str = "blocks") -> Any:
+def recomputed(function: Callable[..., Any], *inputs: Any, level: str = "blocks") -> Any:
     """`function(*inputs)`, of which backward has the inputs, and with `operators` the results of matrix products and of
     attention; the rest is computed again. Bitwise."""
     if level == "keep" or not torch.is_grad_enabled():

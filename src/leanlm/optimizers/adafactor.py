@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim._adafactor import adafactor
 
-from leanlm.common.dtensors import is_spread, local, local_part, whole
+from leanlm.common.dtensors import is_dtensor, local, local_part, whole
 
 if TYPE_CHECKING:
     pass
@@ -30,7 +30,7 @@ class Adafactor(torch.optim.Adafactor):
                     name: mine.new_zeros(size) for name, size in (sizes or {"variance": shape}).items()
                 }
         super()._init_group(group, params_with_grad, grads, *state)
-        for i in reversed([i for i, one in enumerate(params_with_grad) if is_spread(one)]):
+        for i in reversed([i for i, one in enumerate(params_with_grad) if is_dtensor(one)]):
             parameter, grad = params_with_grad.pop(i), grads.pop(i)
             rows, columns, each, steps = ([part.pop(i)] for part in state)
             weight = whole(parameter)

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from leanlm.common.dtensors import is_spread, local, spread_like, with_layout
+from leanlm.common.dtensors import dtensor_like, is_dtensor, local, with_layout
 from leanlm.common.errors import UserError
-from leanlm.memory.offload import Away
+from leanlm.memory.offload import StateStorage
 from leanlm.models import kernels
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class AdamW(torch.optim.Optimizer):
         kind: str = "fp32",
         stochastic: bool = False,
         copies: "DeviceMesh | None" = None,
-        scratch: Away | None = None,
+        scratch: StateStorage | None = None,
         **defaults: Any,
     ) -> None:
         super().__init__(groups, defaults)
@@ -107,7 +107,7 @@ class AdamW(torch.optim.Optimizer):
 
 def rows_of_copies(tensor: Tensor, copies: "DeviceMesh | None") -> Tensor:
     """Of a tensor that all devices of `copies` hold, the rows whose optimizer state this one keeps, sharing its storage."""
-    if copies is None or is_spread(tensor) or tensor.numel() < SMALLEST:
+    if copies is None or is_dtensor(tensor) or tensor.numel() < SMALLEST:
         return tensor
     parts = tensor.detach().chunk(copies.size())
     if len(parts) < copies.size():
@@ -208,7 +208,7 @@ def empty_like(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tenso
     Raises:
         UserError: the last dimension cannot be spread in the same way.
     """
-    if not is_spread(parameter):
+    if not is_dtensor(parameter):
         return torch.empty(size, dtype=dtype, device=parameter.device)
     mine = local(parameter)
     last, rest = divmod(mine.shape[-1] * size[-1], parameter.shape[-1])
@@ -217,7 +217,7 @@ def empty_like(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tenso
             f"optimizer state in blocks of {BLOCK} numbers does not fit a part of {mine.shape[-1]} of {parameter.shape[-1]} "
             "columns: write optim.state=bf16, or a smaller tensor axis"
         )
-    return spread_like(torch.empty(*mine.shape[:-1], last, dtype=dtype, device=mine.device), parameter, size)
+    return dtensor_like(torch.empty(*mine.shape[:-1], last, dtype=dtype, device=mine.device), parameter, size)
 
 
 def _average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) -> "_Plain | _Blocks":
@@ -256,7 +256,7 @@ def _average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) 
     return made[1]
 
 
-def put_away(state: dict[str, Tensor], scratch: Away) -> None:
+def put_away(state: dict[str, Tensor], scratch: StateStorage) -> None:
     """Move the tensors of a parameter's state away, and let what they took leave memory."""
     for key, value in state.items():
         mine = local(value)
@@ -264,7 +264,7 @@ def put_away(state: dict[str, Tensor], scratch: Away) -> None:
             continue
         if not scratch.holds(mine):
             moved = scratch.empty(mine.shape, mine.dtype).copy_(mine)
-            state[key] = spread_like(moved, value, value.shape) if is_spread(value) else moved
+            state[key] = dtensor_like(moved, value, value.shape) if is_dtensor(value) else moved
             mine = moved
         scratch.release(mine)
 

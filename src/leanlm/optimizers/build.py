@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from leanlm.common.dtensors import is_spread
-from leanlm.memory.offload import Away, host_memory, scratch
+from leanlm.common.dtensors import is_dtensor
+from leanlm.memory.offload import StateStorage, host_memory, scratch
 from leanlm.models import kernels
 from leanlm.optimizers.adafactor import Adafactor
 from leanlm.optimizers.adamw import AdamW
@@ -42,7 +42,7 @@ def build(
         if optim.name == "muon" and parameter.dim() == 2 and name.startswith("blocks."):
             hidden.append(parameter)
         else:
-            own = parameter.device_mesh if is_spread(parameter) else None
+            own = parameter.device_mesh if is_dtensor(parameter) else None
             by_kind.setdefault((parameter.dim() >= 2, own), []).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": parameters, "weight_decay": optim.weight_decay if matrix else 0.0, "peak_lr": optim.lr}
@@ -53,7 +53,7 @@ def build(
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=whole_ones, foreach=False)
     if optim.name == "adafactor":
         return Adafactor(groups, lr=optim.lr, foreach=False)  # foreach: temporary copies of all parameters at once
-    away: Away | None = None
+    away: StateStorage | None = None
     if offload:
         away = host_memory() if kernels.on_gpu((hidden or groups[0]["params"])[0]) else scratch()
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
-from leanlm.common.dtensors import is_spread, local, local_part, whole
-from leanlm.memory.offload import Away
+from leanlm.common.dtensors import is_dtensor, local, local_part, whole
+from leanlm.memory.offload import StateStorage
 from leanlm.models import kernels
 from leanlm.optimizers.adamw import put_away, rounded, rows_of_copies
 
@@ -33,7 +33,7 @@ class Muon(torch.optim.Muon):
         groups: list[dict[str, Any]],
         stochastic: bool = False,
         copies: "DeviceMesh | None" = None,
-        scratch: Away | None = None,
+        scratch: StateStorage | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(groups, **settings)
@@ -61,7 +61,7 @@ class Muon(torch.optim.Muon):
                 alike.setdefault((parameter.shape, parameter.dtype), []).append(parameter)
         for matrices in alike.values():
             first = matrices[0]
-            together = kernels.on_gpu(first) and not (is_spread(self.owned(first)) or self.stochastic or self.scratch)
+            together = kernels.on_gpu(first) and not (is_dtensor(self.owned(first)) or self.stochastic or self.scratch)
             most = max(1, STACK // first.numel()) if together else 1
             yield from (matrices[i : i + most] for i in range(0, len(matrices), most))
 
@@ -100,7 +100,7 @@ class Muon(torch.optim.Muon):
                 part.copy_(own)
             if self.scratch is not None:
                 put_away(self.state[matrix], self.scratch)
-        return [whole(gradient.bfloat16()) if is_spread(gradient) else gradient for gradient in gradients]
+        return [whole(gradient.bfloat16()) if is_dtensor(gradient) else gradient for gradient in gradients]
 
 
 def orthogonal(stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

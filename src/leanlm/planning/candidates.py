@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from leanlm.config.of_model import can_compile, cuts, worth_compiling
+from leanlm.config.of_model import can_compile, model_problems, worth_compiling
 from leanlm.config.schema import Settings
 from leanlm.memory import offload
 from leanlm.planning.choice import Choice
@@ -81,7 +81,7 @@ def families(settings: Settings, devices: int, whole: Stages, device: Device, al
                 problems = resolve(plan, devices, config.global_batch)[1]  # nothing is open that it would fill in
                 if not problems and not of_run(plan, replace(config.optim, state=plan.state), plan.precision, config.clip):
                     plans.append(plan)
-            if plans and not cuts(config, plans[0]):
+            if plans and not model_problems(config, plans[0]):
                 found.append(plans)
     return found
 
@@ -144,7 +144,7 @@ class Estimate:
         if plan.offload in ("optimizer", "all"):
             state = 0
         if plan.pipeline > 1:  # torch's buffers for what every micro-batch receives
-            kept += self.hidden * config.global_batch / plan.readers * plan.stages / plan.pipeline
+            kept += self.hidden * config.global_batch / plan.data_parallel_size * plan.stages / plan.pipeline
         extra = 4 / 3 if plan.recompute == "blocks" or plan.recompute_window else 1.08 if plan.recompute == "operators" else 1
         rate = device.flops["bfloat16" if plan.precision.startswith("bf16") else "float32"]
         seconds = 3 * extra * self.flops * config.global_batch / plan.world / (rate * speed)

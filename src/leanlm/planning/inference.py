@@ -13,8 +13,7 @@ from leanlm.planning.choice import Choice
 from leanlm.planning.hardware import devices as devices
 from leanlm.planning.parts import heap_of, peaks, with_overhead
 from leanlm.planning.report import mib
-from leanlm.planning.simulation import allocator
-from leanlm.planning.simulation import fake_world as pretend
+from leanlm.planning.simulation import allocator, fake_world
 from leanlm.planning.simulation.trace import Trace
 from leanlm.strategies.plan import Plan
 from leanlm.training import build
@@ -24,13 +23,13 @@ def rows_that_fit(settings: Settings, vocabulary: int) -> Settings:
     """Settings of an evaluation with as many rows in a forward pass as the budget has room for, at most those asked for.
 
     Raises:
-        UserError: one row for each reader is too much.
+        UserError: one row for each data-parallel rank is too much.
     """
     config, plan = settings.config, settings.plan
     device = devices.of_config(config.device)
     if plan.world > 1:
         device = device.share(plan.world)
-    unit = plan.readers * plan.accumulate_grad_batches
+    unit = plan.data_parallel_size * plan.accumulate_grad_batches
     rows = config.global_batch // unit
     ends = {0, plan.world - 1}  # of a pipeline the last has the head
     choice = Choice.of(settings)
@@ -46,13 +45,13 @@ def check_generation(config: Config, plan: Plan, vocabulary: int, prompt: int, t
     """Raise UserError if going on from so many tokens of a prompt needs more than the budget."""
     device = devices.of_config(config.device)
     trace = Trace(vocabulary, card=device.card)
-    with pretend.everything(trace, plan, 0):
-        cut = build.cut(replace(config, device={"accelerator": "cpu"}), plan, vocabulary)
-        trace.own = malloc.own_pages(cut.parameters)
-        trace.mark("weights", cut.net.parameters())
-        longest = min(prompt + tokens, cut.net.sequence)  # a context that is full, and the prompt at once
+    with fake_world.everything(trace, plan, 0):
+        parallel = build.parallel(replace(config, device={"accelerator": "cpu"}), plan, vocabulary)
+        trace.own = malloc.own_pages(parallel.parameters)
+        trace.mark("weights", parallel.net.parameters())
+        longest = min(prompt + tokens, parallel.net.sequence)  # a context that is full, and the prompt at once
         for first, more in ((prompt, 1), (max(prompt, longest - 2), 2)):
-            list(generate(cut.net.eval(), [0] * min(first, longest), more, temperature=0))
+            list(generate(parallel.net.eval(), [0] * min(first, longest), more, temperature=0))
     need = _total(trace, Choice(**plan.asdict(), precision=config.precision), device)
     if need > device.memory:
         raise UserError(_too_much("generate", need, device.memory, "a shorter prompt"))
@@ -63,15 +62,15 @@ def _evaluation(settings: Settings, vocabulary: int, device: devices.Device, ran
     config, plan = replace(settings.config, device={"accelerator": "cpu"}), replace(settings.plan, compile=False)
     settings = replace(settings, config=config, plan=plan)
     trace = Trace(vocabulary, copies=device.card is None, card=device.card)
-    rows = plan.micro_batch(config.global_batch) if plan.pipeline == 1 else config.global_batch // plan.readers
+    rows = plan.micro_batch(config.global_batch) if plan.pipeline == 1 else config.global_batch // plan.data_parallel_size
 
-    with pretend.everything(trace, plan, rank):
-        cut = build.cut(config, plan, vocabulary)
-        trace.own = malloc.own_pages(cut.parameters)
-        trace.mark("weights", cut.net.parameters())
-        module = build.module(settings, cut, training=False)
+    with fake_world.everything(trace, plan, rank):
+        parallel = build.parallel(config, plan, vocabulary)
+        trace.own = malloc.own_pages(parallel.parameters)
+        trace.mark("weights", parallel.net.parameters())
+        module = build.module(settings, parallel, training=False)
         trainer = build.trainer(settings, [], [])
-        with contextlib.redirect_stdout(None), pretend.no_moves(module):
+        with contextlib.redirect_stdout(None), fake_world.no_moves(module):
             trainer.validate(module, _Batches(rows, config.sequence), verbose=False)
     return trace
 
@@ -82,7 +81,7 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         for number in range(2):
-            yield pretend.batch(self.rows, self.sequence, number, 0, self.rows)
+            yield fake_world.batch(self.rows, self.sequence, number, 0, self.rows)
 
 
 def _total(trace: Trace, plan: Choice, device: devices.Device) -> int:

@@ -153,7 +153,7 @@ def _fewer_micro_batches(settings: Settings) -> tuple[Settings, int]:
 def _with(settings: Settings, micros: int) -> Settings:
     """Settings with another count of micro-batches of the same rows."""
     rows = settings.plan.micro_batch(settings.config.global_batch)
-    config = replace(settings.config, global_batch=rows * settings.plan.readers * micros)
+    config = replace(settings.config, global_batch=rows * settings.plan.data_parallel_size * micros)
     return replace(settings, config=config, plan=replace(settings.plan, accumulate_grad_batches=micros))
 
 

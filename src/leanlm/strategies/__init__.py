@@ -1,1 +1,1 @@
-"""A plan applied to a model: how the work is cut, and a checkpoint that any plan can read."""
+"""A plan applied to a model: how the work is cut over devices and micro-batches."""

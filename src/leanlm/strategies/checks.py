@@ -51,10 +51,10 @@ def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, l
         problems += _schedule(plan)
     if problems or global_batch < 1:
         return plan, problems
-    cut = plan.readers * plan.accumulate_grad_batches
+    cut = plan.data_parallel_size * plan.accumulate_grad_batches
     if global_batch % cut:
         near = sorted({max(cut, global_batch // cut * cut), (global_batch // cut + 1) * cut})
-        counts = [n for n in range(1, global_batch + 1) if global_batch % (plan.readers * n) == 0]
+        counts = [n for n in range(1, global_batch + 1) if global_batch % (plan.data_parallel_size * n) == 0]
         other = f", or strategy.accumulate_grad_batches={nearest(counts, plan.accumulate_grad_batches)}" if counts else ""
         factors = [(axis, getattr(plan, axis)) for axis in ("replicate", "shard")]
         shown = [f"{axis}={size}" for axis, size in factors if size > 1]
@@ -121,7 +121,7 @@ def on_gpus(plan: Plan, accelerator: str) -> list[str]:
     room = gpus * largest // processes  # along that axis, if the others stay
     fewer = max((n for n in range(1, room + 1) if largest % n == 0), default=0)
     kept = {**dict(zip(AXES, plan.sizes, strict=True)), axis: fewer} if fewer else dict.fromkeys(AXES, 1)
-    micros = plan.accumulate_grad_batches * plan.readers // (kept["replicate"] * kept["shard"])
+    micros = plan.accumulate_grad_batches * plan.data_parallel_size // (kept["replicate"] * kept["shard"])
     return [
         f"the plan takes {product} = {processes} GPUs, one for each process, and this machine has {gpus}: write "
         f"{f'strategy.{axis}={fewer}' if fewer else 'strategy=single'} strategy.accumulate_grad_batches={micros}, or device=cpu"
@@ -191,7 +191,7 @@ def _schedule(plan: Plan) -> list[str]:
     return problems
 
 
-def cuts_of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, recurrent: bool = False,
+def of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, recurrent: bool = False,
                   adaptive: bool = False) -> list[str]:  # fmt: skip
     """What cannot work about a plan for one model.
 

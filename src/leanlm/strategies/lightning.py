@@ -31,7 +31,7 @@ class BucketsOnly(DDPStrategy):
             yield
 
 
-class CutStrategy(DDPStrategy):
+class ParallelStrategy(DDPStrategy):
     """Lightning's DDP without its wrapper and its copying: `Cut` has placed and spread the parameters."""
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -45,5 +45,5 @@ class CutStrategy(DDPStrategy):
 def strategy(plan: Plan) -> Strategy | str:
     if plan.world == 1:
         return "auto"
-    kind = CutStrategy if plan.cuts_model else BucketsOnly
+    kind = ParallelStrategy if plan.splits_model else BucketsOnly
     return kind(gradient_as_bucket_view=True, broadcast_buffers=False)

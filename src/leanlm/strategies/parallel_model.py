@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from leanlm.common.dtensors import is_spread, local_part, spread_like
+from leanlm.common.dtensors import dtensor_like, is_dtensor, local_part
 from leanlm.common.errors import UserError
 from leanlm.memory import malloc
 from leanlm.memory.tied import add_rows
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class Cut:
+class ParallelModel:
     """What one rank holds of a model.
 
     Attributes:
@@ -54,12 +54,13 @@ class Cut:
         self.ties, self.width = ties(net), net.width
         self.vocabulary, self.dtype = net.vocabulary, next(net.parameters()).dtype
         self.mesh: DeviceMesh | None = None
-        self.readers: DeviceMesh | None = None  # ranks that hold the same part of the model and read other rows
+        self.data_parallel_mesh: DeviceMesh | None = None  # ranks that hold the same part of the model and read other rows
         if plan.world > 1:
             from torch.distributed.device_mesh import init_device_mesh
 
             self.mesh = init_device_mesh(device.type, plan.sizes, mesh_dim_names=AXES)
-            self.readers = self.mesh["replicate", "shard"]._flatten("readers") if plan.readers > 1 else None
+            both = self.mesh["replicate", "shard"]
+            self.data_parallel_mesh = both._flatten("data_parallel") if plan.data_parallel_size > 1 else None
         self.shared = self._shared_by_stages()
         numbers = stages_of(self.coordinate("pipeline"), plan.pipeline, len(split), SCHEDULES[plan.schedule].v_shape)
         self._drop([name for number in numbers for name in split[number]], 0 in numbers, len(split) - 1 in numbers)
@@ -91,17 +92,17 @@ class Cut:
         return holds[0]
 
     @property
-    def reader(self) -> int:
+    def data_parallel_rank(self) -> int:
         """Which of the groups that read different rows this rank belongs to."""
         return self.coordinate("replicate") * self.plan.shard + self.coordinate("shard")
 
     def gather_rows(self, part: Tensor) -> Tensor:
         """`[rows of this rank, ...]` -> `[global batch, ...]`."""
-        if self.readers is None:
+        if self.data_parallel_mesh is None:
             return part
         from torch.distributed.tensor import DTensor, Shard
 
-        return DTensor.from_local(part, self.readers, [Shard(0)], run_check=False).full_tensor()
+        return DTensor.from_local(part, self.data_parallel_mesh, [Shard(0)], run_check=False).full_tensor()
 
     def relay(self, tokens: Tensor, rows: Tensor, targets: Tensor | None) -> Tensor | None:
         """A forward pass through the stages of all ranks, which hand the hidden state on; successive passes overlap.
@@ -247,7 +248,7 @@ class Cut:
                     setattr(module, key, filled[name])
                 elif parameter.is_meta:
                     value = initial(self.net, seed, name, parameter).to(self.device)
-                    if is_spread(parameter):
-                        value = spread_like(local_part(value, parameter).clone(), parameter, value.shape)
+                    if is_dtensor(parameter):
+                        value = dtensor_like(local_part(value, parameter).clone(), parameter, value.shape)
                     filled[name] = nn.Parameter(value)
                     setattr(module, key, filled[name])

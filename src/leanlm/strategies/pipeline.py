@@ -7,7 +7,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_sc
 
 from leanlm.data.batches import Batch
 from leanlm.strategies.balance import bubble, order_of
-from leanlm.strategies.parallel_model import Cut
+from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.strategies.schedules import SCHEDULES
 
 
@@ -21,31 +21,31 @@ class Pipeline:
     """Runs whole training steps through the stages of all ranks.
 
     Args:
-        cut: with at least two stages.
+        parallel: with at least two stages.
         rows: of this group of ranks in a step.
         sequence: tokens per row.
     """
 
-    def __init__(self, cut: Cut, rows: int, sequence: int) -> None:
-        self.cut, self.scale, plan = cut, 1.0, cut.plan
+    def __init__(self, parallel: ParallelModel, rows: int, sequence: int) -> None:
+        self.parallel, self.scale, plan = parallel, 1.0, parallel.plan
         micro = rows // plan.accumulate_grad_batches
-        dtype = cut.dtype
+        dtype = parallel.dtype
         # static shapes: torch would else run the stages once more to find them, and advance carried state
         tokens = torch.empty(micro, sequence, dtype=torch.long, device="meta")
-        hidden = torch.empty(micro, sequence, cut.width, dtype=dtype, device="meta", requires_grad=True)
+        hidden = torch.empty(micro, sequence, parallel.width, dtype=dtype, device="meta", requires_grad=True)
         loss = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True)
-        last = len(cut.split) - 1
+        last = len(parallel.split) - 1
         parts = [
             _Part(
                 stage,
                 number,
-                len(cut.split),
-                cut.device,
+                len(parallel.split),
+                parallel.device,
                 input_args=tokens if number == 0 else hidden,
                 output_args=loss if number == last else hidden,
-                group=cut.group("pipeline"),
+                group=parallel.group("pipeline"),
             )
-            for number, stage in cut.stages.items()
+            for number, stage in parallel.stages.items()
         ]
         kind = get_schedule_class(SCHEDULES[plan.schedule].torch)
         several = issubclass(kind, PipelineScheduleMulti)
@@ -58,12 +58,14 @@ class Pipeline:
 
     def describe(self) -> str:
         """The stages, their share of the work, and the share of the time that devices will wait."""
-        cost, total, lines = self.cut.costs, sum(self.cut.costs), []
-        for number, blocks in enumerate(self.cut.split):
+        cost, total, lines = self.parallel.costs, sum(self.parallel.costs), []
+        for number, blocks in enumerate(self.parallel.split):
             parts = [f"blocks {blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"]
             parts = ["embed"] * (number == 0) + parts + ["head"] * (number == len(cost) - 1)
-            lines.append(f"stage {number} on device {self.cut.owner(number)}: {' + '.join(parts)} ({cost[number] / total:.0%})")
-        waits = bubble(order_of(self.schedule, self.cut.plan.accumulate_grad_batches), cost)
+            lines.append(
+                f"stage {number} on device {self.parallel.owner(number)}: {' + '.join(parts)} ({cost[number] / total:.0%})"
+            )
+        waits = bubble(order_of(self.schedule, self.parallel.plan.accumulate_grad_batches), cost)
         return "; ".join(lines) + f". Devices wait {waits:.0%} of the time (bubble and imbalance, communication not counted)"
 
     def step(self, batch: Batch, scale: float) -> Tensor:
@@ -78,8 +80,8 @@ class Pipeline:
         """
         self.scale = scale
         losses: list[Tensor] = []
-        tokens = (batch.input,) if 0 in self.cut.stages else ()
-        last = len(self.cut.split) - 1 in self.cut.stages
+        tokens = (batch.input,) if 0 in self.parallel.stages else ()
+        last = len(self.parallel.split) - 1 in self.parallel.stages
         self.schedule.step(
             *tokens,
             target=batch.rows if last else None,  # the last stage has its targets as an argument, and makes the loss
@@ -88,4 +90,4 @@ class Pipeline:
             rows=batch.rows,
             targets=batch.target,
         )
-        return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.cut.device)
+        return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.parallel.device)

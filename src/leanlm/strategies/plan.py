@@ -54,23 +54,23 @@ class Plan:
         return prod(self.sizes)
 
     @property
-    def readers(self) -> int:
+    def data_parallel_size(self) -> int:
         """Groups of devices that read different rows."""
         return self.replicate * self.shard
 
-    def reader(self, rank: int) -> int:
-        """Which of the `readers` a rank belongs to."""
-        return rank // self.tensor % self.readers
+    def data_parallel_rank(self, rank: int) -> int:
+        """Which of the groups that read different rows a rank belongs to."""
+        return rank // self.tensor % self.data_parallel_size
 
     @property
-    def cuts_model(self) -> bool:
+    def splits_model(self) -> bool:
         """Whether no single device holds the whole model."""
         return self.pipeline * self.shard * self.tensor > 1
 
     @property
     def adds_to_buckets(self) -> bool:
         """Whether gradients stay in the buckets of DDP from step to step, and micro-batches add to them there."""
-        return self.world > 1 and not self.cuts_model and self.accumulate_grad_batches > 1
+        return self.world > 1 and not self.splits_model and self.accumulate_grad_batches > 1
 
     @property
     def batches_per_step(self) -> int:
@@ -84,7 +84,7 @@ class Plan:
 
     def micro_batch(self, global_batch: int) -> int:
         """Rows in one forward pass."""
-        return global_batch // (self.readers * self.accumulate_grad_batches)
+        return global_batch // (self.data_parallel_size * self.accumulate_grad_batches)
 
     @property
     def compiled(self) -> bool:

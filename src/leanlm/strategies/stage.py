@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from leanlm.memory.loss import token_loss
 from leanlm.memory.offload import activations
-from leanlm.memory.recompute import again, levels
+from leanlm.memory.recompute import levels, recomputed
 from leanlm.models import kernels
 from leanlm.models.contract import Model
 from leanlm.models.dropout import draw, row_keys, sites
@@ -60,7 +60,7 @@ class Stage(nn.Module):
 
         Evaluation and generation, whose lengths change, are not compiled.
         """
-        if plan.readers == plan.tensor == 1:
+        if plan.data_parallel_size == plan.tensor == 1:
             self.graph = torch.compile(self._read, fullgraph=True, dynamic=False)
             return
         whole = plan.tensor == 1  # torch's split matrices break graphs
@@ -121,7 +121,7 @@ class Stage(nn.Module):
         for first in range(0, x.shape[1], window):
             piece = slice(first, first + window)
             mine = None if targets is None else targets[:, piece]
-            out, states = again(self._read, x[:, piece], mine, states, keys, first)
+            out, states = recomputed(self._read, x[:, piece], mine, states, keys, first)
             outs.append(out)
         return (torch.cat(outs, 1) if self.head is None else torch.stack(outs).sum()), states
 
@@ -139,7 +139,7 @@ class Stage(nn.Module):
         after = []
         for i, (block, level) in enumerate(zip(self.blocks.values(), self.levels, strict=True)):
             run = block if keys is None or level == "keep" else partial(self._draw_again, i, block, keys, first)
-            hidden, state = again(run, hidden, states[i] if states else None, level=level)
+            hidden, state = recomputed(run, hidden, states[i] if states else None, level=level)
             after.append(state)
         if self.head is None:
             return hidden.to(sent), after

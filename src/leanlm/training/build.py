@@ -19,7 +19,7 @@ from leanlm.models import kernels
 from leanlm.models.contract import Model, initialize, without_storage
 from leanlm.strategies import balance
 from leanlm.strategies.lightning import strategy
-from leanlm.strategies.parallel_model import Cut
+from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.strategies.plan import Plan
 from leanlm.training.lightning_module import LanguageModel, RecurrentLanguageModel
 
@@ -36,16 +36,16 @@ def model(config: Config, plan: Plan, vocabulary: int) -> Model:
     return net
 
 
-def cut(config: Config, plan: Plan, vocabulary: int) -> Cut:
+def parallel(config: Config, plan: Plan, vocabulary: int) -> ParallelModel:
     """What this rank holds of the configured model, with its initial weights. All ranks must call it."""
-    if not plan.cuts_model:
+    if not plan.splits_model:
         net = model(config, plan, vocabulary)
         initialize(net, config.seed)
-        return Cut(net, plan, config.seed, device(config))
+        return ParallelModel(net, plan, config.seed, device(config))
     with without_storage():
         net = model(config, plan, vocabulary)
     cost = balance.costs(net) if plan.pipeline > 1 else None
-    return Cut(net, plan, config.seed, device(config), cost)
+    return ParallelModel(net, plan, config.seed, device(config), cost)
 
 
 def device(config: Config) -> torch.device:
@@ -55,16 +55,16 @@ def device(config: Config) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
-def module(settings: Settings, cut: Cut, training: bool = True) -> LanguageModel:
+def module(settings: Settings, parallel: ParallelModel, training: bool = True) -> LanguageModel:
     config = settings.config
-    kind = RecurrentLanguageModel if cut.net.carries_state else LanguageModel
-    rows = config.global_batch // cut.plan.readers
+    kind = RecurrentLanguageModel if parallel.net.carries_state else LanguageModel
+    rows = config.global_batch // parallel.plan.data_parallel_size
     pipeline = None
-    if training and cut.plan.pipeline > 1:
+    if training and parallel.plan.pipeline > 1:
         from leanlm.strategies.pipeline import Pipeline
 
-        pipeline = Pipeline(cut, rows, config.sequence)
-    return kind(cut, pipeline, config.optim, config.max_steps, config.clip, config.precision == STOCHASTIC)
+        pipeline = Pipeline(parallel, rows, config.sequence)
+    return kind(parallel, pipeline, config.optim, config.max_steps, config.clip, config.precision == STOCHASTIC)
 
 
 def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Sequence[Logger], max_steps: int = -1) -> pl.Trainer:

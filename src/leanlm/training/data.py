@@ -48,8 +48,8 @@ def training_batches(settings: Settings, tokens: Tokens, net: Model, first_step:
     return GlobalBatches(
         tokens.splits["train"],
         order,
-        plan.readers,
-        plan.reader(rank()),
+        plan.data_parallel_size,
+        plan.data_parallel_rank(rank()),
         plan.batches_per_step,
         ignored(config, tokens.tokenizer),
         first_step,
@@ -73,7 +73,7 @@ def whole_split(settings: Settings, tokenizer: Tokenizer, net: Model, numbers: A
         length,
         overlap,
         rows,
-        plan.readers,
-        plan.reader(rank()),
+        plan.data_parallel_size,
+        plan.data_parallel_rank(rank()),
         ignored(config, tokenizer),
     )

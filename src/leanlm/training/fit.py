@@ -26,7 +26,7 @@ from leanlm.launch.ranks import of_ranks, on_rank_0, on_rank_0_first, rank, say
 from leanlm.models.generation import LogitsAfter, generate
 from leanlm.reporting.pictures import loss_curve
 from leanlm.reporting.summary import summary
-from leanlm.strategies.parallel_model import Cut
+from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.training import build, data, utilization
 from leanlm.training.callbacks.checkpoints import Checkpoints
 from leanlm.training.callbacks.progress import Progress
@@ -45,11 +45,11 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
         make_folder(run, config, tokens, start)
     before = of_ranks(memory_now())
 
-    cut = build.cut(asked, settings.plan, tokens.tokenizer.vocabulary)
-    module = build.module(settings, cut)
+    parallel = build.parallel(asked, settings.plan, tokens.tokenizer.vocabulary)
+    module = build.module(settings, parallel)
     announce(settings, tokens, module, run)
 
-    card = torch.cuda.get_device_name(cut.device) if cut.device.type == "cuda" else None
+    card = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else None
     record = Record(run, asked.log_every, utilization.full_speed(settings, tokens.tokenizer.vocabulary, card))
     checkpoints = Checkpoints(
         run, record, asked.checkpoint_every, asked.val_every, asked.keep_checkpoints, asked.global_batch, tokens.fingerprint,
@@ -57,9 +57,9 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
     )  # fmt: skip
     callbacks = [record, *([Progress(record)] if rank() == 0 else []), checkpoints]
     trainer = build.trainer(settings, callbacks, build.loggers(asked, str(run.path)), asked.max_steps)
-    batches = data.training_batches(settings, tokens, cut.net, first_step=_step_of(start))
-    validation = data.whole_split(settings, tokens.tokenizer, cut.net, tokens.splits["validation"])
-    with closing(prefetched(batches, cut.device)) as ahead:
+    batches = data.training_batches(settings, tokens, parallel.net, first_step=_step_of(start))
+    validation = data.whole_split(settings, tokens.tokenizer, parallel.net, tokens.splits["validation"])
+    with closing(prefetched(batches, parallel.device)) as ahead:
         trainer.fit(module, ahead, validation)
 
     result = result_of(settings, tokens, module, trainer, record) | {"memory_before_bytes": before}
@@ -67,8 +67,8 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
         loss_curve({"": run}, run.path / "loss.png")
         write(run.result, json.dumps(result, indent=2))
     sample = None
-    if rank() == 0 or settings.plan.cuts_model:
-        sample = sample_of(cut, tokens.tokenizer, asked.sample, asked.sample_tokens)
+    if rank() == 0 or settings.plan.splits_model:
+        sample = sample_of(parallel, tokens.tokenizer, asked.sample, asked.sample_tokens)
     if rank() == 0:
         if sample is not None:
             with open(run.path / "samples.txt", "a") as file:
@@ -116,14 +116,14 @@ def announce(settings: Settings, tokens: Tokens, module: LanguageModel, run: Run
     """Say what is going to be trained, on what, and how."""
     asked = settings.config
     say(
-        f"{type(module.net).__name__}, {module.cut.parameters:,} parameters, {len(tokens.splits['train']):,} training tokens "
-        f"of {tokens.tokenizer.vocabulary:,} types\nplan: {settings.describe()}; global batch {asked.global_batch} x "
+        f"{type(module.net).__name__}, {module.parallel.parameters:,} parameters, {len(tokens.splits['train']):,} training "
+        f"tokens of {tokens.tokenizer.vocabulary:,} types\nplan: {settings.describe()}; global batch {asked.global_batch} x "
         f"{asked.sequence} tokens, {asked.max_steps:,} steps, in {run.path}"
     )
     if module.pipeline is not None:
         say(module.pipeline.describe())
-    if module.cut.device.type == "cuda" and asked.precision == "fp32" and gpu_has_bf16():
-        say(utilization.instead_of_fp32(torch.cuda.get_device_name(module.cut.device)))
+    if module.parallel.device.type == "cuda" and asked.precision == "fp32" and gpu_has_bf16():
+        say(utilization.instead_of_fp32(torch.cuda.get_device_name(module.parallel.device)))
 
 
 def result_of(settings: Settings, tokens: Tokens, module: LanguageModel, trainer: pl.Trainer, record: Record) -> dict[str, Any]:
@@ -143,26 +143,26 @@ def result_of(settings: Settings, tokens: Tokens, module: LanguageModel, trainer
         "plan": settings.plan.asdict(),
         "exactness": settings.exactness,
         "precision": settings.config.precision,
-        "parameters": module.cut.parameters,
+        "parameters": module.parallel.parameters,
         "versions": {"leanlm": __version__, "torch": torch.__version__, "lightning": lightning.__version__},
     }
     if settings.predicted is not None:
         result["predicted_peak_memory_bytes"] = settings.predicted["peak_memory_bytes"]
         result["predicted_seconds_per_step"] = settings.predicted["seconds_per_step"]
-    if module.cut.device.type == "cuda":
+    if module.parallel.device.type == "cuda":
         result["peak_allocated_bytes"] = of_ranks(torch.cuda.max_memory_allocated())
     return result
 
 
-def sample_of(cut: Cut, tokenizer: Tokenizer, prompt: str, tokens: int) -> str | None:
+def sample_of(parallel: ParallelModel, tokenizer: Tokenizer, prompt: str, tokens: int) -> str | None:
     """Text that the model writes; None if that fails. All ranks must call it when the model is spread over them."""
     try:
         begin = [tokenizer.start, *map(int, tokenizer.encode(prompt.encode()))]
     except UserError:  # the prompt has characters that this text does not
         begin, prompt = [tokenizer.start], ""
-    cut.net.eval()
+    parallel.net.eval()
     try:
-        logits_after = cut.logits_after() if cut.plan.cuts_model else LogitsAfter(cut.net)
+        logits_after = parallel.logits_after() if parallel.plan.splits_model else LogitsAfter(parallel.net)
         return prompt + "".join(stream(tokenizer, generate(logits_after, begin, tokens, temperature=0.8)))
     except Exception as error:  # whatever it is, the run has done its work
         say(f"no sample could be made: {type(error).__name__}: {error}".splitlines()[0])

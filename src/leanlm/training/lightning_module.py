@@ -17,7 +17,7 @@ from leanlm.optimizers import build as optimizers
 from leanlm.optimizers import settings as optim
 from leanlm.optimizers.settings import Optim
 from leanlm.strategies import gradients
-from leanlm.strategies.parallel_model import Cut
+from leanlm.strategies.parallel_model import ParallelModel
 
 if TYPE_CHECKING:
     from leanlm.strategies.pipeline import Pipeline
@@ -47,7 +47,7 @@ class LanguageModel(pl.LightningModule):
     """Trains what this rank holds of a model on global batches.
 
     Args:
-        cut: the model as the plan cuts it.
+        parallel: the model as the plan cuts it.
         pipeline: trains its stages, if there are several; None is enough for evaluation.
         optimizer: optimizer and schedule.
         max_steps: optimizer steps in the whole run, for the schedule.
@@ -61,17 +61,17 @@ class LanguageModel(pl.LightningModule):
         gradient_bytes: the most that this rank held at a time in a step.
     """
 
-    def __init__(self, cut: Cut, pipeline: "Pipeline | None", optimizer: Optim, max_steps: int, clip: float,
+    def __init__(self, parallel: ParallelModel, pipeline: "Pipeline | None", optimizer: Optim, max_steps: int, clip: float,
                  stochastic: bool = False) -> None:  # fmt: skip
         super().__init__()
-        self.net, self.cut, self.pipeline, self.plan = cut.net, cut, pipeline, cut.plan
-        self.stages = nn.ModuleList(cut.stages.values())
+        self.net, self.parallel, self.pipeline, self.plan = parallel.net, parallel, pipeline, parallel.plan
+        self.stages = nn.ModuleList(parallel.stages.values())
         self.optimizer, self.max_steps, self.clip, self.stochastic = optimizer, max_steps, clip, stochastic
         self.in_backward: gradients.StepInBackward | None = None
         self.step_nats = torch.zeros(())
         self.grad_norm = torch.zeros(())
         self.gradient_bytes = 0
-        self.split_loss = TokenLoss().to(cut.device)
+        self.split_loss = TokenLoss().to(parallel.device)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """What is not there yet, such as the batches of a validation; row numbers stay on the CPU, where Python reads them."""
@@ -83,15 +83,15 @@ class LanguageModel(pl.LightningModule):
         return self
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        for stage in self.cut.stages.values():
+        for stage in self.parallel.stages.values():
             stage.begin(batch.step, batch.fresh)
         # Lightning divides by its batches of a step, DDP and FSDP2 by the readers; the sum over all is what counts
-        self.scale = self.plan.batches_per_step * self.plan.readers
+        self.scale = self.plan.batches_per_step * self.plan.data_parallel_size
         if self.pipeline is not None:
             self.batch = batch
-            return torch.zeros((), device=self.cut.device)  # a schedule mixes forward and backward: see `backward`
-        self.cut.reduce_after(batch.micro)
-        (stage,) = self.cut.stages.values()
+            return torch.zeros((), device=self.parallel.device)  # a schedule mixes forward and backward: see `backward`
+        self.parallel.reduce_after(batch.micro)
+        (stage,) = self.parallel.stages.values()
         share = stage(batch.input, batch.rows, batch.target) / batch.step_tokens
         self.step_nats = share.detach() + (self.step_nats if batch.micro else 0)
         return share * self.scale
@@ -105,22 +105,22 @@ class LanguageModel(pl.LightningModule):
         self.step_nats = scaled / self.scale
 
     def validation_step(self, batch: Batch, index: int) -> None:
-        for stage in self.cut.stages.values():
+        for stage in self.parallel.stages.values():
             stage.begin(batch.step, batch.fresh)
-        nats = self.cut.relay(batch.input, batch.rows, batch.target)
-        if nats is None or not self.cut.counts_loss:  # another rank counts these rows
+        nats = self.parallel.relay(batch.input, batch.rows, batch.target)
+        if nats is None or not self.parallel.counts_loss:  # another rank counts these rows
             nats, batch = torch.zeros(()), batch._replace(target=batch.target[:0])
-        self.split_loss.update(nats.to(self.cut.device), (batch.target != IGNORE).sum())
+        self.split_loss.update(nats.to(self.parallel.device), (batch.target != IGNORE).sum())
 
     def on_validation_epoch_start(self) -> None:
         self.split_loss.reset()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        copies = self.cut.mesh["replicate"] if self.cut.mesh is not None and self.plan.zero1 else None
-        named = self.cut.named_parameters()
+        copies = self.parallel.mesh["replicate"] if self.parallel.mesh is not None and self.plan.zero1 else None
+        named = self.parallel.named_parameters()
         optimizer = optimizers.build(named, self.optimizer, copies, self.plan.offloads_optimizer, self.stochastic)
         if self.plan.step_in_backward:
-            self.in_backward = gradients.StepInBackward(self.cut, optimizer)
+            self.in_backward = gradients.StepInBackward(self.parallel, optimizer)
         return optimizer
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -140,13 +140,13 @@ class LanguageModel(pl.LightningModule):
         if self.in_backward is not None:
             self.grad_norm, self.gradient_bytes = self.in_backward.done()
             return
-        gradients.complete(self.cut)
+        gradients.complete(self.parallel)
         self.gradient_bytes = self.gradient_bytes or held_bytes(parameter.grad for parameter in self.net.parameters())
-        self.grad_norm = gradients.clip(self.cut, self.clip)
+        self.grad_norm = gradients.clip(self.parallel, self.clip)
 
     def global_loss(self) -> Tensor:
         """Loss of the step just done over the whole global batch. All ranks must call it."""
-        loss = self.step_nats.double() * int(self.cut.counts_loss)  # one type on all ranks
+        loss = self.step_nats.double() * int(self.parallel.counts_loss)  # one type on all ranks
         if self.plan.world > 1:
             dist.all_reduce(loss)
         return loss
@@ -173,18 +173,18 @@ class RecurrentLanguageModel(LanguageModel):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if batch.micro == self.plan.batches_per_step - 1:
-            for stage in self.cut.stages.values():
+            for stage in self.parallel.stages.values():
                 stage.advance()
 
     def carried(self) -> dict[str, Tensor]:
-        parts = {name: part for stage in self.cut.stages.values() for name, part in stage.carried().items()}
-        return {name: self.cut.gather_rows(part) for name, part in parts.items()}
+        parts = {name: part for stage in self.parallel.stages.values() for name, part in stage.carried().items()}
+        return {name: self.parallel.gather_rows(part) for name, part in parts.items()}
 
     def carry(self, state: dict[str, Tensor], global_batch: int) -> None:
-        plan, rows = self.plan, global_batch // self.plan.readers
-        first = self.cut.reader * rows
-        mine = {name: part[first : first + rows].to(self.cut.device) for name, part in state.items()}
-        for stage in self.cut.stages.values():
+        plan, rows = self.plan, global_batch // self.plan.data_parallel_size
+        first = self.parallel.data_parallel_rank * rows
+        mine = {name: part[first : first + rows].to(self.parallel.device) for name, part in state.items()}
+        for stage in self.parallel.stages.values():
             stage.carry(mine, first, plan.accumulate_grad_batches)
 
 

@@ -10,7 +10,7 @@ from leanlm.common.errors import UserError
 from leanlm.common.files import cache_folder, write
 from leanlm.common.machine import cores, memory_limit
 from leanlm.config.device_sheets import size
-from leanlm.planning.hardware import gpus as cards
+from leanlm.planning.hardware import gpus
 from leanlm.planning.hardware.probe import VERSION, measured
 
 LISTS = ("memory", "speed")  # of a config, what may be given for each device
@@ -130,7 +130,7 @@ class Device:
 def count(node: dict[str, Any], devices: int | None) -> int:
     """How many devices: as asked for, or as many as a list of memories or speeds has, or the GPUs here, or one."""
     listed = max((len(node[key]) for key in LISTS if isinstance(node.get(key), list)), default=0)
-    return devices or listed or (len(cards.here()) if _of_this_machine(node) else 0) or 1
+    return devices or listed or (len(gpus.here()) if _of_this_machine(node) else 0) or 1
 
 
 def _of_this_machine(node: dict[str, Any]) -> bool:
@@ -149,7 +149,7 @@ def of_config(node: dict[str, Any], devices: int | None = None) -> Device:
         UserError: `memory` or `speed` cannot be read or does not fit the number of devices, or a GPU here has no data sheet.
     """
     if _of_this_machine(node):
-        node = cards.as_node(node.get("memory"), devices) or node
+        node = gpus.as_node(node.get("memory"), devices) or node
     lists = {key: tuple(node[key]) if isinstance(node.get(key), list) else () for key in LISTS}
     problems = [
         f"device.{key} has {len(values)} values for {count(node, devices)} devices: write one for each, in the order of ranks"

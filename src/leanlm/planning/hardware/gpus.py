@@ -52,21 +52,21 @@ def as_node(memory: Any, devices: int | None) -> dict[str, Any] | None:
     Raises:
         UserError: there are fewer, or none of `conf/device` is the data sheet of one.
     """
-    cards = here()[:devices]
-    if not cards:
+    gpus = here()[:devices]
+    if not gpus:
         return None
-    if len(cards) < (devices or 1):
+    if len(gpus) < (devices or 1):
         raise UserError(
-            f"devices={devices}: this machine has {len(cards)} GPUs; write a data sheet to plan for others, such as device=l4"
+            f"devices={devices}: this machine has {len(gpus)} GPUs; write a data sheet to plan for others, such as device=l4"
         )
-    sheets = [sheet(name) for name, _ in cards]
-    free = [found + round(ASKING * size(one["context"])) for (_, found), one in zip(cards, sheets, strict=True)]
+    sheets = [sheet(name) for name, _ in gpus]
+    free = [found + round(ASKING * size(one["context"])) for (_, found), one in zip(gpus, sheets, strict=True)]
     equal = max(free) - min(free) <= ALIKE * max(free)
     speeds = [each["bandwidth"] / sheets[0]["bandwidth"] for each in sheets]
     return {
         **sheets[0],
         "overhead": AROUND * _asked()[1],
-        "name": f"this machine's {cards[0][0]}",
+        "name": f"this machine's {gpus[0][0]}",
         "memory": memory or (min(free) if equal else free),
         "speed": speeds if len({*speeds}) > 1 else None,
     }

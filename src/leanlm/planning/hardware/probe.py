@@ -141,7 +141,7 @@ def _links() -> dict[str, Any]:
             found.append(time.perf_counter() - begin)
         seconds[kind] = statistics.median(found)
     latency = seconds.pop("")
-    links = {kind: ranks * MESSAGE * sent(kind, ranks) / (taken - latency) for kind, taken in seconds.items()}
+    links = {kind: ranks * MESSAGE * sent(kind, ranks) / (took - latency) for kind, took in seconds.items()}
     return {"latency": latency, "links": links}
 
 

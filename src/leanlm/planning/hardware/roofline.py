@@ -4,8 +4,7 @@ from collections import Counter
 
 from leanlm.planning.hardware.devices import Device
 from leanlm.planning.hardware.probe import sent
-from leanlm.planning.simulation import gpu
-from leanlm.planning.simulation import operations as kernels
+from leanlm.planning.simulation import gpu, operations
 from leanlm.planning.simulation.trace import Work
 from leanlm.strategies.plan import Plan
 
@@ -26,8 +25,8 @@ def seconds(work: dict[str, Counter[Work]], micros: int, plan: Plan, device: Dev
             times = again * count
             if not kind.collective:
                 computing += times * _computing(kind, device)
-                starting += times * kind.starts * device.overhead
-            elif plan.readers > 1 and kind.ranks > 1 and plan.tensor == 1 and not device.shared:
+                starting += times * kind.dispatches * device.overhead
+            elif plan.data_parallel_size > 1 and kind.ranks > 1 and plan.tensor == 1 and not device.shared:
                 beside += times * _sending(kind, device)
             else:
                 blocking += times * _sending(kind, device)
@@ -46,5 +45,5 @@ def _computing(kind: Work, device: Device) -> float:
     if device.card:
         return max(kind.launches * gpu.KERNEL, arithmetic / gpu.REACHED, moving / gpu.REACHED)
     if kind.flops:
-        moving *= kernels.LAYOUT
+        moving *= operations.LAYOUT
     return arithmetic + moving + kind.fresh / device.paging + kind.small / device.small_paging

@@ -87,8 +87,8 @@ class _Compiled:
             return run
 
         graphs: Any = aot_function  # its annotations want more than it does
-        backward, cut = partial(generated, backward=True), min_cut_rematerialization_partition
-        return graphs(flat, generated, backward, cut, core_aten_decompositions())
+        backward, parallel = partial(generated, backward=True), min_cut_rematerialization_partition
+        return graphs(flat, generated, backward, parallel, core_aten_decompositions())
 
 
 @contextmanager
@@ -283,13 +283,13 @@ class _Kernels:
         free = [part for part in done if isinstance(here.get(part), Tensor) and not part.name.startswith("primals")]
         for node in outside:
             like = node.meta["val"]
-            taken = next((part for part in free if _bytes(part) == _bytes(node) and here[part].dtype == like.dtype), None)
+            reused = next((part for part in free if _bytes(part) == _bytes(node) and here[part].dtype == like.dtype), None)
             with trace.uncounted():
-                if taken is None:
+                if reused is None:
                     here[node] = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
                 else:  # written over what is read for the last time
-                    free.remove(taken)
-                    here[node] = here[taken].as_strided(like.shape, like.stride())
+                    free.remove(reused)
+                    here[node] = here[reused].as_strided(like.shape, like.stride())
         launches = (len(columns) < len(outside)) + 2 * bool(columns)
         kind = str(mine[-1].meta["val"].dtype).removeprefix("torch.")
         trace.work[trace.phase][Work(0, moved, dtype=kind, launches=max(1, launches))] += trace.counting * trace.times

@@ -152,7 +152,7 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
     return torch.empty_like(x), torch.empty_like(hidden), state if state is None else torch.empty_like(state), gradients
 
 
-def taken(func: Any, args: Any, results: list[Tensor], threads: int) -> tuple[Tensor | int, ...]:
+def allocations(func: Any, args: Any, results: list[Tensor], threads: int) -> tuple[Tensor | int, ...]:
     """What an operation allocates, in order: its results, and bytes beside them, negative where it gives them back.
 
     Args:

@@ -92,7 +92,7 @@ def lstm_scratch(backward: bool, args: Any, touched: int) -> int:
     return 2 * weights + gates + max(0, round(later * args[-1].nbytes) - touched)
 
 
-def starts() -> int:
+def dispatches() -> int:
     """How often as long as by itself the operation at hand takes to start where checkpointing keeps track of it. What it does
     in backward counts here, but not the operation itself when it is run again."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

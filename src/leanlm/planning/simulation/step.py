@@ -22,7 +22,7 @@ from leanlm.data.batches import Batch
 from leanlm.memory import malloc
 from leanlm.models.contract import without_storage
 from leanlm.planning.hardware.devices import Device
-from leanlm.planning.simulation import fake_world as pretend
+from leanlm.planning.simulation import fake_world
 from leanlm.planning.simulation.trace import BEFORE, Trace
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
@@ -71,21 +71,21 @@ def simulate(
         config = replace(config, model={**config.model, "depth": sum(built)})
     settings = replace(settings, plan=plan, config=config)
     steps = 2 if plan.step_in_backward else 1  # only its own step gives such an optimizer its state
-    with pretend.everything(trace, plan, rank):
-        cut = build.cut(config, plan, vocabulary)
-        module = build.module(settings, cut)
-        trace.mark("weights", cut.net.parameters())
-        trace.mark("buffers", cut.net.buffers())
+    with fake_world.everything(trace, plan, rank):
+        parallel = build.parallel(config, plan, vocabulary)
+        module = build.module(settings, parallel)
+        trace.mark("weights", parallel.net.parameters())
+        trace.mark("buffers", parallel.net.buffers())
         trainer = build.trainer(settings, [_Phases(trace, ends(plan))], [], steps)
-        if plan.world > 1 and not plan.cuts_model:
-            trainer.strategy._setup_model = partial(pretend.with_buckets, trace, plan)  # type: ignore[method-assign]
+        if plan.world > 1 and not plan.splits_model:
+            trainer.strategy._setup_model = partial(fake_world.with_buckets, trace, plan)  # type: ignore[method-assign]
         trainer.strategy.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]
-        with contextlib.redirect_stdout(None), pretend.no_moves(module):
+        with contextlib.redirect_stdout(None), fake_world.no_moves(module):
             trainer.fit(module, _Batches(settings, steps))
     order = {}
     if module.pipeline is not None:
         order = balance.order_of(module.pipeline.schedule, plan.accumulate_grad_batches)
-    return Step(trace, sum(len(stage.blocks) for stage in cut.stages.values()), order)
+    return Step(trace, sum(len(stage.blocks) for stage in parallel.stages.values()), order)
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         config, plan = self.settings.config, self.settings.plan
-        rows = config.global_batch // (plan.readers * plan.batches_per_step)
+        rows = config.global_batch // (plan.data_parallel_size * plan.batches_per_step)
         for step in range(2 - self.steps, 2):
             here = rows if step or plan.pipeline > 1 else 1  # one makes a state, unless stages have agreed on shapes
             for micro in range(plan.batches_per_step):
-                yield pretend.batch(here, config.sequence, step, micro, config.global_batch)
+                yield fake_world.batch(here, config.sequence, step, micro, config.global_batch)
 
 
 class _Phases(pl.Callback):
@@ -141,7 +141,7 @@ class _Phases(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         self.step = self.micro = 0
-        for stage in module.cut.stages.values():
+        for stage in module.parallel.stages.values():
             stage.register_forward_pre_hook(self._begin, prepend=True)
             stage.register_forward_hook(self._end)
             blocks = list(stage.blocks.values())

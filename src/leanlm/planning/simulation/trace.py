@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from leanlm.memory.malloc import ENDS, LARGE
 from leanlm.planning.simulation import gpu
-from leanlm.planning.simulation.operations import caller, flops_of, lstm_scratch, lstm_workspace, read_again, starts
+from leanlm.planning.simulation.operations import caller, dispatches, flops_of, lstm_scratch, lstm_workspace, read_again
 
 WORKSPACES = "workspaces"  # the part that is cuBLAS's
 HOST = "host"  # kind of communication
@@ -50,7 +50,7 @@ class Work(NamedTuple):
     size: int = 0
     ranks: int = 1
     launches: int = 1
-    starts: int = 1
+    dispatches: int = 1
 
 
 class Trace(TorchDispatchMode):
@@ -84,7 +84,7 @@ class Trace(TorchDispatchMode):
         self.sizes: dict[int, int] = {}
         self.away: dict[int, int] = {}  # address of a storage whose pages have left -> its bytes
         self.sums: set[int] = set()  # storages of gradients that autograd has summed
-        self.taken: list[int] = []  # by the operation at hand, beside its results
+        self.allocations: list[int] = []  # by the operation at hand, beside its results
         self.handles: set[bool] = set()  # of cuBLAS: whether one is of autograd's thread
         self.count = 0
         self.phase, self.faked = "build", False
@@ -191,7 +191,7 @@ class Trace(TorchDispatchMode):
             self._see(out[3], name, touched)
         found = [part for part in tree_leaves(out) if isinstance(part, Tensor)]
         fresh = []
-        for part in found if self.card is None else gpu.taken(func, args, found, self.card.threads):
+        for part in found if self.card is None else gpu.allocations(func, args, found, self.card.threads):
             if isinstance(part, int):
                 self._beside(part)
             elif self._see(part, name):
@@ -238,9 +238,9 @@ class Trace(TorchDispatchMode):
         """It takes so much; negative: what it took last goes."""
         if size > 0:
             self.count += 1
-            self.taken.append(self.count)
+            self.allocations.append(self.count)
         if size:
-            self.events.append((self.taken[-1] if size > 0 else self.taken.pop(), size))
+            self.events.append((self.allocations[-1] if size > 0 else self.allocations.pop(), size))
 
     def _workspace(self, of_autograd: bool) -> None:
         """cuBLAS takes one for each thread that multiplies, when it first does."""
@@ -276,7 +276,7 @@ class Trace(TorchDispatchMode):
             return
         writes = fresh or ([args[0]] if kind.rstrip("_") != kind and inputs else [])
         if not writes and "out" not in kwargs:  # a view
-            self.work[self.phase][Work(starts=starts())] += self.times
+            self.work[self.phase][Work(dispatches=dispatches())] += self.times
             return
         flops = flops_of(func, args, kwargs, out)
         moved = sum(map(_bytes, {id(part): part for part in [*inputs, *fresh]}.values())) + read_again(func, args)
@@ -286,7 +286,7 @@ class Trace(TorchDispatchMode):
         made = inputs[1] if flops and len(inputs) > 1 else writes[0] if writes and isinstance(writes[0], Tensor) else inputs[0]
         dtype = str(made.dtype).removeprefix("torch.")  # of a product that of its factors, whatever it is summed in
         launched = 1 if self.card is None else gpu.launches(func, args)
-        kind_of_work = Work(flops, moved, *pages, dtype, launches=launched, starts=starts())
+        kind_of_work = Work(flops, moved, *pages, dtype, launches=launched, dispatches=dispatches())
         self.work[self.phase][kind_of_work] += self.times
 
 

@@ -47,7 +47,7 @@ class Checkpoints(pl.Callback):
         if self.start is None:
             return
         assert isinstance(module, LanguageModel)
-        carried, state = checkpoint.load(self.start, module.cut.named_parameters(), trainer.optimizers[0])
+        carried, state = checkpoint.load(self.start, module.parallel.named_parameters(), trainer.optimizers[0])
         module.carry(carried, self.global_batch)
         step, micros = state["step"], state["step"] * module.plan.batches_per_step
         loop = trainer.fit_loop.epoch_loop
@@ -103,7 +103,7 @@ class Checkpoints(pl.Callback):
             "text": self.fingerprint,
             "versions": {"leanlm": __version__, "torch": torch.__version__},
         }
-        named = module.cut.owned_parameters()
+        named = module.parallel.owned_parameters()
         checkpoint.save(self.run.checkpoints, named, trainer.optimizers[0], module.carried(), state, self.keep)
         self.saved = trainer.global_step
 
