@@ -228,6 +228,6 @@ def test_compare(run: Path, tmp_path: Path) -> None:
 
 def test_a_peak_is_of_the_process_itself_and_not_of_the_one_that_started_it() -> None:
     large = b"x" * (1 << 30)
-    code = "from leanlm.training.callbacks.record import peak_memory; print(peak_memory())"
+    code = "from leanlm.common.machine import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert 50e6 < int(done.stdout) < len(large)

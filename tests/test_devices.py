@@ -99,7 +99,7 @@ def test_the_probe_measures_two_processes_and_weighs_nothing_of_its_caller(tmp_p
     assert min(*found["alone"]["flops"].values(), *found["pair"]["flops"].values()) > 1e8  # others may be at work here too
     assert min(found["links"].values()) > 0
     one, several, launcher = found["process"]
-    code = "import leanlm.fit\nfrom leanlm.training.callbacks.record import memory_now\nprint(memory_now())"
+    code = "import leanlm.training.fit\nfrom leanlm.common.machine import memory_now\nprint(memory_now())"
     plain = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert one == pytest.approx(plain, rel=0.15)
     assert launcher < one < several

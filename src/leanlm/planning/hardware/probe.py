@@ -18,7 +18,7 @@ from leanlm.launch.processes import launch
 from leanlm.launch.ranks import process_group, world_size
 from leanlm.memory.malloc import ENDS
 
-VERSION = 3  # of what is measured
+VERSION = 4  # of what is measured
 PRODUCTS = ("float32", "bfloat16", "float64")
 ROUNDS = 4
 SMALL = 1 << 20  # bytes of a tensor that gets pages of 4 KiB
@@ -149,7 +149,7 @@ def _launcher() -> int:
     """Bytes of a process that starts others and waits for them, without the pages of libraries, which are theirs too."""
     code = (
         "import leanlm.train, torch.distributed.launcher.api, torch.distributed.elastic.multiprocessing\n"
-        "from leanlm.training.callbacks.record import memory_now\nprint(memory_now(shared=False))"
+        "from leanlm.common.machine import memory_now\nprint(memory_now(shared=False))"
     )
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
 
