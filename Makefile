@@ -9,7 +9,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 train: .venv/runtime     ## install, then train the default model: make train ARGS="model=lstm max_steps=200"
 	$(BIN)/python -m leanlm.train $(ARGS)
 
-test: .venv/dev          ## install, then run the test suite: make test ARGS="tests/test_data.py"
+test: .venv/dev          ## install, then run the test suite: make test ARGS="tests/data"
 	$(TEST) $(ARGS)
 
 test-slow: .venv/dev     ## the tests that take minutes
