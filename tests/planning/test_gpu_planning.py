@@ -50,7 +50,7 @@ def card(name: str = "h200") -> Device:
     return of_config(node)
 
 
-@pytest.mark.parametrize(("overrides", "types", "tensors", "taken"), RUNS)
+@pytest.mark.parametrize(("overrides", "types", "tensors", "reserved"), RUNS)
 def test_bytes_are_those_that_runs_took(overrides: str, types: int, tensors: int, reserved: int, text: Path) -> None:
     settings = check(composed("data=text", f"data.path={text}", "data.tokenizer=byte", "max_steps=6", *overrides.split()))
     parts = predict(settings, types, card()).fullest.parts
