@@ -125,7 +125,7 @@ def ours(name: str, text: Path, warm: int = 8, timed: int = 20) -> dict[str, Any
     with process_group("cuda"):
         prepared, clock = prepare(settings), Clock()
         prepared.splits["train"] = np.random.default_rng(0).integers(0, types, 4_000_000).astype(np.uint16)
-        parallel = build.parallel(settings.config, settings.plan, types)
+        parallel = build.parallel_model(settings.config, settings.plan, types)
         operations = _operations(settings, types)
         module = build.module(settings, parallel)
         with closing(prefetched(training_batches(settings, prepared, parallel.net), parallel.device)) as batches:

@@ -37,7 +37,7 @@ def ours(steps: int) -> tuple[float, list[float]]:
     settings = check(composed(OVERRIDES))
     with process_group("cpu"):
         prepared = tokens(settings)
-        parallel = build.parallel(settings.config, settings.plan, prepared.tokenizer.vocabulary)
+        parallel = build.parallel_model(settings.config, settings.plan, prepared.tokenizer.vocabulary)
         module, watch, losses = build.module(settings, parallel), clock(), []
 
         class Losses(type(watch)):

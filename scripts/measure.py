@@ -64,7 +64,7 @@ def measure(overrides: list[str], steps: int, vocabulary: int | None = None) -> 
     settings = check(composed(overrides))
     with process_group("cpu"):
         prepared = tokens(settings)
-        parallel = build.parallel(settings.config, settings.plan, vocabulary or prepared.tokenizer.vocabulary)
+        parallel = build.parallel_model(settings.config, settings.plan, vocabulary or prepared.tokenizer.vocabulary)
         module, watch = build.module(settings, parallel), Watch()
         base = resident()
         trainer = build.trainer(settings, [watch], [], steps + 1)

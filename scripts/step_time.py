@@ -82,7 +82,7 @@ def bare(steps: int, folder: Path) -> list[float]:
 
     settings = check(configure())
     prepared = tokens(settings)
-    net = build.parallel(settings.config, settings.plan, prepared.tokenizer.vocabulary).net
+    net = build.parallel_model(settings.config, settings.plan, prepared.tokenizer.vocabulary).net
     optimizer = optimizers.build(net.named_parameters(), settings.config.optim)
     batches, times = iter(training_batches(settings, prepared, net)), []
     last = time.perf_counter()
@@ -182,7 +182,7 @@ def same_losses(copy: Path, folder: Path) -> float:
 
     settings = check(configure())
     prepared = tokens(settings)
-    net = build.parallel(settings.config, settings.plan, prepared.tokenizer.vocabulary).net
+    net = build.parallel_model(settings.config, settings.plan, prepared.tokenizer.vocabulary).net
     gpt = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=4, n_head=4, n_embd=128, dropout=0.0, bias=False))
     source, target = dict(net.named_parameters()), dict(gpt.named_parameters())
     pairs = {"transformer.wte.weight": "embed.tokens.weight", "transformer.wpe.weight": "embed.positions.weight"}

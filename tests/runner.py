@@ -65,7 +65,7 @@ def losses(path: Path) -> list[float]:
 
 def final_weights(path: Path, settings: Settings) -> dict[str, torch.Tensor]:
     """The weights in the last checkpoint of a run."""
-    parallel = build.parallel(settings.config, settings.plan, tokens(settings).tokenizer.vocabulary)
+    parallel = build.parallel_model(settings.config, settings.plan, tokens(settings).tokenizer.vocabulary)
     load(checkpoints(Run(path).checkpoints)[-1], parallel.named_parameters(), None)
     return {name: parameter.detach() for name, parameter in parallel.net.named_parameters()}
 

@@ -116,7 +116,7 @@ def test_under_torchrun(text: Path, tmp_path: Path) -> None:
 
 FAILING = """
 from leanlm.training.callbacks.record import Record
-from leanlm.launch.processes import rank
+from leanlm.launch.ranks import rank
 
 def fail(self, trainer, module, batch, batch_idx):
     if rank() == 1 and batch.step == 3:

@@ -60,7 +60,7 @@ def plain_loop(settings: Settings) -> tuple[list[float], dict[str, torch.Tensor]
     """No Lightning, no plan, no chunks: the definition of a run. Returns losses, weights and gradient norms."""
     config = settings.config
     prepared = tokens(settings)
-    net = build.parallel(config, settings.plan, prepared.tokenizer.vocabulary).net
+    net = build.parallel_model(config, settings.plan, prepared.tokenizer.vocabulary).net
     named = list(net.named_parameters())
     hidden = [p for n, p in named if config.optim.name == "muon" and p.dim() == 2 and n.startswith("blocks.")]
     rest = [p for _, p in named if not any(p is h for h in hidden)]

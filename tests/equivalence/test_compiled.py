@@ -100,7 +100,7 @@ def test_one_graph_with_chunks_of_logits(precision: str, text: Path, monkeypatch
     for compiled in ("false", "true"):
         how = {"compile": compiled, "recompute": "2"}
         checked = check(composed(*overrides("gpt2", text, how, 2), f"precision={precision}"))
-        parallel = build.parallel(checked.config, checked.plan, 20)
+        parallel = build.parallel_model(checked.config, checked.plan, 20)
         (stage,) = parallel.stages.values()
         for step in range(2):
             stage.begin(step, True)

@@ -65,7 +65,7 @@ def test_counts_are_unequal(text: Path) -> None:
     """Without this, a mean of means would pass the tests above."""
     config = check(composed(*overrides("gpt2", text, {"accumulate_grad_batches": 4})))
     prepared = tokens(config)
-    net = build.parallel(config.config, config.plan, prepared.tokenizer.vocabulary).net
+    net = build.parallel_model(config.config, config.plan, prepared.tokenizer.vocabulary).net
     micros = list(training_batches(config, prepared, net).step(0))
     counts = [(micro.target != -100).sum().item() for micro in micros]
     assert len(set(counts)) > 1
@@ -74,17 +74,20 @@ def test_counts_are_unequal(text: Path) -> None:
 
 @pytest.mark.parametrize("wrong", ["missing 1/n", "mean of means"])
 def test_the_comparison_catches_a_wrong_normalisation(wrong: str, text: Path, tmp_path: Path, monkeypatch) -> None:
-    right = LanguageModel.training_step
+    step, backward = LanguageModel.training_step, LanguageModel.manual_backward
 
-    def broken(self: LanguageModel, batch, index: int) -> torch.Tensor:
-        loss = right(self, batch, index)
-        if wrong == "missing 1/n":
-            return loss * self.plan.accumulate_grad_batches
-        return loss * batch.step_tokens / (self.plan.accumulate_grad_batches * (batch.target != -100).sum())
+    def look(self: LanguageModel, batch, index: int) -> None:
+        self.batch = batch
+        step(self, batch, index)
+
+    def broken(self: LanguageModel, loss: torch.Tensor) -> None:
+        micros, tokens = self.plan.accumulate_grad_batches, (self.batch.target != -100).sum()
+        backward(self, loss * (micros if wrong == "missing 1/n" else self.batch.step_tokens / (micros * tokens)))
 
     sgd = ["optim=sgd", "optim.lr=0.5", "clip=0"]  # AdamW hides a wrong factor
     run_all({tmp_path / "right": [*overrides("gpt2", text, {"accumulate_grad_batches": 2}), *sgd]})
-    monkeypatch.setattr(LanguageModel, "training_step", broken)
+    monkeypatch.setattr(LanguageModel, "training_step", look)
+    monkeypatch.setattr(LanguageModel, "manual_backward", broken)
     run_all({tmp_path / "wrong": [*overrides("gpt2", text, {"accumulate_grad_batches": 2}), *sgd]})
     got, curve = losses(tmp_path / "wrong"), losses(tmp_path / "right")
     assert max(abs(a - b) for a, b in zip(got, curve, strict=True)) > 1e-4

@@ -146,7 +146,7 @@ def test_weights_are_where_the_cut_says(model: str, text: Path, monkeypatch: pyt
     """Trained, restored or in the end sampled from: from the beginning, and after Lightning has let go of its module."""
     monkeypatch.setattr(builders, "device", lambda config: torch.device("meta"))  # as a GPU, another than the CPU
     settings = check(composed(*MODELS[model], "data=text", f"data.path={text}", "data.tokenizer=char", "model.tied=true"))
-    parallel = builders.parallel(settings.config, settings.plan, 29)
+    parallel = builders.parallel_model(settings.config, settings.plan, 29)
     module = builders.module(settings, parallel)
     tensors = {*parallel.net.parameters(), *parallel.net.buffers(), module.split_loss.nats}
     assert {tensor.device.type for tensor in tensors} == {"meta"}

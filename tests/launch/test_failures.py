@@ -18,7 +18,7 @@ from leanlm.training import checkpoint
 FAULTY = """
 import os, pathlib, resource, signal, time, torch
 from leanlm.training.callbacks.record import Record
-from leanlm.launch.processes import rank
+from leanlm.launch.ranks import rank
 from leanlm.models.transformer import Transformer
 
 class Faulty(Transformer):

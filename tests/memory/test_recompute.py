@@ -54,7 +54,7 @@ def step(text: Path, *more: str) -> tuple[int, float, list[torch.Tensor]]:
             "global_batch=4", "sequence=128", "model.width=32", "model.depth=6", "model.dropout=0.1", *more,
         )
     )  # fmt: skip
-    parallel = build.parallel(settings.config, settings.plan, 20)
+    parallel = build.parallel_model(settings.config, settings.plan, 20)
     (stage,) = parallel.stages.values()
     size = settings.config.sequence
     tokens = torch.arange(4 * size).view(4, size) % 19
@@ -133,7 +133,7 @@ def test_a_tied_embedding_has_one_gradient(text: Path, monkeypatch: pytest.Monke
     settings = check(composed("data=text", f"data.path={text}", *GPT2, "model.width=32", "model.depth=1", "sequence=12"))
     found = {}
     for rows_only in (True, False):
-        parallel = build.parallel(settings.config, settings.plan, 4001)
+        parallel = build.parallel_model(settings.config, settings.plan, 4001)
         table: torch.Tensor = parallel.net.embed.tokens.weight
         if not rows_only:
             parallel.net.embed.tokens.forward = partial(nn.Embedding.forward, parallel.net.embed.tokens)
@@ -161,7 +161,7 @@ def test_training_is_compiled_and_evaluation_is_not(text: Path, monkeypatch: pyt
     net = build.model(settings.config, settings.plan, 20)
     initialize(net, 1)
     tokens = torch.arange(48).view(4, 12) % 20
-    for replicate, wanted in ((1, ["_read"]), (2, ["forward"] * (1 + len(net.blocks)) + ["loss"])):
+    for replicate, wanted in ((1, ["read"]), (2, ["forward"] * (1 + len(net.blocks)) + ["loss"])):
         stage = Stage(net, list(net.blocks), True, True, 1, replace(settings.plan, replicate=replicate))
         stage(tokens, torch.arange(4), tokens)
         assert calls == wanted

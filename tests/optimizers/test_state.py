@@ -200,7 +200,7 @@ def test_adafactor_keeps_a_row_and_a_column() -> None:
 
 def test_a_step_in_backward_has_one_gradient_at_a_time(text: Path) -> None:
     settings = check(composed(*overrides(text, "fp32", ["strategy.step_in_backward=true", "clip=0"], 2)))
-    parallel = build.parallel(settings.config, settings.plan, 60)
+    parallel = build.parallel_model(settings.config, settings.plan, 60)
     module = build.module(settings, parallel)
     optimizer = module.configure_optimizers()
     counts, step = [], optimizer.step

@@ -69,13 +69,14 @@ def test_a_run_that_meets_the_end_of_memory_goes_on_with_a_plan_for_less(
 ) -> None:
     """The first process is killed after its checkpoint of step 2, as the system would; the curve is one of a run left alone."""
     from leanlm import train as module
+    from leanlm.planning import auto
 
     common = ["data=text", f"data.path={text}", "model=gpt2", "model.width=32", "model.heads=2", "model.depth=2",
               "global_batch=8", "sequence=16", "val_every=4", "checkpoint_every=2", "log_every=1", "logger=csv",
               "sample_tokens=0"]  # fmt: skip
     common.append("optim.schedule=constant")  # a run of two steps, which the first is, then has the same rates
     module.train(composed(*common, "max_steps=4", f"run_dir={tmp_path}/alone"), isolate=True)
-    asked, real = [], module.launch
+    asked, real = [], auto.launch
 
     def choose(settings: Settings, scale: float) -> tuple[Settings, list[str]]:
         asked.append((scale, settings.config.resume))
@@ -89,8 +90,8 @@ def test_a_run_that_meets_the_end_of_memory_goes_on_with_a_plan_for_less(
             raise WorkerFailed("rank 0 of 1 failed\nits process was ended by SIGKILL")
         return real(function, arguments, *rest)
 
-    monkeypatch.setattr(module, "choose", choose)
-    monkeypatch.setattr(module, "launch", killed_once)
+    monkeypatch.setattr(auto, "choose", choose)
+    monkeypatch.setattr(auto, "launch", killed_once)
     path = tmp_path / "auto"
     result = module.train(composed(*common, "max_steps=4", "strategy=auto", f"run_dir={path}"))
     assert asked == [(1.0, None), (0.85, str(path))]

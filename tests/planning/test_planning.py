@@ -55,7 +55,7 @@ def _measured(settings: Settings) -> list[list[int]]:
     from leanlm.training import build
 
     with process_group("cpu"):
-        parallel = build.parallel(settings.config, settings.plan, 256)
+        parallel = build.parallel_model(settings.config, settings.plan, 256)
         module = build.module(settings, parallel)
         trainer = build.trainer(settings, [pl.Callback()], [], 2)
         trainer.fit(module, _Batches(settings, 2))
@@ -285,7 +285,7 @@ def test_small_tensors_share_the_heap_in_the_simulation_as_in_training(text: Pat
     """Of 5 blocks of 3 million weights and of 2, of which a simulation builds fewer."""
     wanted = settings(text, *size)
     with mock.patch.object(malloc, "return_freed_memory") as asked:
-        build.parallel(wanted.config, wanted.plan, 256)
+        build.parallel_model(wanted.config, wanted.plan, 256)
     assert (
         simulate(wanted, 256, blocks=1).trace.own == asked.call_args.args[0] == (512 if "model.depth=5" in size else 2048) << 10
     )

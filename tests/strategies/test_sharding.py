@@ -83,7 +83,7 @@ def _gradient_storages(overrides: list[str]) -> list[list[int]]:
 
     settings, look = check(composed(*overrides)), Look()
     with process_group("cpu"):
-        parallel = build.parallel(settings.config, settings.plan, VOCABULARY)
+        parallel = build.parallel_model(settings.config, settings.plan, VOCABULARY)
         module = build.module(settings, parallel)
         build.trainer(settings, [look], [], 2).fit(module, _Batches(settings, 2))
         return of_ranks([*look.found, look.gone])
@@ -135,7 +135,7 @@ def grow(text: Path) -> list[int]:
     with process_group("cpu"):
         settings = check(composed(*overrides(text, {"shard": 2}), "model.width=1024", "model.depth=8", "model.heads=8"))
         before = peak_memory()
-        parallel = build.parallel(settings.config, settings.plan, VOCABULARY)
+        parallel = build.parallel_model(settings.config, settings.plan, VOCABULARY)
         grown = of_ranks(peak_memory() - before)
         assert parallel.parameters == 8 * 12 * 1024**2 + 2 * VOCABULARY * 1024
         return grown
@@ -159,7 +159,7 @@ def weights(text: Path) -> dict[str, torch.Tensor]:
     with process_group("cpu"):
         settings = check(composed(*overrides(text, {"shard": 2}), "model.tied=true", "model.zero_init=false"))
         for name, plan in plans.items():
-            named = build.parallel(settings.config, plan, VOCABULARY).named_parameters()
+            named = build.parallel_model(settings.config, plan, VOCABULARY).named_parameters()
             mine = {key: p.full_tensor() if isinstance(p, DTensor) else p.detach() for key, p in named}
             for part in of_ranks(mine):
                 found |= {f"{name} {key}": value for key, value in part.items()}
@@ -168,7 +168,7 @@ def weights(text: Path) -> dict[str, torch.Tensor]:
 
 def test_initial_weights_are_the_same_bits_under_every_plan(text: Path) -> None:
     settings = check(composed(*overrides(text, {}), "model.tied=true", "model.zero_init=false"))
-    whole = dict(build.parallel(settings.config, settings.plan, VOCABULARY).named_parameters())
+    whole = dict(build.parallel_model(settings.config, settings.plan, VOCABULARY).named_parameters())
     found = launch(weights, (text,), 2)
     assert len(found) == 4 * len(whole)
     for name, value in found.items():

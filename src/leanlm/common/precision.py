@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-PRECISIONS = {  # name -> (parameters' type, Lightning's precision plugin)
-    "fp32": (torch.float32, "32-true"),
-    "bf16-mixed": (torch.float32, "bf16-mixed"),  # weights in float32, products in bf16
-    "bf16": (torch.bfloat16, "32-true"),  # built in its type; Lightning's plugin then leaves it alone
-    "bf16-stochastic": (torch.bfloat16, "32-true"),  # weights are rounded by chance, so that small updates are not lost
-    "fp64": (torch.float64, "32-true"),
+PRECISIONS = {  # name -> (type of the weights, type in which autocast computes products)
+    "fp32": (torch.float32, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "bf16": (torch.bfloat16, None),
+    "bf16-stochastic": (torch.bfloat16, None),  # weights are rounded by chance, so that small updates are not lost
+    "fp64": (torch.float64, None),
 }
 STOCHASTIC = "bf16-stochastic"
 CAPABILITY = 75  # the CUDA driver's number of the attribute: the first number of a GPU's compute capability

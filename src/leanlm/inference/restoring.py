@@ -30,7 +30,7 @@ def restore(config: Config, plan: Plan, run: Run) -> "tuple[Tokenizer, ParallelM
     if newest is None:
         raise UserError(f"{run.path} has no checkpoint" + (" that is whole" if damaged else " yet"))
     tokenizer = tokenizer_of(run)
-    parallel = build.parallel(config, plan, tokenizer.vocabulary)
+    parallel = build.parallel_model(config, plan, tokenizer.vocabulary)
     checkpoint.load(newest, parallel.named_parameters(), None)
     return tokenizer, parallel
 

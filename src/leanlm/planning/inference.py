@@ -46,7 +46,7 @@ def check_generation(config: Config, plan: Plan, vocabulary: int, prompt: int, t
     device = devices.of_config(config.device)
     trace = Trace(vocabulary, card=device.card)
     with fake_world.everything(trace, plan, 0):
-        parallel = build.parallel(replace(config, device={"accelerator": "cpu"}), plan, vocabulary)
+        parallel = build.parallel_model(replace(config, device={"accelerator": "cpu"}), plan, vocabulary)
         trace.own = malloc.own_pages(parallel.parameters)
         trace.mark("weights", parallel.net.parameters())
         longest = min(prompt + tokens, parallel.net.sequence)  # a context that is full, and the prompt at once
@@ -65,7 +65,7 @@ def _evaluation(settings: Settings, vocabulary: int, device: devices.Device, ran
     rows = plan.micro_batch(config.global_batch) if plan.pipeline == 1 else config.global_batch // plan.data_parallel_size
 
     with fake_world.everything(trace, plan, rank):
-        parallel = build.parallel(config, plan, vocabulary)
+        parallel = build.parallel_model(config, plan, vocabulary)
         trace.own = malloc.own_pages(parallel.parameters)
         trace.mark("weights", parallel.net.parameters())
         module = build.module(settings, parallel, training=False)

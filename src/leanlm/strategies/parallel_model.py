@@ -6,7 +6,8 @@ ever holds more than its share and one part.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,8 +43,10 @@ class ParallelModel:
         width: of the hidden state between stages.
     """
 
-    def __init__(self, net: Model, plan: Plan, seed: int, device: torch.device, cost: dict[str, float] | None = None) -> None:
-        """`net` has no storage yet if the plan cuts it; what is kept goes to `device`. `cost`: of the parts, for a pipeline."""
+    def __init__(self, net: Model, plan: Plan, seed: int, device: torch.device, cost: dict[str, float] | None = None,
+                 autocast: torch.dtype | None = None) -> None:  # fmt: skip
+        """`net` has no storage yet if the plan cuts it; what is kept goes to `device`. `cost`: of the parts, for a pipeline.
+        `autocast`: see `Stage`."""
         self.net, self.plan, self.device = net, plan, device
         cost = cost or dict.fromkeys(["embed", *net.blocks, "head"], 0.0)
         self.split = split = balance.split(cost, plan)
@@ -66,7 +69,7 @@ class ParallelModel:
         self._drop([name for number in numbers for name in split[number]], 0 in numbers, len(split) - 1 in numbers)
         if device.type != "cpu":  # what has no storage yet gets it there
             net._apply(lambda part: part if part.is_meta else part.to(device))
-        self.stages = {n: Stage(net, split[n], n == 0, n == len(split) - 1, seed, plan) for n in numbers}
+        self.stages = {n: Stage(net, split[n], n == 0, n == len(split) - 1, seed, plan, autocast) for n in numbers}
         if self.mesh is not None and plan.tensor > 1:
             from leanlm.strategies.tensor import split_matrices
 
@@ -156,14 +159,48 @@ class ParallelModel:
 
         return logits
 
-    def reduce_after(self, micro: int) -> None:
-        """Before the forward pass of a micro-batch: say whether FSDP2 reduces gradients after it."""
+    @property
+    def stage(self) -> Stage:
+        """The only stage, of a rank that holds all blocks or a part of each."""
+        (stage,) = self.stages.values()
+        return stage
+
+    def begin(self, step: int, fresh: bool) -> None:
+        """Say which step the next forward passes belong to, and whether carried state starts anew with it."""
+        for stage in self.stages.values():
+            stage.begin(step, fresh)
+
+    def advance(self) -> None:
+        """The step is done: the states after it are where the next one begins (truncated back-propagation through time)."""
+        for stage in self.stages.values():
+            stage.advance()
+
+    @contextmanager
+    def gradient_sync(self, micro: int, strategy: Any) -> Iterator[None]:
+        """For forward and backward of a micro-batch: gradients are summed over the data-parallel ranks with the last one of a
+        step, by FSDP2 with each if the plan says so. `strategy`: Lightning's."""
         last = micro == self.plan.batches_per_step - 1
-        sharded: list[Any] = list(self.stages.values()) if self.plan.shard > 1 else []
-        for stage in sharded:
-            stage.set_is_last_backward(last)
-            stage.set_requires_gradient_sync(last or self.plan.reduce_every_micro_batch)
-            stage.set_requires_all_reduce(last)
+        for stage in self.stages.values() if self.plan.shard > 1 else ():
+            sharded: Any = stage
+            sharded.set_is_last_backward(last)
+            sharded.set_requires_gradient_sync(last or self.plan.reduce_every_micro_batch)
+            sharded.set_requires_all_reduce(last)
+        ddp = self.plan.replicate > 1 and not self.plan.splits_model
+        with strategy.block_backward_sync() if ddp and not last else nullcontext():
+            yield
+
+    def carried(self) -> dict[str, Tensor]:
+        """Recurrent state of the global batch by global name, `[global batch, ...]` each. All ranks must call it."""
+        parts = {name: part for stage in self.stages.values() for name, part in stage.carried().items()}
+        return {name: self.gather_rows(part) for name, part in parts.items()}
+
+    def carry(self, state: dict[str, Tensor], global_batch: int) -> None:
+        """Take up what `carried` returned, perhaps under another plan."""
+        rows = global_batch // self.plan.data_parallel_size
+        first = self.data_parallel_rank * rows
+        mine = {name: part[first : first + rows].to(self.device) for name, part in state.items()}
+        for stage in self.stages.values():
+            stage.carry(mine, first, self.plan.accumulate_grad_batches)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by their global names. A name is there twice if this rank holds both copies of it."""

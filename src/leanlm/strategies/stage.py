@@ -17,6 +17,8 @@ from leanlm.models.contract import Model
 from leanlm.models.dropout import draw, row_keys, sites
 from leanlm.strategies.plan import Plan
 
+States = list[Any]  # of each block: tensors [b, h] of a recurrent layer, else None
+
 
 class Stage(nn.Module):
     """[embed,] blocks [, head and loss] of a model, with the recurrent state of its blocks.
@@ -31,48 +33,32 @@ class Stage(nn.Module):
         last: whether it ends with the head and the loss.
         seed: of the dropout masks.
         plan: what it keeps for backward, and whether it is compiled.
+        autocast: type in which products are computed; None: that of the weights.
 
     Attributes:
         before: first row of a micro-batch -> the states of its blocks after the last step.
     """
 
-    def __init__(self, net: Model, blocks: list[str], first: bool, last: bool, seed: int, plan: Plan) -> None:
+    def __init__(self, net: Model, blocks: list[str], first: bool, last: bool, seed: int, plan: Plan,
+                 autocast: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__()
         self.embed = net.embed if first else None
         self.blocks = nn.ModuleDict({name: net.blocks[name] for name in blocks})
         self.head = net.head if last else None
-        self.carries_state, self.seed = net.carries_state, seed
+        self.carries_state, self.seed, self.plan, self.autocast = net.carries_state, seed, plan, autocast
         self.levels = levels(plan.recompute, list(self.blocks.values()), plan.compiled)
-        self.window = plan.recompute_window
-        self.dropouts, self.dropouts_of = sites(self), [sites(block) for block in self.blocks.values()]
+        self.dropouts, self.dropouts_of = (
+            sites(self),
+            {part: sites(part) for part in (self.embed, *self.blocks.values()) if part},
+        )
         self.loss: Callable[[Tensor, Tensor], Tensor] = partial(token_loss, net.head)
-        self.graph: Callable[..., tuple[Tensor, list[Any]]] | None = None  # of the whole stage, compiled
+        self.graph: Callable[..., tuple[Tensor, States]] | None = None  # of the whole stage, compiled
         if plan.compiled:
-            self._compile(plan)
-        self.offloads = plan.offloads_activations
+            self._compile()
         self.step, self.fresh = 0, True
-        self.before: dict[int, list[Any]] = {}
-        self.after: dict[int, list[Any]] = {}
-        self.evaluation: list[Any] | None = None
-
-    def _compile(self, plan: Plan) -> None:
-        """One graph of the stage; where gradients are sent while backward goes on, or weights come and go, one of each part.
-
-        Evaluation and generation, whose lengths change, are not compiled.
-        """
-        if plan.data_parallel_size == plan.tensor == 1:
-            self.graph = torch.compile(self._read, fullgraph=True, dynamic=False)
-            return
-        whole = plan.tensor == 1  # torch's split matrices break graphs
-
-        def in_training(part: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-            compiled = torch.compile(function, fullgraph=whole, dynamic=False)
-            return lambda *inputs: (compiled if part.training else function)(*inputs)
-
-        for part in ([] if self.embed is None else [self.embed]) + list(self.blocks.values()):
-            part.forward = in_training(part, part.forward)  # within the hooks of FSDP2, which are not compiled
-        if whole:
-            self.loss = in_training(self, self.loss)
+        self.before: dict[int, States] = {}
+        self.after: dict[int, States] = {}
+        self.evaluation: States | None = None
 
     def begin(self, step: int, fresh: bool) -> None:
         """Say which step the next forward passes belong to, and whether carried state starts anew with it."""
@@ -91,69 +77,93 @@ class Stage(nn.Module):
         """
         x = x if self.embed is not None else _Received.apply(x)
         states = self._states(rows)
-        if not self.training:
-            out, after = self._read(x, targets, states)
-            self.evaluation = after if self.carries_state else None
-        else:
-            keys = None
-            if self.dropouts:
-                keys = kernels.to_device(row_keys(self.seed, self.step, rows, self.dropouts), x.device)
-            with activations(self) if self.offloads else nullcontext():
-                out, after = self._train(x, targets, states, keys)
-            if self.carries_state:
-                self.after[int(rows[0])] = [tuple(part.detach() for part in state) for state in after]
+        keys = None  # of the dropout masks, [b, dropouts]
+        if self.training and self.dropouts:
+            keys = kernels.to_device(row_keys(self.seed, self.step, rows, self.dropouts), x.device)
+        with (
+            torch.autocast(x.device.type, self.autocast) if self.autocast else nullcontext(),
+            activations(self) if self.training and self.plan.offloads_activations else nullcontext(),
+        ):
+            out, after = self._how()(x, targets, states, keys)
+        if self.carries_state and self.training:
+            self.after[int(rows[0])] = [tuple(part.detach() for part in state) for state in after]
+        elif self.carries_state:
+            self.evaluation = after
         if self.head is not None:
             return out
         out = out.contiguous()
         return out.clone() if out._is_view() else out  # of one row it may be; zero-bubble detaches it in place
 
-    def _train(self, x: Tensor, targets: Tensor | None, states: Any, keys: Tensor | None) -> tuple[Tensor, list[Any]]:
-        if self.graph is not None:
-            if keys is not None:
-                draw(self.dropouts, keys)
-            return self.graph(x, targets)
-        return (self._read_in_windows if self.window else self._read)(x, targets, states, keys)
-
-    def _read_in_windows(self, x: Tensor, targets: Tensor | None, states: Any, keys: Tensor | None) -> tuple[Tensor, list[Any]]:
-        """As `_read`, a piece of the sequence at a time, each computed again in backward from the states before it."""
-        window = self.window if self.window > 0 else 4 * isqrt(x.shape[1])
-        outs = []
-        for first in range(0, x.shape[1], window):
-            piece = slice(first, first + window)
-            mine = None if targets is None else targets[:, piece]
-            out, states = recomputed(self._read, x[:, piece], mine, states, keys, first)
-            outs.append(out)
-        return (torch.cat(outs, 1) if self.head is None else torch.stack(outs).sum()), states
-
-    def _read(
-        self, x: Tensor, targets: Tensor | None, states: Any = None, keys: Tensor | None = None, first: int = 0
-    ) -> tuple[Tensor, list[Any]]:
+    def read(
+        self, x: Tensor, targets: Tensor | None, states: States | None = None, keys: Tensor | None = None, first: int = 0
+    ) -> tuple[Tensor, States]:
         """What `forward` returns and the states after it, of tokens from position `first` on.
 
         `keys [b, dropouts]`: of the rows' masks; None: they have been drawn, or none are wanted.
         """
-        if keys is not None:
-            draw(self.dropouts, keys, first)
-        hidden = x if self.embed is None else self.embed(x, first)
+        hidden = x if self.embed is None else self._masked(self.embed, keys, first, x, first)  # [b, s] -> [b, s, h]
         sent = hidden.dtype  # a recurrence may leave bf16 under autocast; the next stage expects what it was promised
         after = []
         for i, (block, level) in enumerate(zip(self.blocks.values(), self.levels, strict=True)):
-            run = block if keys is None or level == "keep" else partial(self._draw_again, i, block, keys, first)
+            run = partial(self._masked, block, keys, first)
             hidden, state = recomputed(run, hidden, states[i] if states else None, level=level)
             after.append(state)
         if self.head is None:
             return hidden.to(sent), after
-        return (self.head(hidden[:, -1:])[0, 0] if targets is None else self.loss(hidden, targets)), after
+        if targets is None:
+            return self.head(hidden[:, -1:])[0, 0], after
+        return self.loss(hidden, targets), after
 
-    def _draw_again(self, number: int, block: nn.Module, keys: Tensor, first: int, hidden: Tensor, state: Any) -> Any:
-        """A block with its own rows' masks: by the time that it is computed again, others may have been drawn."""
-        mine = self.dropouts_of[number]
-        if mine:
+    def _masked(self, part: nn.Module, keys: Tensor | None, first: int, *inputs: Any) -> Any:
+        """A part with its own rows' masks, which are drawn here: when backward computes it again, others have been drawn."""
+        if keys is not None and (mine := self.dropouts_of[part]):
             place = self.dropouts.index(mine[0])
             draw(mine, keys[:, place : place + len(mine)], first)
-        return block(hidden, state)
+        return part(*inputs)
 
-    def _states(self, rows: Tensor) -> list[Any] | None:
+    def _how(self) -> Callable[..., tuple[Tensor, States]]:
+        """`read`, or what the plan puts in its place in training."""
+        if self.training and self.graph is not None:
+            return self._read_compiled
+        return self._read_in_windows if self.training and self.plan.recompute_window else self.read
+
+    def _read_compiled(self, x: Tensor, targets: Tensor | None, states: Any, keys: Tensor | None) -> tuple[Tensor, States]:
+        if keys is not None:
+            draw(self.dropouts, keys)
+        assert self.graph is not None
+        return self.graph(x, targets)
+
+    def _read_in_windows(self, x: Tensor, targets: Tensor | None, states: Any, keys: Tensor | None) -> tuple[Tensor, States]:
+        """As `read`, a piece of the sequence at a time, each computed again in backward from the states before it."""
+        window = self.plan.recompute_window if self.plan.recompute_window > 0 else 4 * isqrt(x.shape[1])
+        outs = []
+        for first in range(0, x.shape[1], window):
+            piece = slice(first, first + window)
+            mine = None if targets is None else targets[:, piece]
+            out, states = recomputed(self.read, x[:, piece], mine, states, keys, first)
+            outs.append(out)
+        return (torch.cat(outs, 1) if self.head is None else torch.stack(outs).sum()), states
+
+    def _compile(self) -> None:
+        """One graph of the stage; where gradients are sent while backward goes on, or weights come and go, one of each part.
+
+        Evaluation and generation, whose lengths change, are not compiled.
+        """
+        if self.plan.data_parallel_size == self.plan.tensor == 1:
+            self.graph = torch.compile(self.read, fullgraph=True, dynamic=False)
+            return
+        whole = self.plan.tensor == 1  # torch's split matrices break graphs
+
+        def in_training(part: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+            compiled = torch.compile(function, fullgraph=whole, dynamic=False)
+            return lambda *inputs: (compiled if part.training else function)(*inputs)
+
+        for part in ([] if self.embed is None else [self.embed]) + list(self.blocks.values()):
+            part.forward = in_training(part, part.forward)  # within the hooks of FSDP2, which are not compiled
+        if whole:
+            self.loss = in_training(self, self.loss)
+
+    def _states(self, rows: Tensor) -> States | None:
         if not self.carries_state or self.fresh:
             return None
         return self.before.get(int(rows[0])) if self.training else self.evaluation

@@ -21,7 +21,7 @@ from leanlm.strategies import balance
 from leanlm.strategies.lightning import strategy
 from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.strategies.plan import Plan
-from leanlm.training.lightning_module import LanguageModel, RecurrentLanguageModel
+from leanlm.training.lightning_module import LanguageModel
 
 
 def model(config: Config, plan: Plan, vocabulary: int) -> Model:
@@ -36,16 +36,17 @@ def model(config: Config, plan: Plan, vocabulary: int) -> Model:
     return net
 
 
-def parallel(config: Config, plan: Plan, vocabulary: int) -> ParallelModel:
+def parallel_model(config: Config, plan: Plan, vocabulary: int) -> ParallelModel:
     """What this rank holds of the configured model, with its initial weights. All ranks must call it."""
+    autocast = PRECISIONS[config.precision][1]
     if not plan.splits_model:
         net = model(config, plan, vocabulary)
         initialize(net, config.seed)
-        return ParallelModel(net, plan, config.seed, device(config))
+        return ParallelModel(net, plan, config.seed, device(config), autocast=autocast)
     with without_storage():
         net = model(config, plan, vocabulary)
     cost = balance.costs(net) if plan.pipeline > 1 else None
-    return ParallelModel(net, plan, config.seed, device(config), cost)
+    return ParallelModel(net, plan, config.seed, device(config), cost, autocast)
 
 
 def device(config: Config) -> torch.device:
@@ -57,14 +58,13 @@ def device(config: Config) -> torch.device:
 
 def module(settings: Settings, parallel: ParallelModel, training: bool = True) -> LanguageModel:
     config = settings.config
-    kind = RecurrentLanguageModel if parallel.net.carries_state else LanguageModel
     rows = config.global_batch // parallel.plan.data_parallel_size
     pipeline = None
     if training and parallel.plan.pipeline > 1:
         from leanlm.strategies.pipeline import Pipeline
 
         pipeline = Pipeline(parallel, rows, config.sequence)
-    return kind(parallel, pipeline, config.optim, config.max_steps, config.clip, config.precision == STOCHASTIC)
+    return LanguageModel(parallel, pipeline, config.optim, config.max_steps, config.clip, config.precision == STOCHASTIC)
 
 
 def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Sequence[Logger], max_steps: int = -1) -> pl.Trainer:
@@ -77,8 +77,6 @@ def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Seque
         devices=local_world_size(),
         num_nodes=world_size() // local_world_size(),
         strategy=strategy(plan),
-        precision=PRECISIONS[config.precision][1],  # type: ignore[arg-type]
-        accumulate_grad_batches=plan.batches_per_step,
         max_steps=max_steps,
         max_epochs=-1,
         val_check_interval=config.val_every * plan.batches_per_step,

@@ -45,7 +45,7 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
         make_folder(run, config, tokens, start)
     before = of_ranks(memory_now())
 
-    parallel = build.parallel(asked, settings.plan, tokens.tokenizer.vocabulary)
+    parallel = build.parallel_model(asked, settings.plan, tokens.tokenizer.vocabulary)
     module = build.module(settings, parallel)
     announce(settings, tokens, module, run)
 

@@ -8,7 +8,7 @@ a GPU, operations that it has other kernels for (gpu.py).
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -72,7 +72,7 @@ def simulate(
     settings = replace(settings, plan=plan, config=config)
     steps = 2 if plan.step_in_backward else 1  # only its own step gives such an optimizer its state
     with fake_world.everything(trace, plan, rank):
-        parallel = build.parallel(config, plan, vocabulary)
+        parallel = build.parallel_model(config, plan, vocabulary)
         module = build.module(settings, parallel)
         trace.mark("weights", parallel.net.parameters())
         trace.mark("buffers", parallel.net.buffers())
@@ -141,6 +141,7 @@ class _Phases(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         self.step = self.micro = 0
+        module.update = partial(self._update, module, module.update)
         for stage in module.parallel.stages.values():
             stage.register_forward_pre_hook(self._begin, prepend=True)
             stage.register_forward_hook(self._end)
@@ -178,9 +179,10 @@ class _Phases(pl.Callback):
     def _back(self, place: str) -> None:
         self._enter(f"backward {place}")
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> None:
+    def _update(self, module: Any, update: Callable[[], None]) -> None:
         self.trace.mark("gradients", [p.grad for p in module.net.parameters()])
         self.trace.enter(f"step {self.step}, optimizer")
+        update()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Batch, index: int) -> None:
         self._mark_state(trainer.optimizers[0])

@@ -48,10 +48,10 @@ class Checkpoints(pl.Callback):
             return
         assert isinstance(module, LanguageModel)
         carried, state = checkpoint.load(self.start, module.parallel.named_parameters(), trainer.optimizers[0])
-        module.carry(carried, self.global_batch)
+        module.parallel.carry(carried, self.global_batch)
         step, micros = state["step"], state["step"] * module.plan.batches_per_step
         loop = trainer.fit_loop.epoch_loop
-        loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+        loop.manual_optimization.optim_step_progress.total.completed = step
         counts = dict.fromkeys(("ready", "started", "processed", "completed"), micros)
         loop.batch_progress.total.load_state_dict(counts)
         loop._batches_that_stepped = step
@@ -104,7 +104,7 @@ class Checkpoints(pl.Callback):
             "versions": {"leanlm": __version__, "torch": torch.__version__},
         }
         named = module.parallel.owned_parameters()
-        checkpoint.save(self.run.checkpoints, named, trainer.optimizers[0], module.carried(), state, self.keep)
+        checkpoint.save(self.run.checkpoints, named, trainer.optimizers[0], module.parallel.carried(), state, self.keep)
         self.saved = trainer.global_step
 
     def _on_signal(self, number: int, frame: Any) -> None:
