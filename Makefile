@@ -31,7 +31,7 @@ format: .venv/dev        ## mend format and style
 
 rename: | .venv/bin/python ## turn this clone into a package of your own: make rename NAME=mylm
 	$(BIN)/python scripts/rename.py $(NAME)
-	$(PIP) uninstall --yes $(PACKAGE)
+	$(PIP) uninstall --quiet --yes $(PACKAGE)
 	$(MAKE) format
 
 clean:                   ## remove .venv and what an install has made
