@@ -1,6 +1,6 @@
 """What the planner says of plans of every kind, against what it said before: `stored_plans.json`.
 
-PYTHONPATH=tests python tests/planning/test_stored_plans.py --write     stores anew what a change to the planner was meant to change
+PYTHONPATH=tests python tests/planning/test_stored_plans.py --write stores anew what a change to the planner was meant to change
 """
 
 import json

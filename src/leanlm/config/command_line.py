@@ -12,7 +12,6 @@ from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from leanlm.common.errors import UserError
 from leanlm.common.files import CONF
 from leanlm.common.run_folder import Run
+from leanlm.config import sweeps
 from leanlm.config.arguments import MOVED, leaves, moved, typed
 from leanlm.config.checks import check
 from leanlm.config.resume import effective
@@ -116,10 +116,7 @@ def command_line(arguments: list[str], name: str, schema: type) -> None:
         parsed = OverridesParser.create().parse_overrides(asked.overrides)
     except HydraException as error:
         raise UserError(str(error).splitlines()[0]) from None
-    if asked.multirun:
-        jobs = [job for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
-    else:
-        jobs = [asked.overrides]
+    jobs = sweeps.jobs(parsed) if asked.multirun else [asked.overrides]
     problems: list[str] = []
     if len(jobs) > 1 and any(override.key_or_group == "run_dir" and not override.is_sweep_override() for override in parsed):
         problems.append(f"run_dir names one folder, and this sweep has {len(jobs)} jobs: set hydra.sweep.dir instead")
@@ -176,6 +173,8 @@ def _explain(override: str, base: DictConfig, error: HydraException) -> str:
     group = Path(CONF, key.lstrip("+~"))
     if group.is_dir():
         options = sorted(file.stem for file in group.glob("*.yaml"))
+        if value in options:  # but a part of it is not there: a plugin that is not installed
+            return f"{override}: {str(error).splitlines()[0].rstrip('.')}; conf/{key}/{value}.yaml says what to install"
         near = difflib.get_close_matches(value, options, 1)
         return f"{override}: there is no {key} of that name; choose one of {', '.join(options)}" + (
             f" (did you mean {near[0]}?)" if near else ""

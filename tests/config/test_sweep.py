@@ -8,9 +8,9 @@ import pytest
 from hydra.experimental.callback import Callback
 
 from leanlm import train
-from leanlm.cli import command_line
-from leanlm.config import Config
-from leanlm.errors import UserError
+from leanlm.common.errors import UserError
+from leanlm.config.command_line import command_line, run
+from leanlm.config.schema import Config
 
 RETURNED: list[Any] = []
 
@@ -34,7 +34,7 @@ def test_a_job_returns_its_validation_loss(monkeypatch: pytest.MonkeyPatch, tmp_
 
     monkeypatch.setattr(train, "train", trained)
     with pytest.raises(SystemExit, match="2"):
-        train.main()
+        run("train", Config, train.job)
     assert RETURNED == [1.001, None, 1.1]
 
 
@@ -48,8 +48,8 @@ def problems(*arguments: str) -> list[str]:
 
 def test_each_value_that_a_search_may_choose_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    compose = sys.modules["leanlm.cli"]._compose
-    monkeypatch.setattr("leanlm.cli._compose", lambda name, job: seen.append(job) or compose(name, job))
+    compose = sys.modules["leanlm.config.command_line"]._compose
+    monkeypatch.setattr("leanlm.config.command_line._compose", lambda name, job: seen.append(job) or compose(name, job))
     search = ["hydra/sweeper=basic", "model.depth=range(2,5)", "optim.lr=tag(log,interval(1e-3,0.1))", "seed=choice(1,2)"]
     assert problems(*search) == []
     assert [job[1:] for job in seen] == [
