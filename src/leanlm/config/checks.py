@@ -3,7 +3,6 @@
 All problems of a command line are reported together, each with its arithmetic and what to write instead.
 """
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from omegaconf import DictConfig
 from leanlm.common.errors import UserError
 from leanlm.common.precision import PRECISIONS, automatic
 from leanlm.config.arguments import argument_problems, target, typed
+from leanlm.config.callbacks import callback_problems, missing_packages
 from leanlm.config.of_model import model_problems, settle_compile
 from leanlm.config.schema import ALLOWED, Config, Settings
 from leanlm.data import tokenizer as tokenizers
@@ -56,7 +56,14 @@ def check(config: DictConfig) -> Settings:
         problems.append(f"precision={checked.precision}: choose one of auto, {', '.join(PRECISIONS)}")
     auto = checked.strategy.auto  # axes and micro-batches are chosen later, so that they work
     plan, found = resolve(checked.strategy, None if auto else devices, checked.global_batch)
-    problems += found + checked.optim.problems() + _device(checked.device) + _loggers(checked.logger) + _model(checked)
+    problems += (
+        found
+        + checked.optim.problems()
+        + _device(checked.device)
+        + missing_packages(checked.logger)
+        + callback_problems(checked)
+        + _model(checked)
+    )
     problems += of_run(plan, checked.optim, checked.precision, checked.clip)
     if not problems:
         problems += model_problems(checked, plan) + on_gpus(plan, checked.device["accelerator"])
@@ -118,11 +125,6 @@ def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:
         return target(data["_target_"])(**{key: value for key, value in data.items() if key not in DATA_KEYS}), []
     except UserError as error:
         return None, list(error.problems)
-
-
-def _loggers(loggers: dict | None) -> list[str]:
-    missing = [node["needs"] for node in (loggers or {}).values() if importlib.util.find_spec(node["needs"]) is None]
-    return [f"this logger needs a package that is not installed: pip install {name}" for name in missing]
 
 
 def _device(device: dict) -> list[str]:

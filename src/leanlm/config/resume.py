@@ -13,8 +13,8 @@ from leanlm.launch.ranks import restarted, say
 
 # What a resumed run may set anew; anything else would make another run of it.
 RESUMABLE = {
-    "resume", "restarts", "allow", "run_dir", "strategy", "devices", "device", "logger", "max_steps", "log_every", "val_every",
-    "val_lanes", "val_overlap", "checkpoint_every", "keep_checkpoints", "sample", "sample_tokens", "data.path",
+    "resume", "restarts", "allow", "run_dir", "strategy", "devices", "device", "logger", "callbacks", "max_steps", "log_every",
+    "val_every", "val_lanes", "val_overlap", "checkpoint_every", "keep_checkpoints", "sample", "sample_tokens", "data.path",
 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ class Config:
     strategy: Plan = field(default_factory=Plan)
     optim: Optim = field(default_factory=Optim)
     logger: Any = None
+    callbacks: Any = None
     device: Any = None
 
 

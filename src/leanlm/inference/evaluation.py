@@ -26,6 +26,7 @@ class Evaluate:
     """What `conf/evaluate.yaml` sets."""
 
     run: str = "latest"
+    checkpoint: str = "last"
     split: str = "validation"
     text: str | None = None
     devices: int | None = None
@@ -48,7 +49,7 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
     """
     run = Run.find(asked.run)
     config = run.config()
-    given: dict[str, Any] = {"devices": asked.devices, "strategy": asdict(asked.strategy)}
+    given: dict[str, Any] = {"devices": asked.devices, "strategy": asdict(asked.strategy), "callbacks": None}
     if asked.strategy.pipeline == 1:
         given["strategy"]["accumulate_grad_batches"] = 1
     given |= {
@@ -70,19 +71,20 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
         settings = replace(settings, plan=replace(settings.plan, replicate=1))
     if within is not None and settings.config.device.get("memory"):
         settings = within(settings, tokenizer_of(run).vocabulary)
-    result = launch(_work, (settings, run.path, asked.split, asked.text), settings.plan.world)
+    result = launch(_work, (settings, run.path, asked.split, asked.text, asked.checkpoint), settings.plan.world)
     if asked.text is None and rank() == 0:
-        write(run.path / f"evaluation-{asked.split}.json", json.dumps(result, indent=2))
+        kind = "" if asked.checkpoint == "last" else f"-{asked.checkpoint}"
+        write(run.path / f"evaluation-{asked.split}{kind}.json", json.dumps(result, indent=2))
     return result
 
 
-def _work(settings: Settings, path: Path, split: str, text: str | None) -> dict[str, float]:
+def _work(settings: Settings, path: Path, split: str, text: str | None, which: str) -> dict[str, float]:
     import numpy as np
 
     from leanlm.training import build, data
 
     with process_group(settings.config.device["accelerator"]):
-        tokenizer, parallel = restore(settings.config, settings.plan, Run(path))
+        tokenizer, parallel = restore(settings.config, settings.plan, Run(path), which)
         if text is None:
             prepared = data.tokens(settings)
             numbers, size = prepared.splits[split], prepared.bytes[split]

@@ -1,7 +1,6 @@
 """The model and the tokenizer of a run."""
 
 import json
-from typing import TYPE_CHECKING
 
 from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run
@@ -12,26 +11,35 @@ from leanlm.launch.ranks import say
 from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.strategies.plan import Plan
 
-if TYPE_CHECKING:
-    pass
+FOLDERS = {"last": "checkpoints", "best": "best"}  # in the folder of a run
 
 
-def restore(config: Config, plan: Plan, run: Run) -> "tuple[Tokenizer, ParallelModel]":
-    """Tokenizer and trained weights of a run under a plan, from its newest whole checkpoint, whatever plan made it.
+def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple[Tokenizer, ParallelModel]":
+    """Tokenizer and trained weights of a run under a plan, from its newest whole checkpoint, whatever plan made it: their
+    average over the steps, if the run kept one.
+
+    Args:
+        config: of the run.
+        plan: may be another than that of the run.
+        run: its folder.
+        which: of FOLDERS; `best` is the checkpoint that `callbacks=best` keeps.
 
     Raises:
         UserError: the run has no whole checkpoint.
     """
     from leanlm.training import build, checkpoint
 
-    newest, damaged = checkpoint.newest_whole(run.checkpoints)
+    if which not in FOLDERS:
+        raise UserError(f"checkpoint={which}: choose one of {', '.join(FOLDERS)}")
+    newest, damaged = checkpoint.newest_whole(run.path / FOLDERS[which])
     for line in damaged:
         say(line)
     if newest is None:
-        raise UserError(f"{run.path} has no checkpoint" + (" that is whole" if damaged else " yet"))
+        what = "best checkpoint (callbacks=best keeps one)" if which == "best" else "checkpoint"
+        raise UserError(f"{run.path} has no {what}" + (" that is whole" if damaged else " yet"))
     tokenizer = tokenizer_of(run)
     parallel = build.parallel_model(config, plan, tokenizer.vocabulary)
-    checkpoint.load(newest, parallel.named_parameters(), None)
+    checkpoint.load(newest, parallel.named_parameters(), None, prefer_average=True)
     return tokenizer, parallel
 
 

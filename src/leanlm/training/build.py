@@ -4,6 +4,8 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -67,8 +69,15 @@ def module(settings: Settings, parallel: ParallelModel, training: bool = True) -
     return LanguageModel(parallel, pipeline, config.optim, config.max_steps, config.clip, config.precision == STOCHASTIC)
 
 
-def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Sequence[Logger], max_steps: int = -1) -> pl.Trainer:
-    """Lightning's Trainer for a plan. Intervals are in optimizer steps; Lightning counts micro-batches."""
+def trainer(
+    settings: Settings,
+    callbacks: Sequence[pl.Callback],
+    loggers: Sequence[Logger],
+    max_steps: int = -1,
+    folder: Path | None = None,
+) -> pl.Trainer:
+    """Lightning's Trainer for a plan. Intervals are in optimizer steps; Lightning counts micro-batches. `folder`: of the run,
+    where a callback may write."""
     config, plan = settings.config, settings.plan
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -86,6 +95,7 @@ def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Seque
         inference_mode=False,  # carried state and sharded parameters outlive a validation
         callbacks=list(callbacks),
         logger=list(loggers),
+        default_root_dir=folder,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -97,10 +107,20 @@ def trainer(settings: Settings, callbacks: Sequence[pl.Callback], loggers: Seque
 
 def loggers(config: Config, run_path: str) -> list[Logger]:
     """The loggers of `conf/logger`, for the run's folder; only rank 0 has any."""
-    if rank() != 0 or not config.logger:
+    if rank() != 0:
         return []
-    nodes = [dict(node) for node in config.logger.values()]
+    return [_made("logger", {**node, node["into"]: run_path}, ("needs", "into")) for node in (config.logger or {}).values()]
+
+
+def callbacks(config: Config) -> list[pl.Callback]:
+    """The callbacks of `conf/callbacks`."""
+    nodes = (config.callbacks or {}).values()
+    return [_made("callback", node, ("needs", "first_rank")) for node in nodes if rank() == 0 or not node.get("first_rank")]
+
+
+def _made(what: str, node: dict[str, Any], ours: tuple[str, ...]) -> Any:
+    """What a node's `_target_` makes of its other keys, but for those that are leanlm's own."""
     try:
-        return [instantiate(node | {node.pop("into"): run_path}) for node in nodes if node.pop("needs")]
+        return instantiate({key: value for key, value in node.items() if key not in ours})
     except InstantiationException as error:
-        raise UserError(f"the logger could not be set up: {error.__cause__ or error}") from None
+        raise UserError(f"the {what} {node['_target_']} could not be set up: {error.__cause__ or error}") from None

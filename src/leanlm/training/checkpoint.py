@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanlm.common.errors import UserError
 from leanlm.memory import offload
 from leanlm.optimizers.adamw import convert, empty_like, owned, put_away
 
 FORMAT = 1
+CALLBACKS = "callbacks.pt"
 
-
-Named = Iterable[tuple[str, nn.Parameter]]  # a rank's parameters, whole or its shards, by global name
+Named = Iterable[tuple[str, Tensor]]  # a rank's parameters, whole or its shards, by global name
 
 
 def save(
@@ -35,6 +35,8 @@ def save(
     carried: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
+    average: Named = (),
+    callbacks: dict[str, Any] | None = None,
 ) -> Path:
     """Write `folder/step-N` and keep the last `keep` checkpoints. All ranks must call it.
 
@@ -45,6 +47,8 @@ def save(
         carried: recurrent state of the global batch, `[global batch, ...]` each.
         state: JSON to keep beside; `state["step"]` names the checkpoint.
         keep: checkpoints to keep, at least 1.
+        average: of the parameters over the steps, if one is kept.
+        callbacks: name -> state of each callback that has one.
     """
     whole = folder / f"step-{state['step']:08d}"
     part = folder / f".writing-{whole.name}"
@@ -55,6 +59,7 @@ def save(
     named = list(named)
     tensors = {f"model.{name}": parameter.detach() for name, parameter in named}
     tensors |= {f"optimizer.{name}": value for name, value in _optimizer_state(named, optimizer).items()}
+    tensors |= {f"average.{name}": value for name, value in average}
     tensors |= {f"carried.{name}": value for name, value in carried.items()}
     tensors |= {f"rng.{_rank()}": torch.get_rng_state()}
     import torch.distributed.checkpoint as dcp
@@ -72,6 +77,8 @@ def save(
     offload.release_all()
     if _rank() == 0:
         _write(part / "state.json", {"format": FORMAT, **state})
+        if callbacks:
+            torch.save(callbacks, part / CALLBACKS)
         files = sorted(file for file in part.iterdir() if file.is_file())
         _write(part / "manifest.json", {file.name: [file.stat().st_size, _digest(file)] for file in files})
         if whole.exists():  # a run that was resumed may reach a step again
@@ -86,9 +93,22 @@ def save(
     return whole
 
 
-def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(
+    folder: Path,
+    named: Named,
+    optimizer: torch.optim.Optimizer | None,
+    average: Named = (),
+    prefer_average: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint, made under any plan, into parameters (a name may be there twice) and their optimizer. All ranks must
     call it.
+
+    Args:
+        folder: of the checkpoint.
+        named: parameters to fill.
+        optimizer: whose state is filled; None: only the parameters are wanted.
+        average: filled with the average of the weights, or with the weights where the checkpoint has none.
+        prefer_average: fill the parameters with the average, if the checkpoint has one.
 
     Returns:
         The carried state and the JSON that `save` was given.
@@ -107,7 +127,11 @@ def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) ->
     missing = [name for name in parameters if f"model.{name}" not in stored]
     if missing:
         raise UserError(f"{folder} is of another model: it has no {missing[0]} ({len(missing)} of {len(parameters)} lacking)")
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    has_average = any(name.startswith("average.") for name in stored)
+    kind = "average" if prefer_average and has_average else "model"
+    tensors = {f"{kind}.{name}": parameter.detach() for name, parameter in parameters.items()}
+    average = list(average)
+    tensors |= {f"average.{name}": part for name, part in reversed(average) if has_average}
     for name, meta in stored.items():
         kind, _, rest = name.partition(".")
         if kind == "optimizer" and optimizer is not None and rest.rpartition(".")[0] in parameters:
@@ -138,6 +162,10 @@ def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) ->
     for name, parameter in named:
         if parameter is not parameters[name]:
             parameter.detach().copy_(parameters[name].detach())
+    for name, part in average:
+        source = tensors[f"average.{name}"] if has_average else parameters[name].detach()
+        if part is not source:
+            part.copy_(source)
     if optimizer is not None:
         for name, value in tensors.items():
             if name.startswith("optimizer."):
@@ -152,6 +180,12 @@ def load(folder: Path, named: Named, optimizer: torch.optim.Optimizer | None) ->
             torch.set_rng_state(tensors[f"rng.{_rank()}"])
     carried = {name.removeprefix("carried."): value for name, value in tensors.items() if name.startswith("carried.")}
     return carried, json.loads((folder / "state.json").read_text())
+
+
+def callback_states(folder: Path) -> dict[str, Any]:
+    """Name -> state of each callback that had one; nothing else than numbers, text and tensors is read."""
+    file = folder / CALLBACKS
+    return torch.load(file, weights_only=True) if file.is_file() else {}
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -55,8 +55,8 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
         run, record, asked.checkpoint_every, asked.val_every, asked.keep_checkpoints, asked.global_batch, tokens.fingerprint,
         start,
     )  # fmt: skip
-    callbacks = [record, *([Progress(record)] if rank() == 0 else []), checkpoints]
-    trainer = build.trainer(settings, callbacks, build.loggers(asked, str(run.path)), asked.max_steps)
+    callbacks = [record, *([Progress(record)] if rank() == 0 else []), *build.callbacks(asked), checkpoints]
+    trainer = build.trainer(settings, callbacks, build.loggers(asked, str(run.path)), asked.max_steps, run.path)
     batches = data.training_batches(settings, tokens, parallel.net, first_step=_step_of(start))
     validation = data.whole_split(settings, tokens.tokenizer, parallel.net, tokens.splits["validation"])
     with closing(prefetched(batches, parallel.device)) as ahead:

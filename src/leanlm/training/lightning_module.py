@@ -111,6 +111,9 @@ class LanguageModel(pl.LightningModule):
             nats, batch = torch.zeros(()), batch._replace(target=batch.target[:0])
         self.split_loss.update(nats.to(self.parallel.device), (batch.target != IGNORE).sum())
 
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_loss", self.split_loss.compute()["loss"].float(), logger=False)  # for callbacks that watch it
+
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """What is not there yet, such as the batches of a validation; row numbers stay on the CPU, where Python reads them."""
         there = [part if part.device == device else kernels.to_device(part, device) for part in (batch.input, batch.target)]

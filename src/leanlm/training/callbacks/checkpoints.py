@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from leanlm.common.run_folder import Run
 from leanlm.launch.processes import Stopped
 from leanlm.launch.ranks import say
 from leanlm.training import checkpoint
+from leanlm.training.callbacks.average import averages, training_weights
 from leanlm.training.callbacks.record import Record, validate_now
 from leanlm.training.lightning_module import LanguageModel
 
@@ -47,8 +49,13 @@ class Checkpoints(pl.Callback):
         if self.start is None:
             return
         assert isinstance(module, LanguageModel)
-        carried, state = checkpoint.load(self.start, module.parallel.named_parameters(), trainer.optimizers[0])
-        module.parallel.carry(carried, self.global_batch)
+        parallel, average = module.parallel, averages(trainer)
+        carried, state = checkpoint.load(self.start, parallel.named_parameters(), trainer.optimizers[0], average)
+        states = checkpoint.callback_states(self.start)
+        for callback in _others(trainer):
+            if callback.state_key in states:
+                callback.load_state_dict(states[callback.state_key])
+        parallel.carry(carried, self.global_batch)
         step, micros = state["step"], state["step"] * module.plan.batches_per_step
         loop = trainer.fit_loop.epoch_loop
         loop.manual_optimization.optim_step_progress.total.completed = step
@@ -89,8 +96,11 @@ class Checkpoints(pl.Callback):
         self.record.flush()
         self._restore_handlers()
 
-    def save(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Write a checkpoint of the state after the last whole step. All ranks must call it."""
+    def save(
+        self, trainer: pl.Trainer, module: pl.LightningModule, folder: Path | None = None, keep: int | None = None
+    ) -> None:
+        """Write a checkpoint of the state after the last whole step, to a `folder` of its own or among those of the run. All
+        ranks must call it."""
         assert isinstance(module, LanguageModel)
         self.record.flush()
         state = {
@@ -104,8 +114,14 @@ class Checkpoints(pl.Callback):
             "versions": {"leanlm": __version__, "torch": torch.__version__},
         }
         named = module.parallel.owned_parameters()
-        checkpoint.save(self.run.checkpoints, named, trainer.optimizers[0], module.parallel.carried(), state, self.keep)
-        self.saved = trainer.global_step
+        states = {each.state_key: found for each in _others(trainer) if (found := each.state_dict())}
+        with training_weights(trainer):
+            checkpoint.save(
+                folder or self.run.checkpoints, named, trainer.optimizers[0], module.parallel.carried(), state,
+                keep or self.keep, averages(trainer), states,
+            )  # fmt: skip
+        if folder is None:
+            self.saved = trainer.global_step
 
     def _on_signal(self, number: int, frame: Any) -> None:
         now = time.monotonic()
@@ -132,6 +148,11 @@ class Checkpoints(pl.Callback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
+
+
+def _others(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The callbacks that the configuration names."""
+    return [each for each in trainer.callbacks if not isinstance(each, Checkpoints | Record)]  # type: ignore[attr-defined]
 
 
 class Told:

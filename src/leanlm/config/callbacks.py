@@ -1,0 +1,49 @@
+"""Checks of `conf/callbacks` and `conf/logger`: packages that are not installed, arguments, what cannot work."""
+
+import importlib.util
+from typing import Any
+
+from leanlm.config.arguments import argument_problems, target
+from leanlm.config.schema import Config
+
+OURS = {"_target_", "needs", "first_rank"}  # keys that are not arguments
+REFUSED = {  # Lightning's callback -> what to write instead
+    "ModelCheckpoint": "checkpoints are written already; callbacks=best keeps the best",
+    "WeightAveraging": "it copies the whole model; write callbacks=ema, which works under every plan",
+    "EMAWeightAveraging": "it copies the whole model; write callbacks=ema, which works under every plan",
+    "StochasticWeightAveraging": "it copies the whole model; write callbacks=ema, which works under every plan",
+    "GradientAccumulationScheduler": "micro-batches are the plan's: strategy.accumulate_grad_batches",
+    "BatchSizeFinder": "the global batch is the run's; python -m leanlm.plan says what fits",
+    "LearningRateFinder": "it trains beside the run; sweep optim.lr instead, see hydra/sweeper=optimize",
+    "OnExceptionCheckpoint": "the last checkpoint is there already",
+}
+
+
+def callback_problems(config: Config) -> list[str]:
+    """What cannot work about the callbacks of a run, one line each."""
+    found = []
+    for name, node in (config.callbacks or {}).items():
+        where = f"callbacks.{name}"
+        if not isinstance(node, dict) or "_target_" not in node:
+            found.append(f"{where}: a callback is a mapping with the path of its class as `_target_`")
+            continue
+        kind = str(node["_target_"]).rpartition(".")[2]
+        if kind in REFUSED:
+            found.append(f"{where}: {kind}: {REFUSED[kind]}")
+        elif problems := missing_packages({name: node}) or argument_problems(where, node, set(), OURS):
+            found += problems
+        elif own := getattr(target(node["_target_"]), "problems", None):
+            arguments = {key: value for key, value in node.items() if key not in OURS}
+            run = {"max_steps": config.max_steps, "accelerator": config.device["accelerator"]}
+            found += [f"{where}: {problem}" for problem in own(**run, **arguments)]
+    return found
+
+
+def missing_packages(nodes: dict[str, Any] | None) -> list[str]:
+    """Packages that these loggers or callbacks need and that are not installed."""
+    needed = [(name, node.get("needs")) for name, node in (nodes or {}).items()]
+    return [
+        f"{name} needs a package that is not installed: pip install {package}"
+        for name, package in needed
+        if package and importlib.util.find_spec(package) is None
+    ]
