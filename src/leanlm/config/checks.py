@@ -4,7 +4,9 @@ All problems of a command line are reported together, each with its arithmetic a
 """
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -19,6 +21,7 @@ from leanlm.data.corpus import Corpus
 from leanlm.launch.ranks import launched, world_size
 from leanlm.strategies.checks import of_run, on_gpus, resolve
 
+PLANNER, WHERE = "leanlm.planning", "src/leanlm/planning"
 DATA_KEYS = {"_target_", "tokenizer", "vocabulary", "ignore"}  # the rest of the group goes to the corpus function
 
 
@@ -60,6 +63,7 @@ def check(config: DictConfig) -> Settings:
         found
         + checked.optim.problems()
         + _device(checked.device)
+        + without_planner(checked.device, checked.strategy.auto)
         + missing_packages(checked.logger)
         + callback_problems(checked)
         + _model(checked)
@@ -125,6 +129,15 @@ def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:
         return target(data["_target_"])(**{key: value for key, value in data.items() if key not in DATA_KEYS}), []
     except UserError as error:
         return None, list(error.problems)
+
+
+def without_planner(device: dict[str, Any], auto: bool = False) -> list[str]:
+    """What asks for a planner that somebody has deleted."""
+    if find_spec(PLANNER) is not None:
+        return []
+    memory = device.get("memory")
+    found = [f"strategy.auto=true: there is no planner here ({WHERE}); write the plan that you want"] if auto else []
+    return found + ([f"device.memory={memory}: there is no planner here ({WHERE}) to keep to it"] if memory else [])
 
 
 def _device(device: dict) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run
 from leanlm.config.arguments import typed
+from leanlm.config.checks import without_planner
 from leanlm.data.tokenizer import stream
 from leanlm.inference.restoring import restore, tokenizer_of
 from leanlm.models.generation import generate
@@ -48,6 +49,8 @@ def continuation(asked: Generate, check_memory: Callable[..., None] | None = Non
     if problems := [*asked.problems(), *problems]:
         raise UserError(*problems)
     config.device, plan, tokenizer = asked.device or config.device, Plan(), tokenizer_of(run)
+    if problems := without_planner(config.device):
+        raise UserError(*problems)
     prompt = [tokenizer.start, *map(int, tokenizer.encode(asked.prompt.encode()))]
     if check_memory is not None and config.device.get("memory"):
         check_memory(config, plan, tokenizer.vocabulary, len(prompt), asked.tokens)
