@@ -51,10 +51,7 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
 
     card = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else None
     record = Record(run, asked.log_every, utilization.full_speed(settings, tokens.tokenizer.vocabulary, card))
-    checkpoints = Checkpoints(
-        run, record, asked.checkpoint_every, asked.val_every, asked.keep_checkpoints, asked.global_batch, tokens.fingerprint,
-        start,
-    )  # fmt: skip
+    checkpoints = Checkpoints(run, record, asked, tokens.fingerprint, start)
     callbacks = [record, *([Progress(record)] if rank() == 0 else []), *build.callbacks(asked), checkpoints]
     trainer = build.trainer(settings, callbacks, build.loggers(asked, str(run.path)), asked.max_steps, run.path)
     batches = data.training_batches(settings, tokens, parallel.net, first_step=_step_of(start))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from leanlm import __version__
 from leanlm.common.run_folder import Run
+from leanlm.config.schema import Config
 from leanlm.launch.processes import Stopped
 from leanlm.launch.ranks import say
 from leanlm.training import checkpoint
@@ -22,25 +23,15 @@ from leanlm.training.lightning_module import LanguageModel
 
 
 class Checkpoints(pl.Callback):
-    """Saves every `every` steps and at the end; resumes from `start`; on SIGTERM or Ctrl-C saves, then raises Stopped.
+    """Saves every `checkpoint_every` steps and at the end; resumes; on SIGTERM or Ctrl-C saves, then raises Stopped.
 
     A checkpoint is taken before the first micro-batch of a step, when the validation of the step before is in it too.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        record: Record,
-        every: int,
-        val_every: int,
-        keep: int,
-        global_batch: int,
-        fingerprint: str,
-        start: Any = None,
-    ) -> None:
-        self.run, self.record, self.every, self.val_every, self.keep = run, record, every, val_every, keep
-        self.global_batch, self.fingerprint, self.start = global_batch, fingerprint, start
-        self.saved = -1
+    def __init__(self, run: Run, record: Record, config: Config, fingerprint: str, start: Path | None = None) -> None:
+        """`fingerprint`: of the text. `start`: a checkpoint to resume from."""
+        self.run, self.record, self.config, self.fingerprint, self.start = run, record, config, fingerprint, start
+        self.saved = -1  # step of the last checkpoint
         self.signal, self.first_signal = 0, 0.0
         self.told = Told()
         self.handlers: dict[int, Any] = {}
@@ -55,7 +46,7 @@ class Checkpoints(pl.Callback):
         for callback in _others(trainer):
             if callback.state_key in states:
                 callback.load_state_dict(states[callback.state_key])
-        parallel.carry(carried, self.global_batch)
+        parallel.carry(carried, self.config.global_batch)
         step, micros = state["step"], state["step"] * module.plan.batches_per_step
         loop = trainer.fit_loop.epoch_loop
         loop.manual_optimization.optim_step_progress.total.completed = step
@@ -71,13 +62,13 @@ class Checkpoints(pl.Callback):
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.handlers[number] = signal.signal(number, self._on_signal)
         step = trainer.global_step
-        if step and step % self.val_every == 0 and self.record.validated != step:
+        if step and step % self.config.val_every == 0 and self.record.validated != step:
             validate_now(trainer)  # the run was stopped before it came to this
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if batch.micro == 0:
             self._stop_if_told(trainer, module)
-            if batch.step % self.every == 0 and batch.step not in (0, self.saved):
+            if batch.step % self.config.checkpoint_every == 0 and batch.step not in (0, self.saved):
                 self.save(trainer, module)
 
     def on_validation_batch_start(
@@ -118,7 +109,7 @@ class Checkpoints(pl.Callback):
         with training_weights(trainer):
             checkpoint.save(
                 folder or self.run.checkpoints, named, trainer.optimizers[0], module.parallel.carried(), state,
-                keep or self.keep, averages(trainer), states,
+                keep or self.config.keep_checkpoints, averages(trainer), states,
             )  # fmt: skip
         if folder is None:
             self.saved = trainer.global_step
