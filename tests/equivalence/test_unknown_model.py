@@ -63,7 +63,10 @@ def test_strategies_know_the_contract_of_models_and_no_model() -> None:
     for file in (Path(leanlm.__file__).parent / "strategies").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("leanlm.models"):
-                assert node.module in ("leanlm.models.contract", "leanlm.models.dropout"), file
+                known = (
+                    [node.module] if node.module != "leanlm.models" else [f"leanlm.models.{each.name}" for each in node.names]
+                )
+                assert {*known} <= {f"leanlm.models.{name}" for name in ("contract", "dropout", "kernels")}, file
     for file in (Path(leanlm.__file__).parent / "models").glob("*.py"):
         assert "distributed" not in file.read_text(), file
     assert torch.distributed.is_available()
