@@ -96,8 +96,9 @@ class ParallelModel:
             return part
         from torch.distributed.tensor import DTensor, Shard
 
-        rows = DTensor.from_local(part, self.mesh["replicate", "shard"], [Shard(0), Shard(0)], run_check=False)
-        return rows.full_tensor()
+        for axis in ("shard", "replicate"):  # ranks along the inner axis read rows that follow each other
+            part = DTensor.from_local(part, self.mesh[axis], [Shard(0)], run_check=False).full_tensor()
+        return part
 
     def reduce_after(self, micro: int) -> None:
         """Before the forward pass of a micro-batch: say whether FSDP2 reduces gradients after it."""
