@@ -39,6 +39,7 @@ def measure(overrides: list[str], steps: int, vocabulary: int | None = None) -> 
     from leanlm.config.checks import check
     from leanlm.launch.ranks import of_ranks, process_group
     from leanlm.models.head import IGNORE
+    from leanlm.strategies.relay import relay
     from leanlm.training import build
     from leanlm.training.data import tokens, training_batches, whole_split
 
@@ -76,7 +77,7 @@ def measure(overrides: list[str], steps: int, vocabulary: int | None = None) -> 
             for batch in islice(batches, settings.plan.accumulate_grad_batches):  # together the rows of a global batch
                 for stage in parallel.stages.values():
                     stage.begin(batch.step, batch.fresh)
-                found = parallel.relay(batch.input, batch.rows, batch.target)
+                found = relay(parallel, batch.input, batch.rows, batch.target)
                 if found is not None and parallel.counts_loss:
                     nats, counted = nats + float(found), counted + int((batch.target != IGNORE).sum())
         return {

@@ -109,7 +109,7 @@ def played(name: str, devices: int, micros: int, stages: int, cost: list[float] 
     schedule = kind(
         parts[0] if per == 1 and name in ("gpipe", "1f1b") else parts, micros, loss_fn=lambda x, y: x, scale_grads=False
     )
-    return bubble(order_of(schedule, micros), cost or [1.0] * stages)
+    return bubble(order_of(schedule), cost or [1.0] * stages)
 
 
 @pytest.mark.usefixtures("_one_process_as_many")

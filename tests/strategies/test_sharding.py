@@ -185,17 +185,17 @@ REFUSED = [
     ({"pipeline": -1, "shard": -1}, "only one of strategy.pipeline, strategy.shard can be -1"),
     (
         {"pipeline": 2, "accumulate_grad_batches": 2, "schedule": "zero-bubble", "recompute": "operators"},
-        "serves once; write strategy.recompute=blocks",
+        "serves for one backward pass, and zero-bubble makes two: write strategy.schedule=1f1b",
     ),
     ({"recompute_window": 64}, "cannot read part of a row without the tokens before it"),
     ({"recompute": "1.5"}, "strategy.recompute=1.5: choose none, blocks, operators, 2 or more"),
     ({"zero1": "true"}, "but replicate=1, shard=1, tensor=1: it needs replicate above 1"),
     ({"step_in_backward": "true"}, "clip=1.0: the global norm is known only when all gradients are there; write clip=0"),
-    ({"step_in_backward": "true", "accumulate_grad_batches": 2}, "is whole only after the last micro-batch"),
+    ({"step_in_backward": "true", "accumulate_grad_batches": 2}, "is whole only after 2 micro-batches"),
     ({"step_in_backward": "true", "replicate": 2}, "write strategy.shard=2 strategy.replicate=1"),
     (
         {"pipeline": 2, "accumulate_grad_batches": 2, "schedule": "zero-bubble", "compile": "true"},
-        "which a compiled one does not allow; write strategy.schedule=1f1b",
+        "compile=true serves for one backward pass",
     ),
     ({"shard": 3}, "does not divide by shard=3 x accumulate_grad_batches=1 = 3: write global_batch=6 or 9"),
 ]

@@ -16,7 +16,7 @@ from leanlm.planning.simulation.step import Stages, Step, ends, simulate, stages
 from leanlm.planning.simulation.trace import BEFORE, Work
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
-from leanlm.strategies.schedules import SCHEDULES, stages_of
+from leanlm.strategies.schedules import SCHEDULES
 
 MICROS = 2  # micro-batches that are simulated; the others are as the last of these (a pipeline's: see _fewer_micro_batches)
 BUFFERS_ALONE = ("1f1b", "interleaved")  # schedules under which a micro-batch more takes its buffers; others keep more of each
@@ -131,7 +131,7 @@ def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
     speeds = [share.least(range(first, first + alike)).bandwidth for first in range(0, plan.world, alike)]
     cost = balance.stage_costs(whole.cost, whole.split)
     for place, speed in enumerate(speeds):
-        for stage in stages_of(place, plan.pipeline, len(cost), SCHEDULES[plan.schedule].v_shape):
+        for stage in plan.stages_on(place):
             cost[stage] /= speed
     waits = balance.bubble(order, cost)
     # the pipeline fills and empties once; every micro-batch more takes as long as the slowest rank
@@ -163,20 +163,19 @@ def received(settings: Settings, rank: int, whole: Stages) -> int:
     config, plan = settings.config, settings.plan
     if plan.pipeline == 1:
         return 0
-    numbers, last = stages_held(plan, rank, whole), len(whole.split) - 1
+    numbers, last = stages_held(plan, rank), len(whole.split) - 1
     hidden = whole.width * PRECISIONS[config.precision][0].itemsize * sum((n > 0) + (n < last) for n in numbers)
     return plan.micro_batch(config.global_batch) * config.sequence * (2 * torch.long.itemsize + hidden)
 
 
 def blocks_held(plan: Plan, rank: int, whole: Stages) -> int:
     """How many blocks a rank has."""
-    return sum(len(whole.split[number]) for number in stages_held(plan, rank, whole))
+    return sum(len(whole.split[number]) for number in stages_held(plan, rank))
 
 
-def stages_held(plan: Plan, rank: int, whole: Stages) -> list[int]:
+def stages_held(plan: Plan, rank: int) -> list[int]:
     """Numbers of the stages on a rank."""
-    place = rank * plan.pipeline // plan.world
-    return stages_of(place, plan.pipeline, len(whole.split), SCHEDULES[plan.schedule].v_shape)
+    return plan.stages_on(rank * plan.pipeline // plan.world)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Which blocks go to which stage of a pipeline, and how much of the time its devices will wait."""
 
+from collections import deque
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -8,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from leanlm.models.contract import Model
 from leanlm.strategies.plan import Plan
-from leanlm.strategies.schedules import SCHEDULES, stages_of
+
+Work = tuple[str, int, int]  # F, B, I (backward of inputs) or W (of weights); stage; micro-batch
 
 
 @torch.no_grad()
@@ -17,7 +19,7 @@ def costs(net: Model) -> dict[str, float]:
 
     Matrix products, convolutions and attention are counted, as torch's counter does.
     """
-    found, mode = {}, net.training
+    mode = net.training
     known: dict[str, float] = {}  # of blocks that are alike
     net.eval()
 
@@ -26,7 +28,8 @@ def costs(net: Model) -> dict[str, float]:
             out = part(*inputs)
         return float(counter.get_total_flops()), out[0] if isinstance(out, tuple) else out
 
-    found["embed"], hidden = count(net.embed, torch.empty(1, net.sequence, dtype=torch.long, device="meta"))
+    embed, hidden = count(net.embed, torch.empty(1, net.sequence, dtype=torch.long, device="meta"))
+    found = {"embed": embed}
     for name, block in net.blocks.items():
         settings = {key: value for key, value in vars(block).items() if not key.startswith("_")}
         kind = repr((block, settings, [(part, p.shape) for part, p in block.named_parameters()]))
@@ -42,35 +45,16 @@ def split(cost: dict[str, float], plan: Plan) -> list[list[str]]:
     """Blocks of each stage: as `plan.stage_blocks` says, else balanced by cost.
 
     The embedding counts to the first stage and the head to the last; each stage has a block at least. First the costliest
-    stage is made as cheap as can be (dynamic programming over prefixes); then, where devices have several stages, blocks move
-    over one boundary at a time as long as the costliest device gets cheaper.
+    stage is made as cheap as can be; then, where devices have several stages, the costliest device.
     """
-    names = [name for name in cost if name not in ("embed", "head")]
-    stages = plan.stages if plan.pipeline > 1 else 1
-    if plan.stage_blocks is not None and stages > 1:
+    names = _blocks(cost)
+    if plan.pipeline > 1 and plan.stage_blocks is not None:
         ends = [0, *accumulate(plan.stage_blocks)]
     else:
-        ends = _costliest_stage_least(cost, names, stages)
-    if plan.stage_blocks is None and stages > plan.pipeline:
-        v_shape = SCHEDULES[plan.schedule].v_shape
-        held = [stages_of(rank, plan.pipeline, stages, v_shape) for rank in range(plan.pipeline)]
-
-        def worst(ends: list[int]) -> tuple[float, float]:
-            each = stage_costs(cost, [names[begin:end] for begin, end in pairwise(ends)])
-            return max(sum(each[number] for number in numbers) for numbers in held), max(each)
-
-        while True:
-            moves = [
-                [*ends[:i], ends[i] + by, *ends[i + 1 :]]
-                for i in range(1, stages)
-                for by in (-1, 1)
-                if ends[i - 1] < ends[i] + by < ends[i + 1]
-            ]
-            better = min(moves, key=worst, default=ends)
-            if worst(better) >= worst(ends):
-                break
-            ends = better
-    return [names[begin:end] for begin, end in pairwise(ends)]
+        ends = _least_by_stage(cost, [1.0] * plan.stages)
+        if plan.stages > plan.pipeline:
+            ends = _less_by_device(cost, ends, plan)
+    return _cut(names, ends)
 
 
 def stage_costs(cost: dict[str, float], blocks: list[list[str]]) -> list[float]:
@@ -83,87 +67,109 @@ def stage_costs(cost: dict[str, float], blocks: list[list[str]]) -> list[float]:
 
 def by_weight(cost: dict[str, float], weights: list[float]) -> list[int]:
     """Blocks of each stage so that the largest cost of a stage over its weight, such as its device's speed, is least."""
-    names = [name for name in cost if name not in ("embed", "head")]
-    return [end - begin for begin, end in pairwise(_costliest_stage_least(cost, names, len(weights), weights))]
+    return [end - begin for begin, end in pairwise(_least_by_stage(cost, weights))]
 
 
-def _costliest_stage_least(
-    cost: dict[str, float], names: list[str], stages: int, weights: list[float] | None = None
-) -> list[int]:
-    """Where stages begin and end, as counts of blocks."""
-    sums = [0.0, *accumulate(cost[name] for name in names)]
+def _blocks(cost: dict[str, float]) -> list[str]:
+    return [name for name in cost if name not in ("embed", "head")]
+
+
+def _cut(names: list[str], ends: list[int]) -> list[list[str]]:
+    return [names[begin:end] for begin, end in pairwise(ends)]
+
+
+def _least_by_stage(cost: dict[str, float], weights: list[float]) -> list[int]:
+    """Where stages begin and end, as counts of blocks, by dynamic programming over prefixes."""
+    sums = [0.0, *accumulate(cost[name] for name in _blocks(cost))]
+    blocks, stages = len(sums) - 1, len(weights)
     # best[n]: lowest cost of the costliest stage when the stages so far hold n blocks, and where they end
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [0])}
-    for stage in range(stages):
+    for stage, weight in enumerate(weights):
         extra = cost["embed"] * (stage == 0) + cost["head"] * (stage == stages - 1)
-        weight = weights[stage] if weights else 1.0
         best = {
             end: min(
                 (max(most, (sums[end] - sums[begin] + extra) / weight), [*ends, end])
                 for begin, (most, ends) in best.items()
                 if begin < end
             )
-            for end in range(stage + 1, len(names) - (stages - stage - 1) + 1)
+            for end in range(stage + 1, blocks - (stages - stage - 1) + 1)
         }
-    return best[len(names)][1]
+    return best[blocks][1]
 
 
-def bubble(order: dict[int, list[tuple[str, int, int]]], cost: list[float]) -> float:
+def _less_by_device(cost: dict[str, float], ends: list[int], plan: Plan) -> list[int]:
+    """Blocks move over one boundary at a time as long as the costliest device gets cheaper."""
+    names = _blocks(cost)
+
+    def worst(ends: list[int]) -> tuple[float, float]:
+        each = stage_costs(cost, _cut(names, ends))
+        return max(sum(each[stage] for stage in plan.stages_on(device)) for device in range(plan.pipeline)), max(each)
+
+    while True:
+        moves = [
+            [*ends[:i], ends[i] + by, *ends[i + 1 :]]
+            for i in range(1, plan.stages)
+            for by in (-1, 1)
+            if ends[i - 1] < ends[i] + by < ends[i + 1]
+        ]
+        better = min(moves, key=worst, default=ends)
+        if worst(better) >= worst(ends):
+            return ends
+        ends = better
+
+
+def bubble(order: dict[int, list[Work]], cost: list[float]) -> float:
     """Share of the time that the devices of a pipeline wait, by playing a schedule with the given costs.
 
     A full backward costs twice a forward, its halves (inputs, weights) as much as a forward each; communication is free.
 
     Args:
-        order: device -> its work in order: (F, B, I for inputs or W for weights; stage; micro-batch).
+        order: device -> its work in order.
         cost: of each stage's forward pass of a micro-batch, in any unit.
+
+    Raises:
+        ValueError: the devices wait for each other.
     """
-    queues = {device: list(work) for device, work in order.items()}
-    last, clock = len(cost) - 1, dict.fromkeys(queues, 0.0)
-    done: dict[tuple[str, int, int], float] = {}
+    queues = {device: deque(work) for device, work in order.items()}
+    clock = dict.fromkeys(queues, 0.0)
+    done: dict[Work, float] = {}  # when; a full backward counts as that of inputs
     while any(queues.values()):
-        ready = False
-        for device, queue in queues.items():
-            while queue:
-                kind, stage, micro = queue[0]
-                needs = {
-                    "F": [("F", stage - 1, micro)] if stage else [],
-                    "I": [("I", stage + 1, micro) if stage < last else ("F", stage, micro)],
-                    "W": [("I", stage, micro)],
-                }["I" if kind == "B" else kind]
-                if not all(need in done for need in needs):
-                    break
-                begin = max([clock[device], *(done[need] for need in needs)])
-                clock[device] = begin + cost[stage] * (2 if kind == "B" else 1)
-                done["I" if kind == "B" else kind, stage, micro] = clock[device]
-                queue.pop(0)
-                ready = True
+        ready = [device for device, queue in queues.items() if queue and _needs(queue[0], len(cost) - 1) <= done.keys()]
         if not ready:
             raise ValueError("the schedule waits for itself")
-    work = sum(3 * cost[stage] for kind, stage, _ in done if kind == "F")
-    return 1 - work / (max(clock.values()) * len(queues))
+        for device in ready:
+            kind, stage, micro = work = queues[device].popleft()
+            begin = max([clock[device], *(done[need] for need in _needs(work, len(cost) - 1))])
+            clock[device] = begin + cost[stage] * (2 if kind == "B" else 1)
+            done["I" if kind == "B" else kind, stage, micro] = clock[device]
+    total = sum(3 * cost[stage] for kind, stage, _ in done if kind == "F")
+    return 1 - total / (max(clock.values()) * len(queues))
 
 
-def order_of(schedule: Any, micro_batches: int) -> dict[int, list[tuple[str, int, int]]]:
+def _needs(work: Work, last: int) -> set[Work]:
+    """What must be done before; `last` is the last stage."""
+    kind, stage, micro = work
+    if kind == "F":
+        return {("F", stage - 1, micro)} if stage else set()
+    if kind == "W":
+        return {("I", stage, micro)}
+    return {("I", stage + 1, micro) if stage < last else ("F", stage, micro)}
+
+
+def order_of(schedule: Any) -> dict[int, list[Work]]:
     """The order of work of one of torch's schedules, for `bubble`."""
-    if type(schedule).__name__ == "Schedule1F1B":  # torch's own listing numbers the last device's micro-batches wrongly
-        devices, micros = schedule._num_stages, range(micro_batches)
-        found: dict[int, list[tuple[str, int, int]]] = {}
-        for device in range(devices):
-            ahead = min(devices - 1 - device, micro_batches)
-            backward = [("B", device, micro) for micro in micros]
-            forward = [("F", device, micro) for micro in micros]
-            steady = [part for pair in zip(forward[ahead:], backward, strict=False) for part in pair]
-            found[device] = forward[:ahead] + steady + backward[micro_batches - ahead :]
-        return found
-    return {
-        device: [part for action in actions if action for part in _parts(action)]
+    order = {
+        device: [work for action in actions if action for work in _computations(action)]
         for device, actions in schedule.pipeline_order.items()
     }
+    if type(schedule).__name__ == "Schedule1F1B":  # torch 2.11 and 2.13 count the last device's forward passes from 1 on
+        last = max(order)
+        order[last] = [(kind, stage, micro - (kind == "F")) for kind, stage, micro in order[last]]
+    return order
 
 
-def _parts(action: Any) -> list[tuple[str, int, int]]:
-    """The computations in one action of a schedule."""
+def _computations(action: Any) -> list[Work]:
     if action.sub_actions:
-        return [part for each in action.sub_actions for part in _parts(each)]
+        return [work for each in action.sub_actions for work in _computations(each)]
     kind = action.computation_type.value
     return [(kind, action.stage_index, action.microbatch_index)] if kind in ("F", "B", "I", "W") else []

@@ -2,9 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import torch
 
@@ -25,86 +26,45 @@ def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, l
         devices: how many to use; None: what the plan asks for, and at least 2 where it takes all that there are.
         global_batch: rows per optimizer step.
     """
-    problems = []
-    if plan.accumulate_grad_batches < 1:
-        problems.append(f"strategy.accumulate_grad_batches={plan.accumulate_grad_batches}: it counts micro-batches, at least 1")
-    if plan.recompute_window < -1:
-        problems.append(
-            f"strategy.recompute_window={plan.recompute_window}: tokens, 0 for none, or -1 for four times the square root"
-        )
-    problems += recompute.problems(plan.recompute)
-    for key, choices in (("offload", offload.CHOICES), ("rnn_kernel", kernels.CHOICES)):
-        if getattr(plan, key) not in choices:
-            problems.append(f"strategy.{key}={getattr(plan, key)}: choose one of {', '.join(choices)}")
-    if plan.compile not in ("auto", True, False):
-        problems.append(f"strategy.compile={plan.compile}: choose one of auto, true, false")
-    if plan.compiled and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        problems.append("strategy.compile=true: torch.compile needs a C++ compiler (g++ or clang++), and there is none here")
-    plan, found = _devices(plan, devices)
-    if plan.zero1 and (plan.replicate == 1 or plan.shard > 1 or plan.tensor > 1):
-        problems.append(
-            f"strategy.zero1=true divides optimizer state among whole copies of the model, but replicate={plan.replicate}, "
-            f"shard={plan.shard}, tensor={plan.tensor}: it needs replicate above 1 and the others 1, as strategy=ddp has them"
-        )
-    problems += found
-    if plan.pipeline > 1:
-        problems += _schedule(plan)
-    if problems or global_batch < 1:
-        return plan, problems
-    cut = plan.data_parallel_size * plan.accumulate_grad_batches
-    if global_batch % cut:
-        near = sorted({max(cut, global_batch // cut * cut), (global_batch // cut + 1) * cut})
-        counts = [n for n in range(1, global_batch + 1) if global_batch % (plan.data_parallel_size * n) == 0]
-        other = f", or strategy.accumulate_grad_batches={nearest(counts, plan.accumulate_grad_batches)}" if counts else ""
-        factors = [(axis, getattr(plan, axis)) for axis in ("replicate", "shard")]
-        shown = [f"{axis}={size}" for axis, size in factors if size > 1]
-        problems.append(
-            f"global_batch={global_batch} does not divide by "
-            f"{' x '.join([*shown, f'accumulate_grad_batches={plan.accumulate_grad_batches}'])} = {cut}: "
-            f"write global_batch={' or '.join(map(str, near))}{other}"
-        )
+    problems = [*_levers(plan)]
+    plan, found = _on_devices(plan, devices)
+    problems += [*found, *_schedule(plan)]
+    if not problems and global_batch >= 1:
+        problems += _rows(plan, global_batch)
     return plan, problems
 
 
 def of_run(plan: Plan, optim: Optim, precision: str, clip: float) -> list[str]:
-    """What cannot work about a plan with an optimizer, a precision and clipping.
+    """What cannot work about a plan, after `resolve`, with an optimizer, a precision and clipping (0: none)."""
+    problems = [*_optimizer_state(plan, optim, precision), *_step_in_backward(plan, clip)]
+    if plan.compiled and precision == "fp64" and torch.__version__ < "2.13":
+        problems.append(f"strategy.compile=true: torch {torch.__version__} cannot compile attention in float64; leave it out")
+    return problems
+
+
+def of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, recurrent: bool = False,
+             adaptive: bool = False) -> list[str]:  # fmt: skip
+    """What cannot work about a plan for one model.
 
     Args:
         plan: after `resolve`.
-        optim: the optimizer.
-        precision: of the run.
-        clip: largest global norm of the gradient; 0: no clipping.
+        blocks: how many the model has.
+        units: what a tensor axis must divide, by name.
+        splits: whether the model declares anything that a tensor axis may split.
+        recurrent: whether it carries state.
+        adaptive: whether its head is an adaptive softmax.
     """
-    problems = []
-    if optim.name not in ("adamw", "muon"):
-        asked = {
-            f"optim.state={optim.state}": optim.state != "fp32",
-            "strategy.zero1=true": plan.zero1,
-            "strategy.offload=optimizer": plan.offload == "optimizer",
-            f"precision={precision}": precision == STOCHASTIC,
-        }
-        problems += [
-            f"{given} is of AdamW's averages and update, which optim={optim.name} has not" for given in asked if asked[given]
-        ]
-    if plan.compiled and precision == "fp64" and torch.__version__ < "2.13":
+    problems = [*_stages(plan, blocks, recurrent), *_tensor(plan, units, splits)]
+    if plan.recompute_window and not recurrent:
         problems.append(
-            f"strategy.compile=true with precision=fp64: torch {torch.__version__} cannot compile attention in float64 "
-            "(2.13 can); write precision=fp32, or strategy.compile=false"
+            f"strategy.recompute_window={plan.recompute_window}: the model carries no state, and cannot read part of a row "
+            "without the tokens before it; write strategy.recompute=blocks"
         )
-    if plan.step_in_backward and clip:
+    if plan.compiled and recurrent:
+        problems.append("strategy.compile=true: torch does not compile recurrent layers; leave it out")
+    elif plan.compiled and adaptive:
         problems.append(
-            f"strategy.step_in_backward=true with clip={clip}: the global norm is known only when all gradients are there; "
-            "write clip=0, or leave step_in_backward out"
-        )
-    if plan.step_in_backward and (plan.accumulate_grad_batches > 1 or plan.pipeline > 1):
-        problems.append(
-            f"strategy.step_in_backward=true with accumulate_grad_batches={plan.accumulate_grad_batches}: a gradient is whole "
-            "only after the last micro-batch; write strategy.accumulate_grad_batches=1 (and no pipeline)"
-        )
-    if plan.step_in_backward and plan.replicate > 1 and plan.shard == 1:
-        problems.append(
-            f"strategy.step_in_backward=true with replicate={plan.replicate}: DDP sums gradients in buckets, whole only after "
-            f"backward; write strategy.shard={plan.replicate} strategy.replicate=1"
+            "strategy.compile=true: sizes in an adaptive softmax (model.cutoffs) depend on the tokens; leave it out"
         )
     return problems
 
@@ -116,135 +76,159 @@ def on_gpus(plan: Plan, accelerator: str) -> list[str]:
         return []
     if launched():
         return [f"{processes} processes were started on this machine, which has {gpus} GPUs: start {gpus}, or write device=cpu"]
-    product = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, plan.sizes, strict=True) if size > 1)
-    largest, axis = max(zip(plan.sizes, AXES, strict=True))
-    room = gpus * largest // processes  # along that axis, if the others stay
-    fewer = max((n for n in range(1, room + 1) if largest % n == 0), default=0)
-    kept = {**dict(zip(AXES, plan.sizes, strict=True)), axis: fewer} if fewer else dict.fromkeys(AXES, 1)
+    sizes = plan.sizes
+    axis = max(AXES, key=lambda axis: (sizes[axis], axis))
+    room = gpus * sizes[axis] // processes  # along the longest axis, if the others stay
+    fewer = max((n for n in range(1, room + 1) if sizes[axis] % n == 0), default=0)
+    kept = sizes | {axis: fewer} if fewer else dict.fromkeys(AXES, 1)
     micros = plan.accumulate_grad_batches * plan.data_parallel_size // (kept["replicate"] * kept["shard"])
+    product, instead = " x ".join(plan.long_axes), f"strategy.{axis}={fewer}" if fewer else "strategy=single"
     return [
-        f"the plan takes {product} = {processes} GPUs, one for each process, and this machine has {gpus}: write "
-        f"{f'strategy.{axis}={fewer}' if fewer else 'strategy=single'} strategy.accumulate_grad_batches={micros}, or device=cpu"
+        f"the plan takes {product} = {processes} GPUs, one for each process, and this machine has {gpus}: write {instead} "
+        f"strategy.accumulate_grad_batches={micros}, or device=cpu"
     ]
 
 
-def _devices(plan: Plan, devices: int | None) -> tuple[Plan, list[str]]:
-    sizes = {axis: getattr(plan, axis) for axis in AXES}
-    problems = [
-        f"strategy.{axis}={size}: at least 1, or -1 for the devices that are left"
-        for axis, size in sizes.items()
-        if size < 1 and size != -1
-    ]
+def _levers(plan: Plan) -> Iterator[str]:
+    if plan.accumulate_grad_batches < 1:
+        yield f"strategy.accumulate_grad_batches={plan.accumulate_grad_batches}: it counts micro-batches, at least 1"
+    if plan.recompute_window < -1:
+        yield f"strategy.recompute_window={plan.recompute_window}: tokens, 0 for none, or -1 for four times the square root"
+    yield from recompute.problems(plan.recompute)
+    for key, choices in (("offload", offload.CHOICES), ("rnn_kernel", kernels.CHOICES)):
+        if getattr(plan, key) not in choices:
+            yield f"strategy.{key}={getattr(plan, key)}: choose one of {', '.join(choices)}"
+    if plan.compile not in ("auto", True, False):
+        yield f"strategy.compile={plan.compile}: choose one of auto, true, false"
+    if plan.compiled and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        yield "strategy.compile=true: torch.compile needs a C++ compiler (g++ or clang++), and there is none here"
+
+
+def _on_devices(plan: Plan, devices: int | None) -> tuple[Plan, list[str]]:
+    """The plan with a number for the axis that takes the devices that are left."""
+    sizes = plan.sizes
+    problems = [f"strategy.{axis}={size}: at least 1, or -1 for the devices that are left"
+                for axis, size in sizes.items() if size < 1 and size != -1]  # fmt: skip
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
         problems.append(f"only one of strategy.{', strategy.'.join(free)} can be -1, which means the devices that are left")
     if problems:
         return plan, problems
-    taken = prod(size for size in sizes.values() if size != -1)
-    product = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+    taken, product = prod(size for size in sizes.values() if size != -1), " x ".join(plan.long_axes) or "one device"
     if free:
         devices = devices or max(2 * taken, torch.cuda.device_count() // taken * taken)
         if devices % taken:
-            near = sorted({max(taken, devices // taken * taken), (devices // taken + 1) * taken})
-            return plan, [f"devices={devices} does not divide by {product}: write devices={' or '.join(map(str, near))}"]
-        plan = replace(plan, **{free[0]: devices // taken})
-    elif devices is not None and devices != taken:
-        one = [axis for axis, size in sizes.items() if size > 1]
-        instead = "strategy=ddp" if not one else f"strategy.{one[-1]}=-1"
-        problems.append(
-            f"devices={devices}, but the plan uses {taken} ({product or 'one device'}): write {instead}, or devices={taken}"
-        )
-    return plan, problems
+            return plan, [f"devices={devices} does not divide by {product}: write devices={_multiples(devices, taken)}"]
+        left: dict[str, Any] = {free[0]: devices // taken}
+        return replace(plan, **left), []
+    if devices in (None, taken):
+        return plan, []
+    longer = [axis for axis, size in sizes.items() if size > 1]
+    instead = f"strategy.{longer[-1]}=-1" if longer else "strategy=ddp"
+    return plan, [f"devices={devices}, but the plan uses {taken} ({product}): write {instead}, or devices={taken}"]
 
 
-def _schedule(plan: Plan) -> list[str]:
-    """What cannot work about a pipeline's schedule."""
-    kind = SCHEDULES.get(plan.schedule)
-    if kind is None:
-        return [f"strategy.schedule={plan.schedule}: choose one of {', '.join(SCHEDULES)}"]
-    problems, per = [], plan.stages_per_device or kind.stages_per_device
+def _rows(plan: Plan, global_batch: int) -> Iterator[str]:
+    """Micro-batches are equal."""
+    micros, size = plan.accumulate_grad_batches, plan.data_parallel_size
+    parts = size * micros
+    if global_batch % parts:
+        axes = [each for each in plan.long_axes if each.startswith(("replicate", "shard"))]
+        product, near = " x ".join([*axes, f"accumulate_grad_batches={micros}"]), _multiples(global_batch, parts)
+        counts = [n for n in range(1, global_batch + 1) if global_batch % (size * n) == 0]
+        other = f", or strategy.accumulate_grad_batches={_nearest(counts, micros)}" if counts else ""
+        yield f"global_batch={global_batch} does not divide by {product} = {parts}: write global_batch={near}{other}"
+
+
+def _schedule(plan: Plan) -> Iterator[str]:
+    if plan.pipeline <= 1:
+        return
+    if plan.schedule not in SCHEDULES:
+        yield f"strategy.schedule={plan.schedule}: choose one of {', '.join(SCHEDULES)}"
+        return
+    kind, micros = SCHEDULES[plan.schedule], plan.accumulate_grad_batches
+    per = plan.stages_per_device or kind.stages_per_device
     if per < 1 or (kind.fixed and per != kind.stages_per_device):
-        problems.append(f"strategy.stages_per_device={per}: {plan.schedule} needs {kind.stages_per_device}")
-    if kind.splits_backward and plan.recompute == "operators":
-        problems.append(
-            f"strategy.recompute=operators: {plan.schedule} goes through a block twice in backward, and torch's selective "
-            "recomputation serves once; write strategy.recompute=blocks, or strategy.schedule=1f1b"
-        )
-    if kind.splits_backward and plan.compiled:
-        problems.append(
-            f"strategy.compile=true: {plan.schedule} goes through a block twice in backward, which a compiled one does not "
-            "allow; write strategy.schedule=1f1b"
-        )
-    micros = plan.accumulate_grad_batches
-    least = plan.pipeline * (per if kind.fill_stages else 1)
+        yield f"strategy.stages_per_device={per}: {plan.schedule} needs {kind.stages_per_device}"
+    once = {"recompute=operators": plan.recompute == "operators", "compile=true": plan.compiled}
+    for lever in filter(once.get, once) if kind.splits_backward else ():
+        yield f"strategy.{lever} serves for one backward pass, and {plan.schedule} makes two: write strategy.schedule=1f1b"
+    each = per if kind.fill_stages else 1
+    least = plan.pipeline * each
     if micros < least:
-        problems.append(
+        yield (
             f"strategy.accumulate_grad_batches={micros}: fewer micro-batches than the {least} stages that they must fill; "
-            f"write at least {least}, or strategy.pipeline={max(1, micros // (least // plan.pipeline))}"
+            f"write at least {least}, or strategy.pipeline={max(1, micros // each)}"
         )
     elif kind.rounds and micros % (micros // plan.pipeline):
         good = [n for n in range(plan.pipeline, 2 * micros + 1) if n % (n // plan.pipeline) == 0]
-        problems.append(
+        yield (
             f"strategy.accumulate_grad_batches={micros}: {plan.schedule} takes them in {micros // plan.pipeline} equal rounds "
-            f"over pipeline={plan.pipeline}; write {nearest(good, micros)}"
+            f"over pipeline={plan.pipeline}; write {_nearest(good, micros)}"
         )
-    return problems
 
 
-def of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, recurrent: bool = False,
-                  adaptive: bool = False) -> list[str]:  # fmt: skip
-    """What cannot work about a plan for one model.
+def _optimizer_state(plan: Plan, optim: Optim, precision: str) -> Iterator[str]:
+    if plan.zero1 and (plan.replicate == 1 or plan.shard > 1 or plan.tensor > 1):
+        yield (
+            f"strategy.zero1=true divides optimizer state among whole copies of the model, but replicate={plan.replicate}, "
+            f"shard={plan.shard}, tensor={plan.tensor}: it needs replicate above 1 and the others 1, as strategy=ddp has them"
+        )
+    asked = {
+        f"optim.state={optim.state}": optim.state != "fp32",
+        "strategy.zero1=true": plan.zero1,
+        "strategy.offload=optimizer": plan.offload == "optimizer",
+        f"precision={precision}": precision == STOCHASTIC,
+    }
+    if optim.name not in ("adamw", "muon"):  # muon updates some of the weights as AdamW does
+        for given in filter(asked.get, asked):
+            yield f"{given} is of AdamW's averages and update, which optim={optim.name} has not"
 
-    Args:
-        plan: after `resolve`.
-        blocks: how many the model has.
-        units: what a tensor axis must divide, by name.
-        splits: whether the model declares anything that a tensor axis may split.
-        recurrent: whether it carries state.
-        adaptive: whether its head is an adaptive softmax.
-    """
-    problems = []
-    if plan.pipeline > 1:
-        if SCHEDULES[plan.schedule].splits_backward and torch.__version__ < "2.13" and (recurrent or plan.tensor > 1):
-            what = "loses gradients of recurrent layers" if recurrent else "cannot divide the backward pass of split matrices"
-            problems.append(
-                f"strategy.schedule={plan.schedule}: torch {torch.__version__} {what} under it (2.13 does not); "
-                "write strategy.schedule=1f1b or interleaved"
-            )
-        if plan.stages > blocks:
-            per = plan.stages // plan.pipeline
-            problems.append(
-                f"strategy.pipeline={plan.pipeline} x {per} stages per device = {plan.stages} stages, but the model has "
-                f"{blocks} blocks: write strategy.pipeline={max(1, blocks // per)} or less, or model.depth={plan.stages}"
-            )
-        elif plan.stage_blocks is not None and (
-            len(plan.stage_blocks) != plan.stages or sum(plan.stage_blocks) != blocks or min(plan.stage_blocks) < 1
-        ):
-            problems.append(
-                f"strategy.stage_blocks={list(plan.stage_blocks)}: {plan.stages} numbers, each at least 1, with the sum "
-                f"{blocks} (here {len(plan.stage_blocks)} numbers, sum {sum(plan.stage_blocks)})"
-            )
-    if plan.recompute_window and not recurrent:
-        problems.append(
-            f"strategy.recompute_window={plan.recompute_window}: the model carries no state, and cannot read part of a row "
-            "without the tokens before it; write strategy.recompute=blocks"
+
+def _step_in_backward(plan: Plan, clip: float) -> Iterator[str]:
+    micros, copies, lever = plan.accumulate_grad_batches, plan.replicate, "strategy.step_in_backward=true"
+    if plan.step_in_backward and clip:
+        yield f"{lever} with clip={clip}: the global norm is known only when all gradients are there; write clip=0"
+    if plan.step_in_backward and micros > 1:
+        yield f"{lever}: a gradient is whole only after {micros} micro-batches; write strategy.accumulate_grad_batches=1"
+    if plan.step_in_backward and copies > 1 and plan.shard == 1:
+        yield f"{lever}: DDP sums gradients in buckets after backward; write strategy.shard={copies} strategy.replicate=1"
+
+
+def _stages(plan: Plan, blocks: int, recurrent: bool) -> Iterator[str]:
+    if plan.pipeline == 1:
+        return
+    if SCHEDULES[plan.schedule].splits_backward and torch.__version__ < "2.13" and (recurrent or plan.tensor > 1):
+        what = "loses gradients of recurrent layers" if recurrent else "cannot divide the backward pass of split matrices"
+        yield f"strategy.schedule={plan.schedule}: torch {torch.__version__} {what} under it; write strategy.schedule=1f1b"
+    per, sizes = plan.stages // plan.pipeline, plan.stage_blocks
+    if plan.stages > blocks:
+        yield (
+            f"strategy.pipeline={plan.pipeline} x {per} stages per device = {plan.stages} stages, but the model has {blocks} "
+            f"blocks: write strategy.pipeline={max(1, blocks // per)} or less, or model.depth={plan.stages}"
         )
-    if plan.compiled and recurrent:
-        problems.append("strategy.compile=true: torch does not compile recurrent layers; leave it out")
-    if plan.compiled and adaptive and not recurrent:
-        problems.append(
-            "strategy.compile=true: sizes in an adaptive softmax (model.cutoffs) depend on the tokens; leave it out"
-        )
-    if plan.tensor > 1 and not splits:
-        problems.append(f"strategy.tensor={plan.tensor}: the model declares nothing that may be split (Model.tensor_split)")
-    for name, count in units.items() if plan.tensor > 1 else ():
-        if count % plan.tensor:
-            good = [n for n in range(1, count + 1) if count % n == 0]
-            problems.append(
-                f"model.{name}={count} does not divide by tensor={plan.tensor}: write strategy.tensor="
-                f"{nearest(good, plan.tensor)}, or model.{name}={-(-count // plan.tensor) * plan.tensor}"
-            )
-    return problems
+    elif sizes is not None and (len(sizes) != plan.stages or sum(sizes) != blocks or min(sizes) < 1):
+        yield f"strategy.stage_blocks={list(sizes)}: it takes {plan.stages} numbers, each at least 1, with the sum {blocks}"
+
+
+def _tensor(plan: Plan, units: dict[str, int], splits: bool) -> Iterator[str]:
+    size = plan.tensor
+    if size > 1 and not splits:
+        yield f"strategy.tensor={size}: the model declares nothing that may be split (Model.tensor_split)"
+    for name, count in units.items():
+        if count % size:
+            good, more = _nearest([n for n in range(1, count + 1) if count % n == 0], size), -(-count // size) * size
+            yield f"model.{name}={count} does not divide by tensor={size}: write strategy.tensor={good}, or model.{name}={more}"
+
+
+def _nearest(values: Iterable[int], to: int) -> int:
+    return min(values, key=lambda value: abs(value - to))
+
+
+def _multiples(number: int, of: int) -> str:
+    """Those on both sides of a number that is none, as `8 or 12`."""
+    below = number // of * of
+    return " or ".join(str(each) for each in (below, below + of) if each)
 
 
 COMPILING = (10.0, 3.0)  # seconds until a graph is compiled, and for each of its blocks (of GPT-2 small some 45)
@@ -263,7 +247,3 @@ def earns_compiling(operations: float, micro_batches: int, blocks: int, steps: i
     """
     step = max(operations / RATE, EACH * blocks * micro_batches)
     return steps * step * SAVED > COMPILING[0] + COMPILING[1] * blocks
-
-
-def nearest(values: Iterable[int], to: int) -> int:
-    return min(values, key=lambda value: abs(value - to))

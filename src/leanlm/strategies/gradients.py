@@ -1,7 +1,8 @@
-"""What happens to gradients between backward and the optimizer when a model is cut: summed where a weight has copies, and
+"""What happens to gradients between backward and the optimizer when a model is divided: summed where a weight has copies, and
 clipped by the norm of all of them."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -43,12 +44,6 @@ def clip(parallel: ParallelModel, largest: float) -> Tensor:
     return norm
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """Global norm of tensors of one type. As torch's `get_total_norm` takes it, which for a simulation's tensors goes through
-    them one by one."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-
-
 class StepInBackward:
     """Updates each parameter as soon as its gradient is whole, and frees the gradient.
 
@@ -77,6 +72,12 @@ class StepInBackward:
         return squares.sqrt(), largest
 
 
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """Global norm of tensors of one type. As torch's `get_total_norm` takes it, which for a simulation's tensors goes through
+    them one by one."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
 def _squares(parallel: ParallelModel, parameters: Sequence[Tensor]) -> Tensor:
     """This rank's share of the squared norm of gradients: their sum over all ranks is the whole."""
     copies = {id(parameter) for _, parameter in parallel.copies()}
@@ -91,13 +92,11 @@ def _squares(parallel: ParallelModel, parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _pieces(parameter: Tensor) -> int:
-    """Into how many different pieces a parameter is cut over the ranks of its stage."""
+    """Into how many different pieces a parameter is divided over the ranks of its stage."""
     if not is_dtensor(parameter):
         return 1
-    mesh, pieces = parameter.device_mesh, 1
-    for dim, placement in enumerate(parameter.placements):
-        pieces *= 1 if placement.is_replicate() else mesh.size(dim)
-    return pieces
+    mesh = parameter.device_mesh
+    return prod(mesh.size(axis) for axis, place in enumerate(parameter.placements) if not place.is_replicate())
 
 
 def _add_tied(parallel: ParallelModel) -> None:
@@ -109,7 +108,7 @@ def _add_tied(parallel: ParallelModel) -> None:
             local(copies[name].grad).copy_(total)
         elif name in copies or name in owners:
             mine = local((copies | owners)[name].grad)
-            other_end = len(parallel.split) - 1 if name in owners else 0
+            other_end = parallel.last if name in owners else 0
             peer = dist.get_global_rank(parallel.group("pipeline"), parallel.owner(other_end))
             theirs = torch.empty_like(mine)
             swap = [dist.P2POp(dist.isend, mine, peer), dist.P2POp(dist.irecv, theirs, peer)]

@@ -1,12 +1,9 @@
-"""A plan applied to a model: what this rank keeps of it, and how its parts are spread over the device mesh.
+"""A plan applied to a model: what this rank keeps of it, and how its parts are divided over the device mesh.
 
-The order is fixed (as in torchtitan's parallelize.py): stages, then the tensor axis, then initial values, then shards. The
-model is built without storage; each part is filled, one parameter at a time, just before it is sharded, so that no rank
-ever holds more than its share and one part.
+The order is fixed (as in torchtitan's parallelize.py): stages, then the tensor axis, then initial values, then shards.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from leanlm.common.dtensors import dtensor_like, is_dtensor, local_part
 from leanlm.common.errors import UserError
+from leanlm.launch.ranks import rank
 from leanlm.memory import malloc
 from leanlm.memory.tied import add_rows
-from leanlm.models.contract import Model, initial, ties
-from leanlm.strategies import balance
+from leanlm.models.contract import Model, ties
+from leanlm.strategies import balance, placing
 from leanlm.strategies.plan import AXES, Plan
-from leanlm.strategies.schedules import SCHEDULES, stages_of
 from leanlm.strategies.stage import Stage
 
 if TYPE_CHECKING:
@@ -34,6 +30,7 @@ class ParallelModel:
     Attributes:
         net: the model without the parts that other ranks hold.
         stages: this rank's stages by number, in the order of the data; all of the model is the only one without a pipeline.
+        last: number of the pipeline's last stage.
         mesh: of all ranks, with AXES as its dimensions; None where there is one.
         ties: parameter names that share weights -> the global name.
         shared: global names of weights that the first and the last stage share; each has a copy.
@@ -48,25 +45,21 @@ class ParallelModel:
         """`net` has no storage yet if the plan cuts it; what is kept goes to `device`. `cost`: of the parts, for a pipeline.
         `autocast`: see `Stage`."""
         self.net, self.plan, self.device = net, plan, device
-        cost = cost or dict.fromkeys(["embed", *net.blocks, "head"], 0.0)
-        self.split = split = balance.split(cost, plan)
-        self.costs = balance.stage_costs(cost, split)
+        self.ties, self.width, self.vocabulary, self.dtype = ties(net), net.width, net.vocabulary, next(net.parameters()).dtype
         self.parameters = sum(parameter.numel() for parameter in net.parameters())
         if plan.return_freed_memory:
             malloc.return_freed_memory(malloc.own_pages(self.parameters))
-        self.ties, self.width = ties(net), net.width
-        self.vocabulary, self.dtype = net.vocabulary, next(net.parameters()).dtype
+        cost = cost or dict.fromkeys(["embed", *net.blocks, "head"], 0.0)
+        self.split = split = balance.split(cost, plan)
+        self.costs, self.last = balance.stage_costs(cost, split), len(split) - 1
+        self.shared = _shared_by_stages(self.ties, split)
         self.mesh: DeviceMesh | None = None
-        self.data_parallel_mesh: DeviceMesh | None = None  # ranks that hold the same part of the model and read other rows
         if plan.world > 1:
             from torch.distributed.device_mesh import init_device_mesh
 
-            self.mesh = init_device_mesh(device.type, plan.sizes, mesh_dim_names=AXES)
-            both = self.mesh["replicate", "shard"]
-            self.data_parallel_mesh = both._flatten("data_parallel") if plan.data_parallel_size > 1 else None
-        self.shared = self._shared_by_stages()
-        numbers = stages_of(self.coordinate("pipeline"), plan.pipeline, len(split), SCHEDULES[plan.schedule].v_shape)
-        self._drop([name for number in numbers for name in split[number]], 0 in numbers, len(split) - 1 in numbers)
+            self.mesh = init_device_mesh(device.type, (*plan.sizes.values(),), mesh_dim_names=AXES)
+        numbers = plan.stages_on(self.coordinate("pipeline"))
+        self._drop_other_stages(numbers)
         if device.type != "cpu":  # what has no storage yet gets it there
             net._apply(lambda part: part if part.is_meta else part.to(device))
         self.stages = {n: Stage(net, split[n], n == 0, n == len(split) - 1, seed, plan, autocast) for n in numbers}
@@ -89,75 +82,27 @@ class ParallelModel:
 
     def owner(self, stage: int) -> int:
         """The pipeline rank that holds a stage."""
-        plan = self.plan
-        v_shape = SCHEDULES[plan.schedule].v_shape
-        holds = [rank for rank in range(plan.pipeline) if stage in stages_of(rank, plan.pipeline, len(self.split), v_shape)]
-        return holds[0]
+        return next(place for place in range(self.plan.pipeline) if stage in self.plan.stages_on(place))
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's loss counts: several ranks may compute the same."""
+        return self.last in self.stages and self.coordinate("tensor") == 0
 
     @property
     def data_parallel_rank(self) -> int:
         """Which of the groups that read different rows this rank belongs to."""
-        return self.coordinate("replicate") * self.plan.shard + self.coordinate("shard")
+        return self.plan.data_parallel_rank(rank())
 
     def gather_rows(self, part: Tensor) -> Tensor:
         """`[rows of this rank, ...]` -> `[global batch, ...]`."""
-        if self.data_parallel_mesh is None:
+        if self.mesh is None or self.plan.data_parallel_size == 1:
             return part
         from torch.distributed.tensor import DTensor, Shard
 
-        return DTensor.from_local(part, self.data_parallel_mesh, [Shard(0)], run_check=False).full_tensor()
-
-    def relay(self, tokens: Tensor, rows: Tensor, targets: Tensor | None) -> Tensor | None:
-        """A forward pass through the stages of all ranks, which hand the hidden state on; successive passes overlap.
-
-        Args:
-            tokens: `[b, s]`, the same on every rank of a pipeline.
-            rows, targets: as `Stage.forward` takes them.
-
-        Returns:
-            what the last stage returns, on the rank that holds it; None on the others.
-        """
-        here, hidden = self.coordinate("pipeline"), tokens
-        for number, stage in self.stages.items():
-            if number > 0 and self.owner(number - 1) != here:
-                hidden = torch.empty(*tokens.shape, self.width, dtype=self.dtype, device=self.device)
-                dist.recv(hidden, group=self.group("pipeline"), group_src=self.owner(number - 1))
-            hidden = stage(hidden, rows, targets)
-            if number < len(self.split) - 1 and self.owner(number + 1) != here:
-                dist.send(hidden, group=self.group("pipeline"), group_dst=self.owner(number + 1))
-        return hidden if len(self.split) - 1 in self.stages else None
-
-    @torch.no_grad()
-    def next_logits(self, tokens: Tensor, fresh: bool) -> Tensor:
-        """Logits `[v]` of the token after `tokens [1, s]`. All ranks must call it.
-
-        A model that carries state goes on from the call before unless `fresh`; others read only `tokens`.
-        """
-        for stage in self.stages.values():
-            stage.begin(0, fresh)
-        logits = self.relay(tokens, torch.zeros(1, dtype=torch.long), None)
-        if self.plan.pipeline > 1:
-            logits = torch.empty(self.vocabulary, dtype=self.dtype, device=self.device) if logits is None else logits
-            dist.broadcast(logits, group=self.group("pipeline"), group_src=self.owner(len(self.split) - 1))
-        assert logits is not None
-        return logits
-
-    def logits_after(self) -> Callable[[list[int]], Tensor]:
-        """History of tokens -> logits `[v]` of the next, for `generate`. All ranks must make the same calls.
-
-        A model that carries state goes on from it; others read their last `sequence` tokens anew for each token.
-        """
-        for stage in self.stages.values():
-            stage.eval()
-        read = 0
-
-        def logits(history: list[int]) -> Tensor:
-            nonlocal read
-            first = read if self.net.carries_state else max(0, len(history) - self.net.sequence)
-            fresh, read = read == 0, len(history)
-            return self.next_logits(torch.tensor([history[first:]], device=self.device), fresh)
-
-        return logits
+        for axis in ("shard", "replicate"):  # ranks along the inner axis read rows that follow each other
+            part = DTensor.from_local(part, self.mesh[axis], [Shard(0)], run_check=False).full_tensor()
+        return part
 
     @property
     def stage(self) -> Stage:
@@ -208,84 +153,46 @@ class ParallelModel:
 
     def owned_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """`named_parameters` without `copies`."""
-        copies = {id(parameter) for _, parameter in self.copies()}
-        return [(name, parameter) for name, parameter in self.named_parameters() if id(parameter) not in copies]
+        return [(name, parameter) for name, parameter in self._parameters if name not in self.ties]
 
     def copies(self) -> list[tuple[str, nn.Parameter]]:
         """Those of `named_parameters` whose owner is in another stage."""
         return [(self.ties[name], parameter) for name, parameter in self._parameters if name in self.ties]
 
-    @property
-    def counts_loss(self) -> bool:
-        """Whether this rank's loss counts: several ranks may compute the same."""
-        return len(self.split) - 1 in self.stages and self.coordinate("tensor") == 0
-
-    def _shared_by_stages(self) -> list[str]:
-        """Global names of tied weights whose stages differ.
-
-        Raises:
-            UserError: they are not the first and the last.
-        """
-        stage = {f"blocks.{block}": number for number, blocks in enumerate(self.split) for block in blocks}
-        stage |= {"embed": 0, "head": len(self.split) - 1}
-        found = set()
-        for ends in self.ties.items():
-            numbers = [next(number for part, number in stage.items() if name.startswith(f"{part}.")) for name in ends]
-            if numbers[0] != numbers[1] and sorted(numbers) != [0, len(self.split) - 1]:
-                raise UserError(
-                    f"{ends[0]} and {ends[1]} are one, but a pipeline puts them in stages {numbers}: only the first and the "
-                    "last can share weights"
-                )
-            if numbers[0] != numbers[1]:
-                found.add(ends[1])
-        return sorted(found)
-
-    def _drop(self, blocks: list[str], first: bool, last: bool) -> None:
-        for name in set(self.net.blocks) - set(blocks):
-            del self.net.blocks[name]
-        if not first:
+    def _drop_other_stages(self, numbers: list[int]) -> None:
+        for stage, blocks in enumerate(self.split):
+            for name in blocks if stage not in numbers else ():
+                del self.net.blocks[name]
+        if 0 not in numbers:
             self.net.embed = None  # type: ignore[assignment]
-        if not last:
+        if self.last not in numbers:
             self.net.head = None  # type: ignore[assignment]
 
     def _fill_and_shard(self, seed: int) -> None:
-        sharded = self.plan.shard > 1
         for stage in self.stages.values():
-            for block in stage.blocks.values():
-                self._fill(block, seed)
-                if sharded:
-                    self._shard(block)
+            for part in (*stage.blocks.values(), stage):
+                placing.fill(part, self.net, self.ties, seed, self.device)
+                if self.mesh is not None and self.plan.shard > 1:
+                    placing.shard(part, self.mesh, self.plan)
                     malloc.trim()  # or memory would come to that of the whole model, although no rank ever holds it
-            self._fill(stage, seed)
-            if sharded:
-                self._shard(stage)
 
-    def _shard(self, module: nn.Module) -> None:
-        from torch.distributed.fsdp import fully_shard
 
-        assert self.mesh is not None
-        mesh = self.mesh["replicate", "shard"] if self.plan.replicate > 1 else self.mesh["shard"]
-        # torch's schedules keep the parameters of a stage whole during a step; one that was resharded loses its gradients
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # the view it returns is a state, never written to
-        reshard = self.plan.reshard_after_forward and self.plan.pipeline == 1
-        fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
+def _shared_by_stages(ties: dict[str, str], split: list[list[str]]) -> list[str]:
+    """Global names of tied weights whose stages differ.
 
-    @torch.no_grad()
-    def _fill(self, part: nn.Module, seed: int) -> None:
-        """Give storage and initial values to the parameters of a part that have none; tied ones of a part become one."""
-        inside = set(part.modules())
-        filled: dict[str, nn.Parameter] = {}
-        for prefix, module in self.net.named_modules():
-            if module not in inside:
-                continue
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                name = f"{prefix}.{key}"
-                name = self.ties.get(name, name)
-                if name in filled:
-                    setattr(module, key, filled[name])
-                elif parameter.is_meta:
-                    value = initial(self.net, seed, name, parameter).to(self.device)
-                    if is_dtensor(parameter):
-                        value = dtensor_like(local_part(value, parameter).clone(), parameter, value.shape)
-                    filled[name] = nn.Parameter(value)
-                    setattr(module, key, filled[name])
+    Raises:
+        UserError: they are not the first and the last.
+    """
+    last, found = len(split) - 1, set()
+    stage = {f"blocks.{block}": number for number, blocks in enumerate(split) for block in blocks} | {"embed": 0, "head": last}
+    for ends in ties.items():
+        numbers = [next(number for part, number in stage.items() if name.startswith(f"{part}.")) for name in ends]
+        if numbers[0] == numbers[1]:
+            continue
+        if sorted(numbers) != [0, last]:
+            raise UserError(
+                f"{ends[0]} and {ends[1]} are one, but a pipeline puts them in stages {numbers}: only the first and the last "
+                "can share weights"
+            )
+        found.add(ends[1])
+    return sorted(found)

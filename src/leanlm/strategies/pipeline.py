@@ -8,13 +8,8 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_sc
 from leanlm.data.batches import Batch
 from leanlm.strategies.balance import bubble, order_of
 from leanlm.strategies.parallel_model import ParallelModel
+from leanlm.strategies.patches import without_warm_up
 from leanlm.strategies.schedules import SCHEDULES
-
-
-class _Part(PipelineStage):
-    def _get_init_p2p_neighbors_ops(self) -> list:
-        """None: only a warm-up of connections, in which torch 2.11 sends to itself where a V turns, and gloo fails."""
-        return []
 
 
 class Pipeline:
@@ -27,45 +22,41 @@ class Pipeline:
     """
 
     def __init__(self, parallel: ParallelModel, rows: int, sequence: int) -> None:
-        self.parallel, self.scale, plan = parallel, 1.0, parallel.plan
-        micro = rows // plan.accumulate_grad_batches
-        dtype = parallel.dtype
-        # static shapes: torch would else run the stages once more to find them, and advance carried state
-        tokens = torch.empty(micro, sequence, dtype=torch.long, device="meta")
-        hidden = torch.empty(micro, sequence, parallel.width, dtype=dtype, device="meta", requires_grad=True)
-        loss = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True)
-        last = len(parallel.split) - 1
-        parts = [
-            _Part(
-                stage,
-                number,
-                len(parallel.split),
-                parallel.device,
-                input_args=tokens if number == 0 else hidden,
-                output_args=loss if number == last else hidden,
-                group=parallel.group("pipeline"),
-            )
-            for number, stage in parallel.stages.items()
-        ]
-        kind = get_schedule_class(SCHEDULES[plan.schedule].torch)
-        several = issubclass(kind, PipelineScheduleMulti)
+        self.parallel, self.scale = parallel, 1.0
+        micro_batches = parallel.plan.accumulate_grad_batches
+        kind = get_schedule_class(SCHEDULES[parallel.plan.schedule].torch)
+        stages = self._stages(rows // micro_batches, sequence)
         self.schedule = kind(
-            parts if several else parts[0],
-            plan.accumulate_grad_batches,
+            stages if issubclass(kind, PipelineScheduleMulti) else stages[0],
+            micro_batches,
             loss_fn=lambda nats, _: nats * self.scale,
             scale_grads=False,  # the loss is already divided by the tokens of the global batch
         )
+
+    def _stages(self, rows: int, sequence: int) -> list[PipelineStage]:
+        """This rank's, with static shapes: torch would else run them once more to find them, and advance carried state."""
+        parallel, dtype = self.parallel, self.parallel.dtype
+        tokens = torch.empty(rows, sequence, dtype=torch.long, device="meta")
+        hidden = torch.empty(rows, sequence, parallel.width, dtype=dtype, device="meta", requires_grad=True)
+        loss = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True)
+        made = []
+        for number, stage in parallel.stages.items():
+            into, out = hidden if number else tokens, loss if number == parallel.last else hidden
+            group = parallel.group("pipeline")
+            made.append(
+                PipelineStage(stage, number, parallel.last + 1, parallel.device, input_args=into, output_args=out, group=group)
+            )
+        return [without_warm_up(stage) for stage in made]
 
     def describe(self) -> str:
         """The stages, their share of the work, and the share of the time that devices will wait."""
         cost, total, lines = self.parallel.costs, sum(self.parallel.costs), []
         for number, blocks in enumerate(self.parallel.split):
             parts = [f"blocks {blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"]
-            parts = ["embed"] * (number == 0) + parts + ["head"] * (number == len(cost) - 1)
-            lines.append(
-                f"stage {number} on device {self.parallel.owner(number)}: {' + '.join(parts)} ({cost[number] / total:.0%})"
-            )
-        waits = bubble(order_of(self.schedule, self.parallel.plan.accumulate_grad_batches), cost)
+            parts = ["embed"] * (number == 0) + parts + ["head"] * (number == self.parallel.last)
+            device = self.parallel.owner(number)
+            lines.append(f"stage {number} on device {device}: {' + '.join(parts)} ({cost[number] / total:.0%})")
+        waits = bubble(order_of(self.schedule), cost)
         return "; ".join(lines) + f". Devices wait {waits:.0%} of the time (bubble and imbalance, communication not counted)"
 
     def step(self, batch: Batch, scale: float) -> Tensor:
@@ -80,14 +71,13 @@ class Pipeline:
         """
         self.scale = scale
         losses: list[Tensor] = []
-        tokens = (batch.input,) if 0 in self.parallel.stages else ()
-        last = len(self.parallel.split) - 1 in self.parallel.stages
+        last = self.parallel.last in self.parallel.stages
         self.schedule.step(
-            *tokens,
+            *([batch.input] if 0 in self.parallel.stages else []),
             target=batch.rows if last else None,  # the last stage has its targets as an argument, and makes the loss
             losses=losses if last else None,
             return_outputs=False,
             rows=batch.rows,
             targets=batch.target,
         )
-        return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.parallel.device)
+        return torch.stack(losses).sum().detach() if last else torch.zeros((), device=self.parallel.device)

@@ -8,14 +8,8 @@ from leanlm.common.files import defaults
 from leanlm.strategies.schedules import SCHEDULES
 
 AXES = ("pipeline", "replicate", "shard", "tensor")  # of the device mesh; the last varies fastest over the ranks
-
-
-LEVERS = (
-    "recompute", "recompute_window", "zero1", "step_in_backward", "offload", "return_freed_memory",
-    "rnn_kernel", "compile",
-)  # fmt: skip
-
-
+LEVERS = ("recompute", "recompute_window", "zero1", "step_in_backward", "offload", "return_freed_memory", "rnn_kernel",
+          "compile")  # fmt: skip
 SHIPPED = defaults("strategy/single.yaml")
 
 
@@ -44,14 +38,19 @@ class Plan:
     compile: Any = SHIPPED["compile"]
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def sizes(self) -> dict[str, int]:
         """Devices along each of AXES."""
-        return self.pipeline, self.replicate, self.shard, self.tensor
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def long_axes(self) -> list[str]:
+        """Those with several devices, as `shard=2`."""
+        return [f"{axis}={size}" for axis, size in self.sizes.items() if size > 1]
 
     @property
     def world(self) -> int:
         """Processes, one per device."""
-        return prod(self.sizes)
+        return prod(self.sizes.values())
 
     @property
     def data_parallel_size(self) -> int:
@@ -79,8 +78,17 @@ class Plan:
 
     @property
     def stages(self) -> int:
-        """Stages of the pipeline over all its devices."""
-        return self.pipeline * (self.stages_per_device or SCHEDULES[self.schedule].stages_per_device)
+        """Stages of the pipeline over all its devices; without a pipeline the whole model is one."""
+        each = self.stages_per_device or SCHEDULES[self.schedule].stages_per_device
+        return self.pipeline * each if self.pipeline > 1 else 1
+
+    def stages_on(self, device: int) -> list[int]:
+        """Numbers of the stages on a device of the pipeline, in rising order."""
+        found = []
+        for first in range(0, self.stages, self.pipeline):
+            upwards = SCHEDULES[self.schedule].v_shape and first // self.pipeline % 2 == 1
+            found.append(first + (self.pipeline - 1 - device if upwards else device))
+        return found
 
     def micro_batch(self, global_batch: int) -> int:
         """Rows in one forward pass."""
@@ -109,7 +117,7 @@ class Plan:
 
     def describe(self) -> str:
         """The axes above 1, the levers, the accumulation."""
-        parts = [f"{axis}={size}" for axis, size in zip(AXES, self.sizes, strict=True) if size > 1] or ["one device"]
+        parts = self.long_axes or ["one device"]
         if self.pipeline > 1:
             parts.append(f"schedule={self.schedule}")
         parts += [f"{key}={getattr(self, key)}" for key in LEVERS if getattr(self, key) != getattr(Plan, key)]

@@ -38,12 +38,3 @@ SCHEDULES = {
     "InterleavedZeroBubble": Schedule("InterleavedZeroBubble", 2, fixed=False, rounds=True, splits_backward=True),
     "DualPipeV": Schedule("DualPipeV", 2, v_shape=True, fill_stages=True, splits_backward=True),
 }
-
-
-def stages_of(rank: int, devices: int, stages: int, v_shape: bool) -> list[int]:
-    """Stage numbers on device `rank` of a pipeline, in rising order."""
-    found = []
-    for first in range(0, stages, devices):
-        backwards = v_shape and first // devices % 2 == 1
-        found.append(first + (devices - 1 - rank if backwards else rank))
-    return found

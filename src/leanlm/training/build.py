@@ -22,6 +22,7 @@ from leanlm.models.contract import Model, initialize, without_storage
 from leanlm.strategies import balance
 from leanlm.strategies.lightning import strategy
 from leanlm.strategies.parallel_model import ParallelModel
+from leanlm.strategies.patches import without_asking_for_sigterm
 from leanlm.strategies.plan import Plan
 from leanlm.training.lightning_module import LanguageModel
 
@@ -100,9 +101,7 @@ def trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    # Lightning asks all ranks for a SIGTERM before each batch and waits for the device's answer; `Checkpoints` has that signal
-    made.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-    return made
+    return without_asking_for_sigterm(made)
 
 
 def loggers(config: Config, run_path: str) -> list[Logger]:

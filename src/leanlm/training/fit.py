@@ -26,6 +26,7 @@ from leanlm.launch.ranks import of_ranks, on_rank_0, on_rank_0_first, rank, say
 from leanlm.models.generation import LogitsAfter, generate
 from leanlm.reporting.pictures import loss_curve
 from leanlm.reporting.summary import summary
+from leanlm.strategies import relay
 from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.training import build, data, utilization
 from leanlm.training.callbacks.checkpoints import Checkpoints
@@ -159,7 +160,7 @@ def sample_of(parallel: ParallelModel, tokenizer: Tokenizer, prompt: str, tokens
         begin, prompt = [tokenizer.start], ""
     parallel.net.eval()
     try:
-        logits_after = parallel.logits_after() if parallel.plan.splits_model else LogitsAfter(parallel.net)
+        logits_after = relay.logits_after(parallel) if parallel.plan.splits_model else LogitsAfter(parallel.net)
         return prompt + "".join(stream(tokenizer, generate(logits_after, begin, tokens, temperature=0.8)))
     except Exception as error:  # whatever it is, the run has done its work
         say(f"no sample could be made: {type(error).__name__}: {error}".splitlines()[0])

@@ -17,6 +17,7 @@ from leanlm.optimizers.build import build
 from leanlm.optimizers.settings import Optim, factor
 from leanlm.strategies import gradients
 from leanlm.strategies.parallel_model import ParallelModel
+from leanlm.strategies.relay import relay
 
 if TYPE_CHECKING:
     from leanlm.strategies.pipeline import Pipeline
@@ -106,7 +107,7 @@ class LanguageModel(pl.LightningModule):
 
     def validation_step(self, batch: Batch, index: int) -> None:
         self.parallel.begin(batch.step, batch.fresh)
-        nats = self.parallel.relay(batch.input, batch.rows, batch.target)
+        nats = relay(self.parallel, batch.input, batch.rows, batch.target)
         if nats is None or not self.parallel.counts_loss:  # another rank counts these rows
             nats, batch = torch.zeros(()), batch._replace(target=batch.target[:0])
         self.split_loss.update(nats.to(self.parallel.device), (batch.target != IGNORE).sum())

@@ -84,7 +84,7 @@ def simulate(
             trainer.fit(module, _Batches(settings, steps))
     order = {}
     if module.pipeline is not None:
-        order = balance.order_of(module.pipeline.schedule, plan.accumulate_grad_batches)
+        order = balance.order_of(module.pipeline.schedule)
     return Step(trace, sum(len(stage.blocks) for stage in parallel.stages.values()), order)
 
 

@@ -1,0 +1,54 @@
+"""How the parameters of a model without storage get their initial values and are sharded, one part after the other.
+
+Each part is filled, one parameter at a time, just before it is sharded, so that no rank ever holds more than its share and
+one part.
+"""
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from leanlm.common.dtensors import dtensor_like, is_dtensor, local_part
+from leanlm.models.contract import Model, initial
+from leanlm.strategies.plan import Plan
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@torch.no_grad()
+def fill(part: nn.Module, net: Model, global_names: dict[str, str], seed: int, device: torch.device) -> None:
+    """Give storage on a device and initial values to the parameters of a part that have none.
+
+    Args:
+        part: modules of the model `net`.
+        net: names the parameters, and fills them.
+        global_names: of tied parameters that have another name; tied ones of a part become one.
+        seed: of the initial values.
+        device: of this rank.
+    """
+    inside = set(part.modules())
+    filled: dict[str, nn.Parameter] = {}
+    for prefix, module in net.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)) if module in inside else ():
+            name = global_names.get(f"{prefix}.{key}", f"{prefix}.{key}")
+            if name not in filled and not parameter.is_meta:
+                continue
+            if name not in filled:
+                value = initial(net, seed, name, parameter).to(device)
+                if is_dtensor(parameter):
+                    value = dtensor_like(local_part(value, parameter).clone(), parameter, value.shape)
+                filled[name] = nn.Parameter(value)
+            setattr(module, key, filled[name])
+
+
+def shard(part: nn.Module, mesh: "DeviceMesh", plan: Plan) -> None:
+    """Divide the parameters of a part over the plan's `shard` axis with FSDP2, and copy them along `replicate`."""
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # the view it returns is a state, never written to
+    # torch's schedules keep the parameters of a stage whole during a step; one that was resharded loses its gradients
+    reshard = plan.reshard_after_forward and plan.pipeline == 1
+    fully_shard(part, mesh=mesh["replicate", "shard"] if plan.replicate > 1 else mesh["shard"], reshard_after_forward=reshard)
