@@ -17,7 +17,7 @@ from leanlm.config.checks import check
 from leanlm.config.schema import Settings
 from leanlm.launch.processes import launch
 from leanlm.launch.ranks import process_group
-from leanlm.memory import loss, malloc, offload
+from leanlm.memory import chunks, malloc, offload
 from leanlm.optimizers import adamw as state
 from leanlm.planning import inference as reading
 from leanlm.planning.choice import Choice
@@ -190,7 +190,7 @@ def test_two_micro_batches_say_what_eight_need(text: Path) -> None:
     ],
 )
 def test_three_pieces_of_head_and_state_say_what_all_need(plan: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 1 << 14)
+    monkeypatch.setattr(chunks, "CHUNK", 1 << 14)
     monkeypatch.setattr(state, "PIECE", 1 << 12)
     asked = settings(text, *plan.split(), "sequence=160")
     few = simulate(asked, 256)

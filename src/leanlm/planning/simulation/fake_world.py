@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlm.common.dtensors import local
 from leanlm.data.batches import Batch
-from leanlm.memory import loss, offload
+from leanlm.memory import chunks, offload
 from leanlm.memory.offload import Scratch
 from leanlm.optimizers import adamw as state
 from leanlm.optimizers import build, muon
@@ -165,7 +165,7 @@ def few_pieces(trace: Trace) -> Iterator[None]:
 
         return some
 
-    with mock.patch.object(loss, "chunks", few(loss.chunks)), mock.patch.object(state, "pieces", few(state.pieces)):
+    with mock.patch.object(chunks, "chunks", few(chunks.chunks)), mock.patch.object(state, "pieces", few(state.pieces)):
         yield
 
 
