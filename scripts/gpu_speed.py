@@ -287,7 +287,7 @@ def predict(card: str, text: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from leanlm.common.files import CONF
-    from leanlm.memory import loss
+    from leanlm.memory import chunks
     from leanlm.planning.hardware.devices import of_config
     from leanlm.planning.predict import predict
 
@@ -300,7 +300,7 @@ def predict(card: str, text: Path) -> dict[str, Any]:
     for name, rows in ((name, how[0]) for name, how in THEIRS.items() if how[1] is True):
         needs[name] = partial(said, [*COMPILED, f"global_batch={rows}"], TYPES)
     for name, ask in needs.items():
-        with mock.patch("leanlm.memory.loss.LEAST", 1 << 40 if name.startswith("nanoGPT") else loss.LEAST):
+        with mock.patch("leanlm.memory.chunks.LEAST", 1 << 40 if name.startswith("nanoGPT") else chunks.LEAST):
             need = ask()
         tensors = sum(size for part, size in need.parts.items() if part not in ("allocator", "context"))
         seconds = need.seconds - (need.optimizer if name.endswith("no optimizer") else 0)

@@ -46,8 +46,8 @@ def _work(jobs: dict[Path, list[str]], compiler: str) -> None:
         )  # takes as long as the training; test_commands looks at it
         for name, small in (
             ("memory.offload.SMALLEST", 0),
-            ("optimizers.adamw.SMALLEST", 64),
-            ("optimizers.adamw.PIECE", 1024),
+            ("optimizers.base.SMALLEST", 64),
+            ("optimizers.low_bit.PIECE", 1024),
         ):
             patch.setattr(f"leanlm.{name}", small)  # so that what they bound is met with here
         for path, overrides in jobs.items():

@@ -14,7 +14,7 @@ from reference import STEPS, overrides, plain_loop, settings
 from runner import final_weights, losses, run_all
 
 from leanlm.config.checks import check
-from leanlm.memory import loss
+from leanlm.memory import chunks
 from leanlm.training import build
 
 COMPILED = {"compile": "true"}
@@ -95,7 +95,7 @@ def compare(run: Path, model: str, text: Path, depth: int) -> None:
 def test_one_graph_with_chunks_of_logits(precision: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The chunked loss is one operation of the graph; under autocast too, with dropout and a recomputed block, none breaks."""
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(loss, "CHUNK", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 1)
     found = {}
     for compiled in ("false", "true"):
         how = {"compile": compiled, "recompute": "2"}

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanlm.launch.processes import launch
 from leanlm.launch.ranks import process_group
-from leanlm.memory import loss
+from leanlm.memory import chunks, loss
 from leanlm.models.head import IGNORE, AdaptiveHead, Head
 
 
@@ -34,7 +34,7 @@ def whole(head: Head, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 128 * 1000, 200 * 1000, 1 << 30])
 def test_equals_the_whole_in_float64(bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     head, hidden, target = setup(1000, bias, torch.float64)
     leaves = [hidden, *head.parameters()]
     expected = whole(head, hidden, target)
@@ -47,7 +47,7 @@ def test_equals_the_whole_in_float64(bias: bool, chunk: int, monkeypatch: pytest
 @pytest.mark.parametrize("chunk", [-1, 1 << 30])  # -1: even no tokens at all go through the chunks
 @pytest.mark.parametrize("missing", [False, True])
 def test_an_adaptive_softmax_equals_torchs(chunk: int, missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     _, hidden, target = setup(1000, True, torch.float64)
     if missing:
         target[target >= 400] = 7  # no token of the last band
@@ -96,7 +96,7 @@ def test_the_kernel_of_a_gpu() -> None:
 
 
 def test_tied_weights_get_both_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 1)
     head, hidden, target = setup(1000, False, torch.float64)
     embedding = nn.Embedding(1000, 24, dtype=torch.float64)
     head.projection.weight = embedding.weight
@@ -111,7 +111,7 @@ def test_autocast_stays_near_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = [hidden, *head.parameters()]
     exact = torch.autograd.grad(whole(head, hidden, target), leaves)
     for chunk in (1, 1 << 30):
-        monkeypatch.setattr(loss, "CHUNK", chunk)
+        monkeypatch.setattr(chunks, "CHUNK", chunk)
         with torch.autocast("cpu", torch.bfloat16):
             got = loss.token_loss(head, hidden, target)
         assert got.dtype == torch.float32
@@ -123,7 +123,7 @@ def test_autocast_stays_near_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_tokens_whose_probability_no_number_can_hold(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 1)
     head, hidden, target = setup(1000, True, torch.float32)
     with torch.no_grad():
         head.projection.weight.mul_(2000)
@@ -147,7 +147,7 @@ def test_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
             products += "mm" in function.__name__
             return function(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(loss, "CHUNK", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 1)
     head, hidden, target = setup(1000, True, torch.float64)
     with torch.no_grad(), Count():
         found = loss.token_loss(head, hidden, target)
@@ -170,7 +170,7 @@ def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
                 largest = max(largest, out.numel())
             return out
 
-    monkeypatch.setattr(loss, "CHUNK", 64 * 1000)
+    monkeypatch.setattr(chunks, "CHUNK", 64 * 1000)
     head, hidden, target = setup(1000, True, torch.float32)
     with Watch():
         loss.token_loss(head, hidden, target).backward()
@@ -182,7 +182,7 @@ def spread(tokens: int, vocabulary: int, bias: bool) -> list[float]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    loss.CHUNK = 1 << 11
+    chunks.CHUNK = 1 << 11
     with process_group("cpu"):
         mesh = init_device_mesh("cpu", (2,))
         torch.manual_seed(3)

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanlm.config.checks import check
-from leanlm.memory import loss, offload
+from leanlm.memory import chunks, loss, offload
 from leanlm.memory.recompute import levels
 from leanlm.models import kernels
 from leanlm.models.contract import initialize
@@ -99,7 +99,7 @@ def test_windows_of_time_grow_with_the_square_root(text: Path) -> None:
 
 
 def test_the_first_pass_over_a_window_makes_no_gradients_of_the_head(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 1)
     plain = step(text, "model=lstm", "model.depth=1")
     wanted: list[bool] = []
     chunked = loss._ChunkedLoss.apply
@@ -129,7 +129,7 @@ class Tables(TorchDispatchMode):
 
 
 def test_a_tied_embedding_has_one_gradient(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 1)
     settings = check(composed("data=text", f"data.path={text}", *GPT2, "model.width=32", "model.depth=1", "sequence=12"))
     found = {}
     for rows_only in (True, False):

@@ -115,6 +115,20 @@ def test_muon_in_stacks_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(stacked.state[one]["momentum_buffer"], plain.state[other]["momentum_buffer"])
 
 
+def test_sgd_in_bf16() -> None:
+    """Against momentum written out in float32: torch's fused kernel would leave bf16's full of garbage on a CPU."""
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))
+    optimizer = build([("weight", parameter)], Optim(name="sgd", lr=0.1, momentum=0.5, weight_decay=0.0))
+    weight, momentum = torch.zeros(64, 64), torch.zeros(64, 64)
+    for _ in range(4):
+        parameter.grad = torch.randn_like(parameter)
+        momentum = 0.5 * momentum + parameter.grad.float()
+        weight -= 0.1 * momentum
+        optimizer.step()
+    torch.testing.assert_close(parameter.detach().float(), weight, atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"name": "adam"}, {"schedule": "step"}, {"lr": 0.0}, {"betas": [0.9]}, {"warmup": -1}, {"eps": -1.0}]
 )

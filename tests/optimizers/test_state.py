@@ -18,9 +18,10 @@ from leanlm.common.run_folder import Run
 from leanlm.config.checks import check
 from leanlm.memory import malloc, offload
 from leanlm.memory.offload import Scratch
-from leanlm.optimizers import adamw as state
+from leanlm.optimizers import base, low_bit
 from leanlm.optimizers.adafactor import Adafactor
-from leanlm.optimizers.adamw import AdamW, code_values
+from leanlm.optimizers.adamw import AdamW
+from leanlm.optimizers.low_bit import code_values
 from leanlm.optimizers.muon import Muon
 from leanlm.training import build, checkpoint
 from leanlm.training.checkpoint import checkpoints
@@ -44,7 +45,7 @@ def trained(optimizer: type, shape: tuple[int, ...], dtype: torch.dtype = torch.
 
 
 def test_full_averages_have_the_bits_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "PIECE", 1 << 14)
+    monkeypatch.setattr(low_bit, "PIECE", 1 << 14)
     ours, theirs = trained(AdamW, (100, 640), kind="fp32"), trained(torch.optim.AdamW, (100, 640), fused=True)
     assert torch.equal(ours[0], theirs[0])
     assert all(torch.equal(ours[1][key], theirs[1][key]) for key in ("exp_avg", "exp_avg_sq"))
@@ -65,7 +66,7 @@ def kept(average: torch.Tensor, kind: str, signed: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
 def test_is_adamw_with_averages_that_are_stored_so(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "PIECE", 1 << 10)
+    monkeypatch.setattr(low_bit, "PIECE", 1 << 10)
     torch.manual_seed(0)
     weight = torch.randn(40, 128)
     first, second = torch.zeros(40, 128), torch.zeros(40, 128)
@@ -86,7 +87,7 @@ def test_codes() -> None:
         assert values[-1] == 1
         numbers = torch.linspace(-1 if signed else 0, 1, 4001).bfloat16().float()
         half = numbers.bfloat16().view(torch.int16).int() + (1 << 15)
-        codes = state.nearest(bits, signed)[half]
+        codes = low_bit.nearest(bits, signed)[half]
         assert ((values[codes.int()] - numbers).abs() - (nearest(numbers, values) - numbers).abs()).abs().max() < 1e-6
     assert (code_values(8, True).abs() < 1e-4).sum() > 5, "small numbers have codes of their own"
 
@@ -118,7 +119,7 @@ def test_a_step_copies_no_tensor() -> None:
     held = {part.untyped_storage().data_ptr() for part in tensors}
     with Watch():
         optimizer.step()
-    assert 0 < largest <= 4 * state.PIECE
+    assert 0 < largest <= 4 * low_bit.PIECE
 
 
 def test_averages_in_a_file_have_the_same_bits(tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_averages_in_a_file_have_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
         for key, value in here.items():
             assert torch.equal(away[key], value)
-            assert file.holds(away[key]) == (value.dim() > 0 and value.nbytes >= state.SMALLEST)
+            assert file.holds(away[key]) == (value.dim() > 0 and value.nbytes >= base.SMALLEST)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no count of resident pages")
@@ -146,10 +147,10 @@ def test_a_checkpoint_leaves_no_pages_of_the_file_in_memory(tmp_path: Path) -> N
 
 def test_stochastic_rounding_keeps_small_updates() -> None:
     numbers = torch.full((200_000,), 1 + 1 / 512)  # a quarter of the way to the next bf16 number, 1 + 1/128
-    found = state.rounded(numbers).float()
+    found = base.rounded(numbers).float()
     assert set(found.unique().tolist()) == {1.0, 1 + 1 / 128}
     assert abs(found.mean() - numbers[0]) < 1e-4
-    assert torch.equal(state.rounded(torch.tensor([-2.0, 0.0, 0.5])).float(), torch.tensor([-2.0, 0.0, 0.5]))
+    assert torch.equal(base.rounded(torch.tensor([-2.0, 0.0, 0.5])).float(), torch.tensor([-2.0, 0.0, 0.5]))
     exact, _ = trained(torch.optim.AdamW, (64, 64))
     by_chance, _ = trained(AdamW, (64, 64), torch.bfloat16, kind="fp32", stochastic=True)
     assert by_chance.dtype == torch.bfloat16

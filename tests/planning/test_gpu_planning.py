@@ -16,7 +16,7 @@ from torch import nn
 from leanlm.common.files import CONF
 from leanlm.config.checks import check
 from leanlm.config.schema import Settings
-from leanlm.memory import loss
+from leanlm.memory import chunks, loss
 from leanlm.models import kernels
 from leanlm.models.transformer import attend
 from leanlm.planning import inference as reading
@@ -69,7 +69,7 @@ def gpt2(text: Path, *overrides: str) -> Settings:
 @pytest.mark.parametrize(("rows", "measured"), [(12, 9299), pytest.param(32, 21793, marks=pytest.mark.slow)])
 def test_bytes_of_a_compiled_gpt2(rows: int, measured: int, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all logits at once ours is nanoGPT's, which was measured on an H100 with torch 2.11, and never fitted to."""
-    monkeypatch.setattr(loss, "LEAST", 1 << 40)
+    monkeypatch.setattr(chunks, "LEAST", 1 << 40)
     parts = predict(gpt2(text, f"global_batch={rows}", "strategy.compile=true"), 50304, card("h100")).fullest.parts
     allocated = sum(parts.values()) - parts["allocator"] - parts["context"]
     assert allocated == pytest.approx(measured * MIB, rel=0.03)
@@ -208,8 +208,8 @@ def test_the_loss_by_rows(bias: bool, ignored: bool, told: None, monkeypatch: py
     from leanlm.models.head import IGNORE, Head
 
     torch.manual_seed(0)
-    monkeypatch.setattr(loss, "logits_memory", lambda device: 0)
-    monkeypatch.setattr(loss, "LEAST", 128 * 1000 * 8)
+    monkeypatch.setattr(chunks, "logits_memory", lambda device: 0)
+    monkeypatch.setattr(chunks, "LEAST", 128 * 1000 * 8)
     head = Head(24, 1000, nn.LayerNorm(24), bias).double()
     hidden, target = torch.randn(5, 60, 24, dtype=torch.float64, requires_grad=True), torch.randint(1000, (5, 60))
     if ignored:

@@ -17,8 +17,8 @@ from leanlm.config.checks import check
 from leanlm.config.schema import Settings
 from leanlm.launch.processes import launch
 from leanlm.launch.ranks import process_group
-from leanlm.memory import loss, malloc, offload
-from leanlm.optimizers import adamw as state
+from leanlm.memory import chunks, malloc, offload
+from leanlm.optimizers import base, low_bit
 from leanlm.planning import inference as reading
 from leanlm.planning.choice import Choice
 from leanlm.planning.hardware.devices import Device, of_config
@@ -190,8 +190,8 @@ def test_two_micro_batches_say_what_eight_need(text: Path) -> None:
     ],
 )
 def test_three_pieces_of_head_and_state_say_what_all_need(plan: str, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 1 << 14)
-    monkeypatch.setattr(state, "PIECE", 1 << 12)
+    monkeypatch.setattr(chunks, "CHUNK", 1 << 14)
+    monkeypatch.setattr(low_bit, "PIECE", 1 << 12)
     asked = settings(text, *plan.split(), "sequence=160")
     few = simulate(asked, 256)
     monkeypatch.setattr(fake_world, "few_pieces", lambda trace: nullcontext())
@@ -218,7 +218,7 @@ def test_three_pieces_of_head_and_state_say_what_all_need(plan: str, text: Path,
 def test_one_tensor_of_a_shape_says_what_an_optimizer_does_to_each(
     plan: str, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state, "SMALLEST", 64)
+    monkeypatch.setattr(base, "SMALLEST", 64)
     asked = settings(text, *plan.split(), "model.width=64", "model.depth=2")
     once = simulate(asked, 64).trace  # as many token types as rows of a matrix, which is then of the logits
     monkeypatch.setattr(fake_world, "alike_tensors", lambda trace: nullcontext())

@@ -24,7 +24,7 @@ from leanlm.config.checks import check
 from leanlm.data.prefetch import in_a_thread
 from leanlm.launch.processes import Stopped, launch
 from leanlm.launch.ranks import of_ranks, process_group, rank
-from leanlm.memory import loss
+from leanlm.memory import chunks
 from leanlm.models import kernels
 from leanlm.training import checkpoint
 from leanlm.training.callbacks.checkpoints import Told
@@ -112,7 +112,7 @@ def counted(arguments: list[str], path: Path) -> list[str]:
         patch.setattr("leanlm.training.fit.loss_curve", lambda *_: None)
         patch.setattr(kernels, "on_gpu", lambda tensor: True)
         patch.setattr(kernels, "to_device", lambda tensor, device: tensor)  # which does not wait
-        patch.setattr(loss, "logits_memory", lambda device: 1 << 20)
+        patch.setattr(chunks, "logits_memory", lambda device: 1 << 20)
         config = composed(*arguments)
         with Moves(waits), waits:
             fit(check(config), OmegaConf.to_container(config, resolve=True), path)

@@ -1,14 +1,11 @@
 """Adafactor for whole parameters and for those that are spread over devices."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch.optim._adafactor import adafactor
+from torch.optim._adafactor import adafactor  # private, as `_init_group` is; the same in torch 2.11 and 2.13
 
 from leanlm.common.dtensors import is_dtensor, local, local_part, whole
-
-if TYPE_CHECKING:
-    pass
 
 
 class Adafactor(torch.optim.Adafactor):
@@ -30,6 +27,7 @@ class Adafactor(torch.optim.Adafactor):
                     name: mine.new_zeros(size) for name, size in (sizes or {"variance": shape}).items()
                 }
         super()._init_group(group, params_with_grad, grads, *state)
+        # those that are spread are updated here and taken from the lists of which torch updates the rest
         for i in reversed([i for i, one in enumerate(params_with_grad) if is_dtensor(one)]):
             parameter, grad = params_with_grad.pop(i), grads.pop(i)
             rows, columns, each, steps = ([part.pop(i)] for part in state)

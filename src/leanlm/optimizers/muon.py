@@ -1,31 +1,29 @@
 """Muon (Jordan 2024) for whole matrices and for those that are spread over devices."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz  # private; the same in torch 2.11 and 2.13
 
 from leanlm.common.dtensors import is_dtensor, local, local_part, whole
 from leanlm.memory.offload import StateStorage
 from leanlm.models import kernels
-from leanlm.optimizers.adamw import put_away, rounded, rows_of_copies
+from leanlm.optimizers.base import Optimizer, put_away, rounded
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-
 STACK = 1 << 24  # numbers at most in the matrices that Muon updates together on a GPU
 
 
-class Muon(torch.optim.Muon):
-    """torch's Muon, with the matrices of one shape stacked on a GPU: a product is of all in a stack.
+class Muon(Optimizer, torch.optim.Muon):
+    """torch's Muon, which on a GPU takes matrices of one shape together, as a stack. Gradients are written over.
 
-    On a CPU each is a stack of its own: that is about as fast, and some batched products in bf16 round otherwise than torch's
-    Muon does. So is one that is spread over devices, in bf16 and rounded by chance, or whose momentum is elsewhere. The update
-    of a spread one is made of the whole of it, gathered in bf16 and orthogonalised in the same way on each device; its momentum
-    stays spread. `copies`: devices that hold the same matrices and divide the momentum by rows. Gradients are written over.
+    A matrix is alone on a CPU, where a stack is no faster and some batched products in bf16 round otherwise than torch's Muon
+    does; and if it is spread over devices, rounded by chance, or has its momentum elsewhere. A spread one keeps its momentum
+    spread; its update is made of the whole of it, gathered in bf16 and orthogonalised in the same way on each device.
     """
 
     def __init__(
@@ -39,19 +37,10 @@ class Muon(torch.optim.Muon):
         super().__init__(groups, **settings)
         self.stochastic, self.copies, self.scratch = stochastic, copies, scratch
 
-    def owned(self, parameter: Tensor) -> Tensor:
-        return rows_of_copies(parameter, self.copies)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
         for group in self.param_groups:
             for matrices in self._stacks(group["params"]):
                 self._update(matrices, group)
-        return loss
 
     def _stacks(self, parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         """Those that have a gradient, as many at a time as are updated together."""
@@ -85,7 +74,7 @@ class Muon(torch.optim.Muon):
                 weight.copy_(rounded(wide))
 
     def _directions(self, matrices: list[Tensor], momentum: float, nesterov: bool) -> list[Tensor]:
-        """Momentum takes the gradients up; what is to be orthogonalised."""
+        """Add the gradients to the momentum, and return what is to be orthogonalised."""
         gradients = [self.owned(cast(Tensor, matrix.grad)) for matrix in matrices]
         for matrix, gradient in zip(matrices, gradients, strict=True):
             if not self.state[matrix]:

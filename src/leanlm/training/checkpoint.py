@@ -20,7 +20,8 @@ from torch import Tensor
 
 from leanlm.common.errors import UserError
 from leanlm.memory import offload
-from leanlm.optimizers.adamw import convert, empty_like, owned, put_away
+from leanlm.optimizers.base import owned, put_away
+from leanlm.optimizers.low_bit import convert, empty_like
 
 FORMAT = 1
 CALLBACKS = "callbacks.pt"

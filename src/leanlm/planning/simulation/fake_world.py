@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlm.common.dtensors import local
 from leanlm.data.batches import Batch
-from leanlm.memory import loss, offload
+from leanlm.memory import chunks, offload
 from leanlm.memory.offload import Scratch
-from leanlm.optimizers import adamw as state
-from leanlm.optimizers import build, muon
+from leanlm.optimizers import build, low_bit, muon
+from leanlm.optimizers.adamw import AdamW
 from leanlm.planning.simulation import gpu
 from leanlm.planning.simulation.compiled import compiler_of
 from leanlm.planning.simulation.trace import BEFORE, Trace, Work
@@ -165,7 +165,7 @@ def few_pieces(trace: Trace) -> Iterator[None]:
 
         return some
 
-    with mock.patch.object(loss, "chunks", few(loss.chunks)), mock.patch.object(state, "pieces", few(state.pieces)):
+    with mock.patch.object(chunks, "chunks", few(chunks.chunks)), mock.patch.object(low_bit, "pieces", few(low_bit.pieces)):
         yield
 
 
@@ -174,8 +174,8 @@ def tables_of_its_own() -> Iterator[None]:
     """Each simulation makes the tables of a quantised state: they weigh in every run, and these have no storage."""
 
     def forget() -> None:
-        state.code_values.cache_clear()
-        state.nearest.cache_clear()
+        low_bit.code_values.cache_clear()
+        low_bit.nearest.cache_clear()
 
     forget()
     yield
@@ -223,7 +223,7 @@ class _Repeated:
 def alike_tensors(trace: Trace) -> Iterator[None]:
     """Muon does the same to each stack of a shape, and AdamW in pieces to each tensor: it is done to one. Where an optimizer
     only gets its state, Muon's products are not taken."""
-    products, update = muon.orthogonal, state.AdamW._update
+    products, update = muon.orthogonal, AdamW._update
     stacks, tensors = _Repeated(trace), _Repeated(trace)
 
     def once(stack: Tensor, *settings: Any) -> Tensor:
@@ -231,7 +231,7 @@ def alike_tensors(trace: Trace) -> Iterator[None]:
             return stack
         return stacks((stack.shape, settings), lambda: products(stack, *settings))
 
-    def update_once(self: state.AdamW, parameter: Tensor, group: dict[str, Any]) -> None:
+    def update_once(self: AdamW, parameter: Tensor, group: dict[str, Any]) -> None:
         if parameter not in self.state or trace.phase == BEFORE:
             return update(self, parameter, group)
         mine = local(self.owned(parameter))
@@ -240,7 +240,7 @@ def alike_tensors(trace: Trace) -> Iterator[None]:
 
     with (
         mock.patch.object(muon, "orthogonal", once),
-        mock.patch.object(state.AdamW, "_update", update_once),
+        mock.patch.object(AdamW, "_update", update_once),
     ):
         yield
 

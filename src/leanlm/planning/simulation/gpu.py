@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from leanlm.memory import loss, offload
+from leanlm.memory import chunks, offload
 from leanlm.models import kernels
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ def kernels_of_a_gpu(card: Any, to_host: Callable[[int], None]) -> Iterator[None
         replaced: list[tuple[Any, str, Callable[..., Any]]] = [
             (kernels, "on_gpu", lambda tensor: True),
             (kernels, "add_product_", _add_product_),
-            (loss, "logits_memory", lambda device: loss.share_of(card.total or card.memory)),
+            (chunks, "logits_memory", lambda device: chunks.share_of(card.total or card.memory)),
             (F, "scaled_dot_product_attention", _attention),
             (F, "rms_norm", _rms_norm),
             (offload, "_Pinned", partial(_Away, to_host)),

@@ -1,0 +1,79 @@
+"""What our optimizers have in common: which part of the state a device keeps, and where it lies between two steps."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from leanlm.common.dtensors import dtensor_like, is_dtensor, local, with_layout
+from leanlm.memory.offload import StateStorage
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+SMALLEST = 4096  # numbers in a tensor, or bytes of its state, below which neither is divided, coded or moved
+
+
+class Optimizer(torch.optim.Optimizer):
+    """What AdamW, Muon and both together have in common.
+
+    Attributes:
+        stochastic: round bf16 parameters up or down by chance, so that small updates are not lost.
+        copies: devices that hold the same parameters, among which state and work are divided by rows (ZeRO-1, Rajbhandari et
+            al. 2020, arXiv 1910.02054); None: each does all of it.
+        scratch: where the state is between two steps; None: in the device's memory.
+    """
+
+    stochastic = False
+    copies: "DeviceMesh | None" = None
+    scratch: StateStorage | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update()
+        return loss
+
+    def update(self) -> None:
+        """Update all parameters that have a gradient."""
+        raise NotImplementedError
+
+    def owned(self, tensor: Tensor) -> Tensor:
+        """Of a parameter, or a tensor like it, the rows whose state this device keeps, sharing their storage."""
+        if self.copies is None or is_dtensor(tensor) or tensor.numel() < SMALLEST:
+            return tensor
+        parts = tensor.detach().chunk(self.copies.size())
+        if len(parts) < self.copies.size():
+            return tensor
+        from torch.distributed.tensor import Shard
+
+        mine = parts[self.copies.get_local_rank()]
+        return with_layout(mine, (self.copies, [Shard(0)], tensor.shape, tensor.stride()))
+
+
+def owned(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """As `Optimizer.owned`, of torch's optimizers too, which keep all of it."""
+    return optimizer.owned(parameter) if isinstance(optimizer, Optimizer) else parameter
+
+
+def put_away(state: dict[str, Tensor], scratch: StateStorage) -> None:
+    """Move the tensors of a parameter's state away, and let what they took leave memory."""
+    for key, value in state.items():
+        mine = local(value)
+        if mine.nbytes < SMALLEST:
+            continue
+        if not scratch.holds(mine):
+            moved = scratch.empty(mine.shape, mine.dtype).copy_(mine)
+            state[key] = dtensor_like(moved, value, value.shape) if is_dtensor(value) else moved
+            mine = moved
+        scratch.release(mine)
+
+
+def rounded(numbers: Tensor) -> Tensor:
+    """float32 to bf16, up with the probability of the part that is cut off."""
+    bits = numbers.view(torch.int32)
+    return ((bits + torch.randint_like(bits, 1 << 16)) & -(1 << 16)).view(torch.float32).bfloat16()
