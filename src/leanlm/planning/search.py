@@ -22,14 +22,13 @@ from leanlm.common.machine import cores, memory_limit
 from leanlm.config.schema import Settings
 from leanlm.planning.candidates import Estimate, families
 from leanlm.planning.choice import Choice
+from leanlm.planning.constants import LATER, WORKER
 from leanlm.planning.hardware.devices import Device
 from leanlm.planning.simulation.step import stages
 
 HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
-LATER = {"interleaved": 1.06, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
 SECONDS = 10.5  # from the program's begin on, after which no plan is begun, once two (may) fit or it is clear that none does
 SHORTEST = 5.0  # seconds of a search that begins late
-WORKER = 256 << 20  # bytes that a process which simulates takes (measured: 150 to 280 MiB)
 PATIENCE = 2.0  # seconds more for plans that were begun
 LONGEST = 20.0  # seconds more in which other plans are begun, if one fits and no other may, or none does but some come near
 ANSWER = 300.0  # as long as none has been simulated at all: on a machine that does much else

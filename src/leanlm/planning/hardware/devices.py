@@ -10,13 +10,13 @@ from leanlm.common.errors import UserError
 from leanlm.common.files import cache_folder, write
 from leanlm.common.machine import cores, memory_limit
 from leanlm.config.device_sheets import size
+from leanlm.planning.constants import SLICE
 from leanlm.planning.hardware import gpus
 from leanlm.planning.hardware.probe import VERSION, measured
 
 LISTS = ("memory", "speed")  # of a config, what may be given for each device
 SIZES = ("total", "context", "workspace", "communicator")
 MARGIN = 0.05  # of a budget that is left free: predictions have errors
-SLICE = 2.5e-3  # seconds that processes, two of which share a core, reach a collective apart (measured: 1.5 to 4.7 ms)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from leanlm.launch.processes import launch
 from leanlm.launch.ranks import process_group, world_size
 from leanlm.memory.malloc import ENDS
+from leanlm.planning.constants import STARTING
 
 VERSION = 4  # of what is measured
 PRODUCTS = ("float32", "bfloat16", "float64")
@@ -24,7 +25,6 @@ ROUNDS = 4
 SMALL = 1 << 20  # bytes of a tensor that gets pages of 4 KiB
 LARGE = 8 << 20  # of one that is as large as activations are
 HUGE = 16 << 20  # of one whose pages are large
-AROUND = 2.4  # times as long as an addition without work takes to start, an operation or view in a model takes
 MESSAGE, TIMES = 8 << 20, 9  # bytes that are sent to measure a link, and how often
 
 
@@ -76,7 +76,7 @@ def _rates() -> dict[str, Any]:
         "bandwidth": 2 * LARGE / best["bandwidth"],
         "paging": (HUGE - ENDS) / huge,
         "small_paging": small_paging,
-        "overhead": AROUND * best["overhead"],
+        "overhead": STARTING * best["overhead"],
     }
 
 

@@ -23,6 +23,7 @@ from leanlm.memory import malloc
 from leanlm.models.contract import without_storage
 from leanlm.planning.hardware.devices import Device
 from leanlm.planning.simulation import fake_world
+from leanlm.planning.simulation.patches import no_moves, of_strategy, replaced
 from leanlm.planning.simulation.trace import BEFORE, Trace
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
@@ -77,10 +78,8 @@ def simulate(
         trace.mark("weights", parallel.net.parameters())
         trace.mark("buffers", parallel.net.buffers())
         trainer = build.trainer(settings, [_Phases(trace, ends(plan))], [], steps)
-        if plan.world > 1 and not plan.splits_model:
-            trainer.strategy._setup_model = partial(fake_world.with_buckets, trace, plan)  # type: ignore[method-assign]
-        trainer.strategy.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]
-        with contextlib.redirect_stdout(None), fake_world.no_moves(module):
+        wrap = partial(fake_world.with_buckets, trace, plan) if plan.world > 1 and not plan.splits_model else None
+        with contextlib.redirect_stdout(None), replaced([*no_moves(module), *of_strategy(trainer.strategy, wrap)]):
             trainer.fit(module, _Batches(settings, steps))
     order = {}
     if module.pipeline is not None:
