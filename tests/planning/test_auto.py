@@ -23,6 +23,7 @@ from leanlm.common.run_folder import Run
 from leanlm.config.checks import check
 from leanlm.config.schema import Settings
 from leanlm.launch.processes import WorkerFailed
+from leanlm.planning import auto as planner
 from leanlm.planning import search as searching
 from leanlm.planning.auto import choose
 from leanlm.planning.candidates import Estimate, families, meshes
@@ -75,7 +76,7 @@ def test_a_run_that_meets_the_end_of_memory_goes_on_with_a_plan_for_less(
               "sample_tokens=0"]  # fmt: skip
     common.append("optim.schedule=constant")  # a run of two steps, which the first is, then has the same rates
     module.train(composed(*common, "max_steps=4", f"run_dir={tmp_path}/alone"), isolate=True)
-    asked, real = [], module.launch
+    asked, real = [], planner.launch
 
     def choose(settings: Settings, scale: float) -> tuple[Settings, list[str]]:
         asked.append((scale, settings.config.resume))
@@ -89,8 +90,8 @@ def test_a_run_that_meets_the_end_of_memory_goes_on_with_a_plan_for_less(
             raise WorkerFailed("rank 0 of 1 failed\nits process was ended by SIGKILL")
         return real(function, arguments, *rest)
 
-    monkeypatch.setattr(module, "choose", choose)
-    monkeypatch.setattr(module, "launch", killed_once)
+    monkeypatch.setattr(planner, "choose", choose)
+    monkeypatch.setattr(planner, "launch", killed_once)
     path = tmp_path / "auto"
     result = module.train(composed(*common, "max_steps=4", "strategy=auto", f"run_dir={path}"))
     assert asked == [(1.0, None), (0.85, str(path))]

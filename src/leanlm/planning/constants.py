@@ -58,11 +58,11 @@ WINDOWS_KEEP = 1 / 8  # of these, under strategy.recompute_window
 TENSOR_DIVIDES = 0.8  # power of the tensor axis by which activations get fewer
 IN_FLIGHT = {"1f1b": 1.0, "interleaved": 1.3, "others": 1.5}  # schedule -> micro-batches that a stage keeps, over its pipeline
 IDLE = {"interleaved": 0.5, "zero-bubble": 0.3}  # schedule -> of 1F1B's waiting time, what is left
-RECOMPUTING = {"none": 1.0, "operators": 1.08, "blocks": 4 / 3}  # recomputation -> times as much arithmetic
+RECOMPUTING = {"operators": 1.08, "blocks": 4 / 3}  # recomputation -> times as much arithmetic
 OPERATIONS = {"none": 200, "operators": 1100, "blocks": 500, "others": 350}  # the same -> times STARTING, to start a block
 OFFLOADING = 1.5  # times as long as a step takes with anything offloaded
 ZERO1_SENDS = 1.5  # times what DDP sends
-UPDATE = 40  # bytes that an optimizer moves for each parameter
+UPDATE = 40  # times the bytes of weights that an optimizer moves
 
 # The search
 LATER = {"interleaved": 1.06, "zero-bubble": 1.1}  # times by which these seem slower: to simulate one takes as long as several

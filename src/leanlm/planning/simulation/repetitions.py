@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanlm.common.dtensors import local
+from leanlm.common.dtensors import local, place
 from leanlm.memory import loss
 from leanlm.optimizers import adamw, muon
 from leanlm.planning.simulation.patches import Patch
@@ -61,18 +61,19 @@ class _Repeated:
 
     def __call__(self, key: Any, run: Callable[[], Any]) -> Any:
         """What `run` returns: a new tensor, of which others with this key get one as large, or nothing."""
-        trace = self.trace
-        start, before = trace.count, Counter(trace.work[trace.phase])
+        trace, before = self.trace, Counter(self.trace.work[self.trace.phase])
         if key not in self.seen:
             first, made, result = len(trace.events), run(), None
+            seen = trace.events[first:]  # of storages that come, and of offloaded ones, whose pages come back and leave
+            places = {number: i for i, number in enumerate(dict.fromkeys(number for number, _ in seen), 1)}
             if made is not None:
-                result = trace.known[made.untyped_storage()._cdata] - start, made.shape, made.stride(), made.dtype
-            events = [(number - start, size) for number, size in trace.events[first:] if number > start]
-            parts = {number - start: part for number, part in trace.parts.items() if number > start}
-            self.seen[key] = events, parts, trace.count - start, result, trace.work[trace.phase] - before
+                result = places[trace.known[place(made)]], made.shape, made.stride(), made.dtype
+            events = [(places[number], size) for number, size in seen]
+            parts = {i: trace.parts[number] for number, i in places.items() if number in trace.parts}
+            self.seen[key] = events, parts, len(places), result, trace.work[trace.phase] - before
             return made
         events, parts, count, result, work = self.seen[key]
-        made = None
+        start, made = trace.count, None
         trace.count += count
         trace.parts |= {start + i: part for i, part in parts.items()}
         for i, size in events:
