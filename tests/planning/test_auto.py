@@ -24,6 +24,7 @@ from leanlm.config.checks import check
 from leanlm.config.schema import Settings
 from leanlm.launch.processes import WorkerFailed
 from leanlm.planning import auto as planner
+from leanlm.planning import report
 from leanlm.planning import search as searching
 from leanlm.planning.auto import choose
 from leanlm.planning.candidates import Estimate, families, meshes
@@ -118,6 +119,19 @@ def test_a_family_begins_with_its_fastest_count_of_micro_batches(text: Path) -> 
         assert rough(family.plans[0]).seconds == min(rough(plan).seconds for plan in family.plans)
     first = next(family.plans[0] for family in queue if family.plans[0].schedule == "zero-bubble")
     assert first.accumulate_grad_batches > first.pipeline
+
+
+def test_a_table_of_six_plans_fits_80_columns(text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    found = predict(settings(text), 256, HERE)
+    found.needs[0].parts["weights"] = 150 << 30
+    found.seconds = 2.0
+    report._print_table([found] * 6, 1, 2 * 1234567)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name, cell in (("weights", "153,600"), ("tokens/s", "1,234,567"), ("exactness", "bitwise")):
+        (line,) = (line for line in lines if name in line)
+        assert line.split() == [name, *[cell] * 6]
 
 
 class _Answers:

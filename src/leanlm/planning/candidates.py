@@ -47,7 +47,8 @@ def families(settings: Settings, devices: int, whole: Stages, device: Device, al
     base = replace(Choice.of(settings), auto=False)
     found = []
     for mesh in meshes(devices):
-        mine = replace(base, **dict(zip(AXES, mesh, strict=True)))
+        axes: dict[str, Any] = dict(zip(AXES, mesh, strict=True))
+        mine = replace(base, **axes)
         choices = product(
             _recomputations(whole, device),
             _changes(allow),

@@ -1,5 +1,6 @@
 """What a search found, for people and for programs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def _name(choice: Choice) -> str:
     return arguments(choice) or "one device"
 
 
-def command(plan: Choice, overrides: list[str]) -> str:
+def command(plan: Choice, overrides: Sequence[str]) -> str:
     """The command line that trains with a plan."""
     return " ".join(["python -m leanlm.train", *overrides, arguments(plan)]).strip()
 
@@ -74,7 +75,7 @@ def mib(size: float) -> str:
     return f"{size / 2**20:,.0f} MiB" if size < 10 * 2**30 else f"{size / 2**30:,.1f} GiB"
 
 
-def as_dict(found: "Prediction", tokens: int, overrides: list[str]) -> dict[str, Any]:
+def as_dict(found: "Prediction", tokens: int, overrides: Sequence[str]) -> dict[str, Any]:
     """A prediction with plain types: bytes, seconds, tokens/s."""
     return {
         "plan": found.plan.asdict(),
@@ -88,7 +89,7 @@ def as_dict(found: "Prediction", tokens: int, overrides: list[str]) -> dict[str,
     }
 
 
-def show(answer: "Answer", device: Device, devices: int, tokens: int, overrides: list[str]) -> None:
+def show(answer: "Answer", device: Device, devices: int, tokens: int, overrides: Sequence[str]) -> None:
     """Print what a search found, in tables of 80 columns."""
     budget, fitting = budgets(device, devices), answer.fitting
     if fitting:
