@@ -129,7 +129,7 @@ def _print_table(plans: "list[Prediction]", first: int, tokens: int) -> None:
         "tokens/s": [f"{tokens / found.seconds:,.0f}" for found in plans],
         "exactness": [found.plan.exactness for found in plans],
     }
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in ("", *(str(first + i) for i in range(len(plans)))):
         table.add_column(name, justify="right" if name else "left")
     for name, cells in rows.items():
