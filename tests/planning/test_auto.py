@@ -23,6 +23,8 @@ from leanlm.common.run_folder import Run
 from leanlm.config.checks import check
 from leanlm.config.schema import Settings
 from leanlm.launch.processes import WorkerFailed
+from leanlm.planning import auto as planner
+from leanlm.planning import report
 from leanlm.planning import search as searching
 from leanlm.planning.auto import choose
 from leanlm.planning.candidates import Estimate, families, meshes
@@ -69,14 +71,13 @@ def test_a_run_that_meets_the_end_of_memory_goes_on_with_a_plan_for_less(
 ) -> None:
     """The first process is killed after its checkpoint of step 2, as the system would; the curve is one of a run left alone."""
     from leanlm import train as module
-    from leanlm.planning import auto
 
     common = ["data=text", f"data.path={text}", "model=gpt2", "model.width=32", "model.heads=2", "model.depth=2",
               "global_batch=8", "sequence=16", "val_every=4", "checkpoint_every=2", "log_every=1", "logger=csv",
               "sample_tokens=0"]  # fmt: skip
     common.append("optim.schedule=constant")  # a run of two steps, which the first is, then has the same rates
     module.train(composed(*common, "max_steps=4", f"run_dir={tmp_path}/alone"), isolate=True)
-    asked, real = [], auto.launch
+    asked, real = [], planner.launch
 
     def choose(settings: Settings, scale: float) -> tuple[Settings, list[str]]:
         asked.append((scale, settings.config.resume))
@@ -90,8 +91,8 @@ def test_a_run_that_meets_the_end_of_memory_goes_on_with_a_plan_for_less(
             raise WorkerFailed("rank 0 of 1 failed\nits process was ended by SIGKILL")
         return real(function, arguments, *rest)
 
-    monkeypatch.setattr(auto, "choose", choose)
-    monkeypatch.setattr(auto, "launch", killed_once)
+    monkeypatch.setattr(planner, "choose", choose)
+    monkeypatch.setattr(planner, "launch", killed_once)
     path = tmp_path / "auto"
     result = module.train(composed(*common, "max_steps=4", "strategy=auto", f"run_dir={path}"))
     assert asked == [(1.0, None), (0.85, str(path))]
@@ -118,6 +119,19 @@ def test_a_family_begins_with_its_fastest_count_of_micro_batches(text: Path) -> 
         assert rough(family.plans[0]).seconds == min(rough(plan).seconds for plan in family.plans)
     first = next(family.plans[0] for family in queue if family.plans[0].schedule == "zero-bubble")
     assert first.accumulate_grad_batches > first.pipeline
+
+
+def test_a_table_of_six_plans_fits_80_columns(text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    found = predict(settings(text), 256, HERE)
+    found.needs[0].parts["weights"] = 150 << 30
+    found.seconds = 2.0
+    report._print_table([found] * 6, 1, 2 * 1234567)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name, cell in (("weights", "153,600"), ("tokens/s", "1,234,567"), ("exactness", "bitwise")):
+        (line,) = (line for line in lines if name in line)
+        assert line.split() == [name, *[cell] * 6]
 
 
 class _Answers:

@@ -17,12 +17,12 @@ from leanlm.config.checks import check
 from leanlm.config.device_sheets import sheet, size
 from leanlm.config.schema import Settings
 from leanlm.planning.candidates import families
+from leanlm.planning.constants import ASKING, REACHED, SLICE
 from leanlm.planning.hardware import gpus
-from leanlm.planning.hardware.devices import SLICE, Device, count, of_config
+from leanlm.planning.hardware.devices import Device, count, of_config
 from leanlm.planning.hardware.roofline import seconds
 from leanlm.planning.predict import predict
 from leanlm.planning.search import search
-from leanlm.planning.simulation.gpu import REACHED
 from leanlm.planning.simulation.step import stages
 from leanlm.planning.simulation.trace import Work
 from leanlm.strategies import balance
@@ -193,7 +193,7 @@ def test_gpus_of_this_machine_by_their_data_sheets(monkeypatch: pytest.MonkeyPat
         sheet("NVIDIA L40S")
 
     auto = {"accelerator": "auto", "memory": None}
-    asking = round(gpus.ASKING * (600 << 20))  # is given back by the process that has asked
+    asking = round(ASKING * (600 << 20))  # is given back by the process that has asked
     monkeypatch.setattr(gpus, "here", lambda: (("NVIDIA L4", 23_000_000_000), ("NVIDIA L4", 22_900_000_000)))
     assert count(auto, None) == 2
     two = of_config(auto)

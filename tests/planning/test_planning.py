@@ -21,10 +21,11 @@ from leanlm.memory import chunks, malloc, offload
 from leanlm.optimizers import base, low_bit
 from leanlm.planning import inference as reading
 from leanlm.planning.choice import Choice
+from leanlm.planning.constants import ONE_PROCESS
 from leanlm.planning.hardware.devices import Device, of_config
-from leanlm.planning.parts import ONE_PROCESS, peaks
+from leanlm.planning.parts import peaks
 from leanlm.planning.predict import _between, _fewer_micro_batches, _view, _with, kinds_of_ranks, predict, received
-from leanlm.planning.simulation import fake_world
+from leanlm.planning.simulation import patches, repetitions
 from leanlm.planning.simulation.step import ends, simulate, stages
 from leanlm.planning.simulation.trace import Work
 from leanlm.strategies.plan import Plan
@@ -194,7 +195,7 @@ def test_three_pieces_of_head_and_state_say_what_all_need(plan: str, text: Path,
     monkeypatch.setattr(low_bit, "PIECE", 1 << 12)
     asked = settings(text, *plan.split(), "sequence=160")
     few = simulate(asked, 256)
-    monkeypatch.setattr(fake_world, "few_pieces", lambda trace: nullcontext())
+    monkeypatch.setattr(repetitions, "few_pieces", lambda trace: [])
     every = simulate(asked, 256)
     assert len(few.trace.events) < len(every.trace.events)
     assert in_step(peaks(few.trace)) == in_step(peaks(every.trace))
@@ -221,7 +222,7 @@ def test_one_tensor_of_a_shape_says_what_an_optimizer_does_to_each(
     monkeypatch.setattr(base, "SMALLEST", 64)
     asked = settings(text, *plan.split(), "model.width=64", "model.depth=2")
     once = simulate(asked, 64).trace  # as many token types as rows of a matrix, which is then of the logits
-    monkeypatch.setattr(fake_world, "alike_tensors", lambda trace: nullcontext())
+    monkeypatch.setattr(repetitions, "alike_tensors", lambda trace: [])
     each = simulate(asked, 64).trace
     events = [
         [(trace.parts.get(number), size) for number, size in trace.events[start:]]
@@ -338,6 +339,6 @@ def test_what_a_pipeline_has_sent_stays_as_with_gloo(text: Path) -> None:
     asked = settings(text, "strategy=interleaved", "devices=2", "strategy.accumulate_grad_batches=4", "model.depth=4")
     rows, hidden = 2, 16 * 32 * 4
     most = max(sum(parts.values()) for parts in peaks(simulate(asked, 256, 1).trace).values())
-    with mock.patch.object(fake_world, "_Sent", lambda work, tensors: work):
+    with mock.patch.object(patches, "Sent", lambda work, tensors: work):
         less = max(sum(parts.values()) for parts in peaks(simulate(asked, 256, 1).trace).values())
     assert most - less >= 2 * rows * hidden

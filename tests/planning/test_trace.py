@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
 from leanlm.memory.recompute import recomputed
+from leanlm.planning.constants import CHECKPOINTED, LAYOUT, SELECTIVE
 from leanlm.planning.parts import peaks
-from leanlm.planning.simulation.operations import CHECKPOINTED, LAYOUT, SELECTIVE
 from leanlm.planning.simulation.trace import Trace, Work
 
 

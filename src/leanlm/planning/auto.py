@@ -17,8 +17,9 @@ from leanlm.launch.processes import WorkerFailed, launch
 from leanlm.launch.ranks import on_rank_0, say
 from leanlm.planning import report
 from leanlm.planning.choice import Choice
-from leanlm.planning.hardware import devices as devices_
-from leanlm.planning.search import search
+from leanlm.planning.hardware import devices
+from leanlm.planning.predict import Prediction
+from leanlm.planning.search import Answer, search
 from leanlm.training.data import tokens
 
 SCALES = (1.0, 0.85, 0.7, 0.55)  # of the memory that a plan is chosen for: first, and after each time that it was not enough
@@ -41,7 +42,18 @@ def train(
     """
     if command is not None:
         hand_over(settings, command, path)
-    return train_within_memory(work, settings, config, path)
+    for scale in SCALES:
+        chosen, lines = choose(settings, scale)
+        say("\n".join(lines))
+        try:
+            return launch(work, (chosen, written(config, chosen), path), chosen.plan.world, True, settings.config.restarts)
+        except WorkerFailed as failure:
+            if scale == SCALES[-1] or not failure.out_of_memory:
+                raise
+            say(f"memory ended: {str(failure).splitlines()[-1]}\nplanning for less; the curve goes on from the last checkpoint")
+        if any(Run(path).checkpoints.glob("step-*")):
+            settings = replace(settings, config=replace(settings.config, resume=str(path)))
+    raise AssertionError
 
 
 def agreed(settings: Settings, config: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
@@ -64,8 +76,8 @@ def choose(settings: Settings, scale: float = 1.0, beside: int | None = None) ->
         UserError: nothing fits.
     """
     config = settings.config
-    count = devices_.count(config.device, settings.devices)
-    device = devices_.of_config(config.device, count).scaled(scale)
+    count = devices.count(config.device, settings.devices)
+    device = devices.of_config(config.device, count).scaled(scale)
     if count == 1 and device.shared:  # several have one with torch beside them anyhow
         held = device.process[2]
         device = replace(device, memory=device.memory - (held if beside is None or config.restarts else beside))
@@ -81,19 +93,24 @@ def choose(settings: Settings, scale: float = 1.0, beside: int | None = None) ->
     best = answer.fitting[0] if answer.fitting else answer.least
     needs = [best.of_rank(rank) for rank in range(best.plan.world)]
     predicted = [need.peak - need.parts.get("context", 0) for need in needs]  # what a run can measure
-    rest = answer.fitting[1:] or answer.others
-    after = "".join(
-        f"; next {one.seconds:.3g} s, {report.mib(one.fullest.peak)}: {report.arguments(one.plan)}" for one in rest[:1]
-    )
-    margin = f"none leaves {devices_.MARGIN:.0%} of it free, this may fit: the smallest"
+    prediction = {"peak_memory_bytes": predicted, "seconds_per_step": best.seconds}
+    chosen = replace(best.plan.settings(settings), predicted=prediction)
+    return chosen, _why(chosen, best, answer, budget)
+
+
+def _why(chosen: Settings, best: Prediction, answer: Answer, budget: str) -> list[str]:
+    """Lines that say what was chosen, and why."""
+    margin = f"none leaves {devices.MARGIN:.0%} of it free, this may fit: the smallest"
     kind = "the fastest that fits" if answer.fitting else margin
-    lines = [
-        f"strategy=auto: {best.plan.settings(settings).describe()}",
+    after = "".join(
+        f"; next {one.seconds:.3g} s, {report.mib(one.fullest.peak)}: {report.arguments(one.plan)}"
+        for one in (answer.fitting[1:] or answer.others)[:1]
+    )
+    return [
+        f"strategy=auto: {chosen.describe()}",
         f"  predicted peak {report.mib(best.fullest.peak)} of {budget}, {best.seconds:.3g} s a step",
         f"  {kind} of {answer.simulated} plans simulated, the likeliest of {answer.candidates}{after}",
     ]
-    prediction = {"peak_memory_bytes": predicted, "seconds_per_step": best.seconds}
-    return replace(best.plan.settings(settings), predicted=prediction), lines
 
 
 def hand_over(settings: Settings, command: list[str], path: Path) -> NoReturn:
@@ -101,35 +118,15 @@ def hand_over(settings: Settings, command: list[str], path: Path) -> NoReturn:
     attempt = int(os.environ.pop(supervisor.ATTEMPT, 0))
     chosen, lines = choose(settings, SCALES[attempt], beside=supervisor.SIZE)
     say("\n".join(lines))
-    assert chosen.predicted is not None
     asked = [part for part in command if part.lstrip("+~").partition("=")[0] != "run_dir"]
-    here = f"run_dir={quoted(str(path))}"
-    wanted, given = (
-        (f"precision={one.config.precision}", f"optim.state={one.config.optim.state}") for one in (chosen, settings)
-    )
-    changed = [after for after, before in zip(wanted, given, strict=True) if after != before]
     named = [part for part in asked if not re.match(r"[+~]*strategy[.=]", part)]
+    here, choice = f"run_dir={quoted(str(path))}", Choice.of(chosen)
+    changed = [f"precision={choice.precision}"] * (choice.precision != settings.config.precision)
+    changed += [f"optim.state={choice.state}"] * (choice.state != settings.config.optim.state)
     supervisor.instead(
-        run=[*named, "strategy=single", *report.arguments(Choice.of(chosen)).split(), *changed, here],
+        run=[*named, "strategy=single", *report.arguments(choice).split(), *changed, here],
         again=[*asked, here] if attempt + 1 < len(SCALES) else None,
         resume=[f"resume={quoted(str(path))}", "strategy=auto"],
         checkpoints=Run(path).checkpoints,
         environment={supervisor.PREDICTED: json.dumps(chosen.predicted), supervisor.ATTEMPT: str(attempt + 1)},
     )
-
-
-def train_within_memory(work: Work, settings: Settings, plain: dict[str, Any], path: Path) -> dict[str, Any]:
-    """As `hand_over`, from within a process that goes on: a job of a sweep."""
-    for scale in SCALES:
-        chosen, lines = choose(settings, scale)
-        say("\n".join(lines))
-        config = written(plain, chosen)
-        try:
-            return launch(work, (chosen, config, path), chosen.plan.world, True, settings.config.restarts)
-        except WorkerFailed as failure:
-            if scale == SCALES[-1] or not failure.out_of_memory:
-                raise
-            say(f"memory ended: {str(failure).splitlines()[-1]}\nplanning for less; the curve goes on from the last checkpoint")
-        if any(Run(path).checkpoints.glob("step-*")):
-            settings = replace(settings, config=replace(settings.config, resume=str(path)))
-    raise AssertionError

@@ -1,6 +1,6 @@
 """What the planner chooses: a plan and, where `allow` says so, what changes the curve."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from leanlm.config.schema import Settings, exactness
@@ -40,5 +40,4 @@ class Choice(Plan):
 
     def asdict(self) -> dict[str, Any]:
         """The plan alone, as a configuration's group has it."""
-        everything = asdict(self)
-        return {each.name: everything[each.name] for each in fields(Plan)}
+        return {each.name: getattr(self, each.name) for each in fields(Plan)}

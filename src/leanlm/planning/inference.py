@@ -14,6 +14,7 @@ from leanlm.planning.hardware import devices as devices
 from leanlm.planning.parts import heap_of, peaks, with_overhead
 from leanlm.planning.report import mib
 from leanlm.planning.simulation import allocator, fake_world
+from leanlm.planning.simulation.patches import no_moves, replaced
 from leanlm.planning.simulation.trace import Trace
 from leanlm.strategies.plan import Plan
 from leanlm.training import build
@@ -70,7 +71,7 @@ def _evaluation(settings: Settings, vocabulary: int, device: devices.Device, ran
         trace.mark("weights", parallel.net.parameters())
         module = build.module(settings, parallel, training=False)
         trainer = build.trainer(settings, [], [])
-        with contextlib.redirect_stdout(None), fake_world.no_moves(module):
+        with contextlib.redirect_stdout(None), replaced(no_moves(module)):
             trainer.validate(module, _Batches(rows, config.sequence), verbose=False)
     return trace
 

@@ -1,5 +1,6 @@
 """Bytes of a traced step by part, and with what the process, its libraries and the allocator hold beside its tensors."""
 
+from leanlm.planning import constants
 from leanlm.planning.choice import Choice
 from leanlm.planning.hardware.devices import Device
 from leanlm.planning.simulation.trace import WORKSPACES, Trace
@@ -7,10 +8,6 @@ from leanlm.strategies.plan import AXES, Plan
 
 PARTS = ("weights", "gradients", "state", "activations", "logits", "buffers", "temporaries")
 FREED = "freed"
-# bytes of what a process that trains touches of its libraries, and makes of them; fitted to runs of scripts/plan_accuracy.py
-ONE_PROCESS, SEVERAL, DTENSOR, FSDP, PIPELINE, STAGES, BF16 = (size << 20 for size in (86, 20, 13, 8, 13, 22, 20))
-# of small tensors' bytes: what glibc's heap holds beyond them, in holes; a recurrence fills its holes with the same few sizes
-HEAP, HEAP_RECURRENT = 0.35, 0.12
 
 
 def peaks(trace: Trace) -> dict[str, dict[str, int]]:
@@ -20,8 +17,7 @@ def peaks(trace: Trace) -> dict[str, dict[str, int]]:
     now, heap, most, found = 0, 0, 0, dict[str, tuple[int, dict[str, int]]]()
     always = {number for number, part in trace.parts.items() if part == WORKSPACES}  # of every step but the first
     live[WORKSPACES] = now = sum(size for number, size in trace.events if number in always)
-    borders = [*trace.phases, (len(trace.events), "")]
-    for (first, name), (end, _) in zip(borders, borders[1:], strict=False):
+    for name, first, end in trace.pieces():
         best = now + live[FREED], dict(live)
         for number, size in trace.events[first:end]:
             if number in always:
@@ -61,7 +57,7 @@ def with_overhead(
             "context": device.context + groups(plan) * device.communicator,
         }
     parts.pop(WORKSPACES, None)
-    holes = round((HEAP_RECURRENT if recurrent else HEAP) * heap)
+    holes = round((constants.HEAP_RECURRENT if recurrent else constants.HEAP) * heap)
     return parts | {"overhead": _libraries(plan) + holes + freed, "process": device.process[int(plan.world > 1)]}
 
 
@@ -72,13 +68,14 @@ def groups(plan: Plan) -> int:
 
 
 def _libraries(plan: Choice) -> int:
+    """Bytes of what a process that trains touches of its libraries, and makes of them."""
     wanted = (
-        (plan.world == 1, ONE_PROCESS),
-        (plan.world > 1, SEVERAL),
-        (plan.shard * plan.tensor > 1, DTENSOR),
-        (plan.shard > 1, FSDP),
-        (plan.pipeline > 1, PIPELINE),
-        (plan.pipeline > 1 and plan.stages > plan.pipeline, STAGES),  # large tensors that take holes of the heap
-        (plan.precision.startswith("bf16"), BF16),
+        (plan.world == 1, constants.ONE_PROCESS),
+        (plan.world > 1, constants.SEVERAL),
+        (plan.shard * plan.tensor > 1, constants.DTENSOR),
+        (plan.shard > 1, constants.FSDP),
+        (plan.pipeline > 1, constants.PIPELINE),
+        (plan.pipeline > 1 and plan.stages > plan.pipeline, constants.STAGES),  # large tensors that take holes of the heap
+        (plan.precision.startswith("bf16"), constants.BF16),
     )
     return sum(size for applies, size in wanted if applies)

@@ -12,7 +12,7 @@ from leanlm.planning.hardware import roofline
 from leanlm.planning.hardware.devices import MARGIN, Device
 from leanlm.planning.parts import heap_of, peaks, with_overhead
 from leanlm.planning.simulation import allocator
-from leanlm.planning.simulation.step import Stages, Step, ends, simulate, stages
+from leanlm.planning.simulation.step import Order, Stages, Step, ends, simulate, stages
 from leanlm.planning.simulation.trace import BEFORE, Work
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
@@ -89,24 +89,6 @@ class Prediction:
         return next(need for need in reversed(self.needs) if need.rank <= rank)
 
 
-def kinds_of_ranks(plan: Plan, whole: Stages, alike: bool = True) -> list[int]:
-    """The ranks that can be the fullest, on devices that are all alike or not.
-
-    Along axes that are not a pipeline the first rank holds the most. Of a pipeline, the later a rank in the middle the fewer
-    micro-batches it holds, unless the schedule splits backward: only one with more blocks than those before it counts.
-    """
-    places = [place * (plan.world // plan.pipeline) for place in range(plan.pipeline)]
-    if plan.pipeline == 1 or SCHEDULES[plan.schedule].splits_backward or not alike:
-        return places
-    found: list[int] = []
-    most = 0
-    for rank in places[1:-1]:
-        held = blocks_held(plan, rank, whole)
-        if held > most:
-            found, most = [*found, rank], held
-    return [places[0], *found, places[-1]]
-
-
 def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
     """Simulate every kind of rank of a plan, with few blocks and micro-batches where more only repeat them."""
     plan = Choice.of(settings)
@@ -114,32 +96,50 @@ def predict(settings: Settings, vocabulary: int, device: Device) -> Prediction:
     small, micros = _fewer_micro_batches(settings)
     few = small.plan.accumulate_grad_batches
     whole = stages(settings.config, plan, vocabulary)
-    needs, order = [], dict[int, list[tuple[str, int, int]]]()
-    share = device.share(plan.world)
-    alike = plan.world // plan.pipeline  # ranks in a row that hold the same blocks
+    share, in_a_row = device.share(plan.world), plan.world // plan.pipeline  # ranks in a row hold the same blocks
+    needs, order = [], Order()
     for rank in kinds_of_ranks(plan, whole, device.alike):
         view, order = _view_of(small, vocabulary, rank, whole, device)
         if micros > few and plan.pipeline > 1 and plan.schedule not in BUFFERS_ALONE:
             more, _ = _view_of(_with(settings, few + plan.pipeline), vocabulary, rank, whole, device)
             view = replace(_between(view, more, (micros - few) / plan.pipeline), work=view.work)
-        need = _need(rank, view, micros, plan, share.least(range(rank, rank + alike)), whole.recurrent)
+        need = _need(rank, view, micros, plan, share.least(range(rank, rank + in_a_row)), whole.recurrent)
         if plan.schedule in BUFFERS_ALONE:
             need.parts["buffers"] += (micros - few) * received(settings, rank, whole)
         needs.append(need)
     if plan.pipeline == 1:
         return Prediction(plan, needs, needs[0].seconds)
-    speeds = [share.least(range(first, first + alike)).bandwidth for first in range(0, plan.world, alike)]
+    speeds = [share.least(range(first, first + in_a_row)).bandwidth for first in range(0, plan.world, in_a_row)]
+    waits = _waits(plan, whole, order, speeds)
+    # The pipeline fills and empties once; every micro-batch more takes as long as the slowest rank.
+    flowing = [need.seconds - need.optimizer for need in needs]
+    # A rank that waits leaves its core to others, if they share it.
+    seconds = sum(flowing) / len(flowing) * max(1.0, 1 / device.crowd(plan.world) / (1 - waits))
+    seconds += (micros / few - 1) * max(flowing)
+    return Prediction(plan, needs, seconds + max(need.optimizer for need in needs))
+
+
+def kinds_of_ranks(plan: Plan, whole: Stages, alike: bool = True) -> list[int]:
+    """The ranks that can be the fullest, on devices that are all alike or not.
+
+    Along axes that are not a pipeline the first rank holds the most. Of a pipeline, the later a rank in the middle the fewer
+    micro-batches it holds, unless the schedule splits backward: only one with more blocks than those before it counts.
+    """
+    places = list(range(0, plan.world, plan.world // plan.pipeline))
+    if plan.pipeline == 1 or SCHEDULES[plan.schedule].splits_backward or not alike:
+        return places
+    held = {rank: blocks_held(plan, rank, whole) for rank in places[1:-1]}
+    fuller = [rank for rank in held if held[rank] > max((held[other] for other in held if other < rank), default=0)]
+    return [places[0], *fuller, places[-1]]
+
+
+def _waits(plan: Plan, whole: Stages, order: Order, speeds: list[float]) -> float:
+    """Share of the time that the devices of a pipeline wait, given the speed of each."""
     cost = balance.stage_costs(whole.cost, whole.split)
     for place, speed in enumerate(speeds):
         for stage in plan.stages_on(place):
             cost[stage] /= speed
-    waits = balance.bubble(order, cost)
-    # the pipeline fills and empties once; every micro-batch more takes as long as the slowest rank
-    flowing = [need.seconds - need.optimizer for need in needs]
-    # a rank that waits leaves its core to others, if they share it
-    seconds = sum(flowing) / len(flowing) * max(1.0, 1 / device.crowd(plan.world) / (1 - waits))
-    seconds += (micros / few - 1) * max(flowing)
-    return Prediction(plan, needs, seconds + max(need.optimizer for need in needs))
+    return balance.bubble(order, cost)
 
 
 def _fewer_micro_batches(settings: Settings) -> tuple[Settings, int]:
@@ -188,21 +188,21 @@ class _View:
     work: dict[str, Counter[Work]]
 
 
-def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, device: Device) -> tuple["_View", dict]:
+def _view_of(settings: Settings, vocabulary: int, rank: int, whole: Stages, device: Device) -> tuple[_View, Order]:
     """A rank with all its blocks, and the order of a pipeline's work."""
     plan = settings.plan
     even = whole.alike and plan.recompute in ("none", "blocks", "operators")
-    ended = 2 * ends(plan)  # so many blocks of a stage are simulated, and one more: what the others add is the difference
-    # holes of its allocator do not grow evenly; of a compiled stage, to trace all blocks takes longest
+    few = 2 * ends(plan)  # so many blocks of a stage are simulated, and one more: what the others add is the difference
+    # Holes of a GPU's allocator do not grow evenly; of a compiled stage, to trace all blocks takes longest.
     whole_run = device.card is not None and plan.world == 1 and not plan.compiled
-    if not even or whole_run or max(map(len, whole.split)) <= ended + 1:
+    if not even or whole_run or max(map(len, whole.split)) <= few + 1:
         step = simulate(settings, vocabulary, rank, device=device)
         return _view(step), step.order
-    few, more = (simulate(settings, vocabulary, rank, blocks, device) for blocks in (ended, ended + 1))
-    if few.blocks == more.blocks:  # this rank's stages are shorter than others'
+    less, more = (simulate(settings, vocabulary, rank, blocks, device) for blocks in (few, few + 1))
+    if less.blocks == more.blocks:  # this rank's stages are shorter than others'
         return _view(more), more.order
-    times = (blocks_held(plan, rank, whole) - few.blocks) / (more.blocks - few.blocks)
-    return _between(_view(few), _view(more), times), more.order
+    times = (blocks_held(plan, rank, whole) - less.blocks) / (more.blocks - less.blocks)
+    return _between(_view(less), _view(more), times), more.order
 
 
 def _view(step: Step) -> _View:
@@ -215,7 +215,7 @@ def _view(step: Step) -> _View:
 def _between(few: _View, more: _View, times: float) -> _View:
     """The view of a rank with more blocks or micro-batches: `few` and so many times what `more` has beyond it."""
 
-    def line(low: float, high: float) -> int:
+    def line(low: int, high: int) -> int:
         return round(low + times * (high - low))
 
     found = {

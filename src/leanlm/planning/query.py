@@ -1,6 +1,7 @@
 """What `python -m leanlm.plan` asks, and what it is answered."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from leanlm.common.precision import automatic
 from leanlm.config.checks import check
 from leanlm.config.schema import Config
 from leanlm.planning import report
-from leanlm.planning.hardware import devices as devices_
+from leanlm.planning.hardware import devices
 from leanlm.training.data import tokens
 
 
@@ -28,7 +29,7 @@ class Ask(Config):
 OWN = {each.name for each in fields(Ask)} - {each.name for each in fields(Config)}
 
 
-def plan(asked: Ask, overrides: list[str] | None = None) -> dict[str, Any]:
+def plan(asked: Ask, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Search the plans of a training configuration.
 
     Args:
@@ -43,14 +44,13 @@ def plan(asked: Ask, overrides: list[str] | None = None) -> dict[str, Any]:
     """
     from leanlm.planning.search import search
 
-    device, count = devices_.of_config(asked.device, asked.devices), devices_.count(asked.device, asked.devices)
+    device, count = devices.of_config(asked.device, asked.devices), devices.count(asked.device, asked.devices)
     node = {key: value for key, value in vars(asked).items() if key not in OWN}
     node["device"] = {"accelerator": "cpu"}
     if asked.precision == "auto":
         node["precision"] = automatic(asked.device)
     settings = check(OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config(**node)))))  # type: ignore[arg-type]
     vocabulary = asked.vocabulary or tokens(settings).tokenizer.vocabulary
-    overrides = overrides or []
     answer = search(settings, vocabulary, device, count, asked.allow, asked.show)
     mine, size = device.share(count), asked.global_batch * asked.sequence
     fits, does_not = ([report.as_dict(found, size, overrides) for found in some] for some in (answer.fitting, answer.others))

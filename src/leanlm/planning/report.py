@@ -1,5 +1,6 @@
 """What a search found, for people and for programs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,9 +8,11 @@ from leanlm.planning.choice import Choice
 from leanlm.planning.hardware.devices import MARGIN, Device
 from leanlm.strategies.plan import AXES, LEVERS, Plan
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # which have imported Lightning, when there is something to report
+    from leanlm.planning.predict import Prediction
     from leanlm.planning.search import Answer
 
+PLANS_OF_A_TABLE = 6  # so many columns find room in 80 characters
 FREES = {  # part -> what makes it smaller
     "weights": "strategy.shard or strategy.tensor over more devices",
     "gradients": "strategy.shard, or strategy.step_in_backward with clip=0",
@@ -37,12 +40,16 @@ def arguments(choice: Choice) -> str:
     return " ".join([*written, *choice.changed])
 
 
-def command(plan: Choice, overrides: list[str]) -> str:
+def _name(choice: Choice) -> str:
+    return arguments(choice) or "one device"
+
+
+def command(plan: Choice, overrides: Sequence[str]) -> str:
     """The command line that trains with a plan."""
     return " ".join(["python -m leanlm.train", *overrides, arguments(plan)]).strip()
 
 
-def reason(found: Any) -> str:
+def reason(found: "Prediction") -> str:
     """Why a plan does not fit: by how much, its largest part, and what would make that smaller."""
     need = found.fullest
     largest = max(need.parts, key=need.parts.__getitem__)
@@ -59,7 +66,7 @@ def budgets(device: Device, devices: int) -> str:
     return ", ".join(map(mib, mine.memories)) if mine.memories else f"{devices} x {mib(mine.memory)}"
 
 
-def enough(found: Any) -> list[int]:
+def enough(found: "Prediction") -> list[int]:
     """Bytes that each device would need for a plan, margin included."""
     return [round(found.of_rank(rank).peak / (1 - MARGIN)) for rank in range(found.plan.world)]
 
@@ -68,7 +75,7 @@ def mib(size: float) -> str:
     return f"{size / 2**20:,.0f} MiB" if size < 10 * 2**30 else f"{size / 2**30:,.1f} GiB"
 
 
-def as_dict(found: Any, tokens: int, overrides: list[str]) -> dict[str, Any]:
+def as_dict(found: "Prediction", tokens: int, overrides: Sequence[str]) -> dict[str, Any]:
     """A prediction with plain types: bytes, seconds, tokens/s."""
     return {
         "plan": found.plan.asdict(),
@@ -82,42 +89,52 @@ def as_dict(found: Any, tokens: int, overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def show(answer: "Answer", device: Device, devices: int, tokens: int, overrides: list[str]) -> None:
-    """Print the table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console, budget = Console(highlight=False, soft_wrap=True), budgets(device, devices)
-    table = Table(title=f"plans that fit, fastest first: {budget} on {device.name}", title_justify="left")
-    parts = [part for part in answer.least.fullest.parts if any(found.fullest.parts[part] for found in answer.fitting)]
-    for name in ("", "peak", "headroom", *parts, "step s", "tokens/s", "exactness"):
-        table.add_column(name, justify="right")
-    for number, found in enumerate(answer.fitting, 1):
-        need = found.fullest
-        sizes = [f"{need.parts[part] / 2**20:,.0f}" for part in parts]
-        table.add_row(str(number), mib(need.peak), mib(need.memory - need.peak), *sizes, f"{found.seconds:.3g}",
-                      f"{tokens / found.seconds:,.0f}", found.plan.exactness)  # fmt: skip
-    wide = Console(width=max(console.width, 190), highlight=False)
-    if answer.fitting:
-        wide.print(table)
-        wide.print("parts in MiB, of the rank with the least room")
-        for number, found in enumerate(answer.fitting, 1):
-            console.print(f"{number}: {command(found.plan, overrides)}", markup=False)
+def show(answer: "Answer", device: Device, devices: int, tokens: int, overrides: Sequence[str]) -> None:
+    """Print what a search found, in tables of 80 columns."""
+    budget, fitting = budgets(device, devices), answer.fitting
+    if fitting:
+        print(f"plans that fit, fastest first: {budget} on {device.name}")
+        for first in range(0, len(fitting), PLANS_OF_A_TABLE):
+            _print_table(fitting[first : first + PLANS_OF_A_TABLE], first + 1, tokens)
+        print("bytes in MiB, of the rank with the least room\n")
+        for number, found in enumerate(fitting, 1):
+            print(f"{number}: {command(found.plan, overrides)}")
     else:
-        console.print(f"no plan fits {budget} with {MARGIN:.0%} of it kept free")
-    console.print(f"{answer.simulated} of {answer.candidates} plans were simulated, the likeliest first")
+        print(f"no plan fits {budget} with {MARGIN:.0%} of it kept free")
+    print(f"{answer.simulated} of {answer.candidates} plans were simulated, the likeliest first")
     for title, tight in (("plans that may fit", True), ("plans that do not fit", False)):
         some = [found for found in answer.others if found.tight == tight]
         if some:
-            console.print(f"\n{title}:")
+            print(f"\n{title}:")
         for found in some:
-            console.print(f"{arguments(found.plan)}: needs {mib(found.fullest.peak)}, {reason(found)}", markup=False)
+            print(f"{arguments(found.plan)}: needs {mib(found.fullest.peak)}, {reason(found)}")
     least = answer.least
     needed = f"{mib(max(enough(least)))} per device" if device.alike else ", ".join(map(mib, enough(least)))
-    console.print(
-        f"\nthe smallest budget that would do, of the plans looked at: {needed}, with {arguments(least.plan) or 'one device'}",
-        markup=False,
+    print(
+        f"\nthe smallest budget that would do, of the plans looked at:\n{needed}, with {arguments(least.plan) or 'one device'}"
     )
+
+
+def _print_table(plans: "list[Prediction]", first: int, tokens: int) -> None:
+    """A column for each plan, of which the first has this number."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    needs = [found.fullest for found in plans]
+    sizes = {"peak": [need.peak for need in needs], "headroom": [need.memory - need.peak for need in needs]}
+    sizes |= {part: [need.parts[part] for need in needs] for part in needs[0].parts if any(need.parts[part] for need in needs)}
+    rows = {name: [f"{size / 2**20:,.0f}" for size in its] for name, its in sizes.items()} | {
+        "step s": [f"{found.seconds:.3g}" for found in plans],
+        "tokens/s": [f"{tokens / found.seconds:,.0f}" for found in plans],
+        "exactness": [found.plan.exactness for found in plans],
+    }
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name in ("", *(str(first + i) for i in range(len(plans)))):
+        table.add_column(name, justify="right" if name else "left")
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    Console(highlight=False).print(table)
 
 
 def draw(answer: "Answer", path: Path) -> None:
@@ -136,7 +153,7 @@ def draw(answer: "Answer", path: Path) -> None:
     limits = [found.fullest.memory / 2**30 for found in plans]
     rows = [row + edge for row in range(len(plans)) for edge in (-0.5, 0.5)]
     axes.plot([limit for limit in limits for _ in range(2)], rows, color="black", linestyle="--", label="budget")
-    names = [arguments(found.plan).replace("strategy.", "").replace("_grad_batches", "") or "one device" for found in plans]
+    names = [_name(found.plan).replace("strategy.", "").replace("_grad_batches", "") for found in plans]
     labels = [f"{name}  ({found.seconds:.3g} s)" for name, found in zip(names, plans, strict=True)]
     axes.set_yticks(range(len(plans)), labels)
     axes.invert_yaxis()

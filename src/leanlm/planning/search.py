@@ -22,14 +22,14 @@ from leanlm.common.machine import cores, memory_limit
 from leanlm.config.schema import Settings
 from leanlm.planning.candidates import Estimate, families
 from leanlm.planning.choice import Choice
+from leanlm.planning.constants import LATER, WORKER
 from leanlm.planning.hardware.devices import Device
+from leanlm.planning.predict import Prediction, predict
 from leanlm.planning.simulation.step import stages
 
 HOPELESS = 1.3  # budgets of rough bytes from which on a plan is tried last
-LATER = {"interleaved": 1.06, "zero-bubble": 1.1}  # simulating these takes as long as several others: they wait for their turn
 SECONDS = 10.5  # from the program's begin on, after which no plan is begun, once two (may) fit or it is clear that none does
 SHORTEST = 5.0  # seconds of a search that begins late
-WORKER = 256 << 20  # bytes that a process which simulates takes (measured: 150 to 280 MiB)
 PATIENCE = 2.0  # seconds more for plans that were begun
 LONGEST = 20.0  # seconds more in which other plans are begun, if one fits and no other may, or none does but some come near
 ANSWER = 300.0  # as long as none has been simulated at all: on a machine that does much else
@@ -47,9 +47,9 @@ class Answer:
         simulated: how many of them were looked at, in the order of the rough estimate, before enough were found or time was up.
     """
 
-    fitting: list[Any]
-    others: list[Any]
-    least: Any
+    fitting: list[Prediction]
+    others: list[Prediction]
+    least: Prediction
     candidates: int
     simulated: int
 
@@ -81,18 +81,18 @@ def search(
     team = [_Worker(settings, vocabulary, device) for _ in range(max(1, min(cores(), 8, memory_limit() // WORKER)))]
     try:  # they import while plans are enumerated
         queue, candidates = _in_order(settings, vocabulary, device, devices, allow)
-        fitting, others = _simulated(queue, team, wanted, until)
+        simulations = _Simulations(queue, team, wanted, until)
+        simulations.run()
     finally:
         for worker in team:
             worker.process.kill()  # Lightning puts off SIGTERM until its loop is done
             worker.process.join()
+    fitting, others = (sorted(some, key=lambda found: found.seconds) for some in (simulations.fitting, simulations.others))
     if not fitting and not others:
         raise UserError(
             f"none of {candidates} plans could be simulated within {ANSWER:.0f} s: write fewer devices, "
             "a shorter sequence or a smaller model"
         )
-    fitting.sort(key=lambda found: found.seconds)
-    others.sort(key=lambda found: found.seconds)
     least = min([*fitting, *others], key=lambda found: found.fullest.over)
     return Answer(fitting, others[:unfit], least, candidates, len(fitting) + len(others))
 
@@ -113,71 +113,90 @@ def _in_order(
     """Families, the likeliest first, and how many plans there are."""
     whole = stages(settings.config, settings.plan, vocabulary)
     rough = Estimate(settings, vocabulary, device)
-    groups = families(settings, devices, whole, device, allow)
-    figures = [[rough(plan) for plan in plans] for plans in groups]
-    smallest = min(
-        ((figure.bytes, plan) for plans, guess in zip(groups, figures, strict=True)
-         for plan, figure in zip(plans, guess, strict=True)), key=lambda pair: pair[0])[1]  # fmt: skip
+    groups = [[(plan, rough(plan)) for plan in plans] for plans in families(settings, devices, whole, device, allow)]
+    smallest, least = min((pair for group in groups for pair in group), key=lambda pair: pair[1].bytes)
     queue = []
-    for plans, guess in zip(groups, figures, strict=True):
-        room = rough.room(plans[0])
-        fit = [i for i, figure in enumerate(guess) if figure.bytes < room]
+    for group in groups:
+        room = rough.room(group[0][0])
+        fit = [i for i, (_, figure) in enumerate(group) if figure.bytes < room]
         # along a pipeline more micro-batches may be faster, elsewhere the fewest are
-        first = min(fit, key=lambda i: guess[i].seconds) if fit else len(plans) - 1
-        rest = [plan for plan in plans[first:] if plan is not smallest]
-        seconds = guess[first].seconds * LATER.get(plans[0].schedule, 1)
+        first = min(fit, key=lambda i: group[i][1].seconds) if fit else len(group) - 1
+        plan, figure = group[first]
+        rest = [pair for pair in group[first:] if pair[0] is not smallest]
         if rest:
-            queue.append(_Family(guess[first].bytes > HOPELESS * room, seconds, rough(rest[-1]).bytes, rest))
+            seconds = figure.seconds * LATER.get(plan.schedule, 1)
+            queue.append(_Family(figure.bytes > HOPELESS * room, seconds, rest[-1][1].bytes, [plan for plan, _ in rest]))
     queue.sort(key=lambda family: family[:2])
     # it tells the least budget, and may take as long to simulate as several others
-    queue.insert(2, _Family(False, 0.0, rough(smallest).bytes, [smallest]))
+    queue.insert(2, _Family(False, 0.0, least.bytes, [smallest]))
     return queue, sum(map(len, groups))
 
 
-def _simulated(queue: list[_Family], team: list["_Worker"], wanted: int, until: float) -> tuple[list[Any], list[Any]]:
-    """Predictions that fit, and those that do not."""
-    fitting: list[Any] = []
-    others: list[Any] = []
-    waiting, running = list(team), dict[Any, tuple[_Worker, _Family]]()
+class _Simulations:
+    """Plans of families, simulated by a team of processes until enough fit or time is up.
 
-    def extra() -> float:
-        if not fitting and not others:
+    Attributes:
+        fitting: predictions that fit.
+        others: those that do not.
+    """
+
+    def __init__(self, queue: list[_Family], team: list["_Worker"], wanted: int, until: float) -> None:
+        self.queue, self.waiting, self.wanted, self.until = queue, list(team), wanted, until
+        self.running: dict[Any, tuple[_Worker, _Family]] = {}
+        self.fitting: list[Prediction] = []
+        self.others: list[Prediction] = []
+
+    def run(self) -> None:
+        while self.running or (self.queue and self._goes_on()):
+            while self.queue and self.waiting and self._goes_on():
+                worker, family = self.waiting.pop(), self._next_family()
+                with suppress(BrokenPipeError):  # it has been ended; its answer will say so
+                    worker.pipe.send(family.plans[0])
+                self.running[worker.pipe] = worker, family
+            patience = self.until + (self._extra() or PATIENCE) - time.monotonic()
+            ready = connection.wait(list(self.running), max(0.0, patience))
+            if not ready:
+                return
+            for pipe in ready:
+                self._answered(*self.running.pop(pipe))
+
+    def _extra(self) -> float:
+        """Seconds beyond the end in which plans are still begun."""
+        if not self.fitting and not self.others:
             return ANSWER
-        near = bool(fitting) or min(found.fullest.peak / found.fullest.memory for found in others) < HOPELESS
-        known = len(fitting) + (sum(found.tight for found in others) if fitting else 0)
+        near = bool(self.fitting) or min(found.fullest.peak / found.fullest.memory for found in self.others) < HOPELESS
+        known = len(self.fitting) + (sum(found.tight for found in self.others) if self.fitting else 0)
         return LONGEST if known < 2 and near else 0.0
 
-    def more() -> bool:
-        return len(fitting) < wanted and time.monotonic() < until + extra()
+    def _goes_on(self) -> bool:
+        return len(self.fitting) < self.wanted and time.monotonic() < self.until + self._extra()
 
-    def take() -> _Family:
-        if fitting or time.monotonic() < until:
-            return queue.pop(0)
+    def _next_family(self) -> _Family:
+        if self.fitting or time.monotonic() < self.until:
+            return self.queue.pop(0)
         # before it is said that none fits: the family whose last plan, of the most micro-batches, is the smallest
-        family = queue.pop(min(range(len(queue)), key=lambda i: queue[i].least))
+        family = min(self.queue, key=lambda family: family.least)
+        self.queue.remove(family)
         return family._replace(plans=family.plans[-1:])
 
-    while running or (queue and more()):
-        while queue and waiting and more():
-            worker, family = waiting.pop(), take()
-            with suppress(BrokenPipeError):  # it has been ended; its answer will say so
-                worker.pipe.send(family.plans[0])
-            running[worker.pipe] = worker, family
-        ready = connection.wait(list(running), max(0.0, until + (extra() or PATIENCE) - time.monotonic()))
-        if not ready:
-            break
-        for pipe in ready:
-            worker, family = running.pop(pipe)
-            found = worker.answer(last=not running and not waiting)
-            if found is None:  # the system had not enough memory for all
-                queue.insert(0, family)
-                continue
-            waiting.append(worker)
-            (fitting if found.fits else others).append(found)
-            rest = family.plans[1:]
-            if rest and not found.fits:  # more micro-batches, of fewer rows: so many that what grows with rows may fit
-                queue.insert(0, family._replace(plans=rest[_next(found, rest) :]))
-    return fitting, others
+    def _answered(self, worker: "_Worker", family: _Family) -> None:
+        found = worker.answer(last=not self.running and not self.waiting)
+        if found is None:  # the system had not enough memory for all
+            self.queue.insert(0, family)
+            return
+        self.waiting.append(worker)
+        (self.fitting if found.fits else self.others).append(found)
+        rest = family.plans[1:]
+        if rest and not found.fits:  # more micro-batches, of fewer rows: so many that what grows with rows may fit
+            self.queue.insert(0, family._replace(plans=rest[_next(found, rest) :]))
+
+
+def _next(found: Prediction, rest: list[Choice]) -> int:
+    """The first of plans with more micro-batches, or the last, that frees what one that does not fit has too much."""
+    need, micros = found.fullest, found.plan.accumulate_grad_batches
+    grows = need.parts["activations"] + need.parts["logits"] + need.parts["temporaries"]
+    fit = (i for i, plan in enumerate(rest) if need.over <= grows * (1 - micros / plan.accumulate_grad_batches))
+    return next(fit, len(rest) - 1)
 
 
 class _Worker:
@@ -192,7 +211,7 @@ class _Worker:
         self.process.start()
         theirs.close()
 
-    def answer(self, last: bool) -> Any:
+    def answer(self, last: bool) -> Prediction | None:
         """The prediction that has come; None: the process is gone.
 
         Raises:
@@ -215,8 +234,6 @@ class _Worker:
 
 
 def _simulate_all(pipe: Any, settings: Settings, vocabulary: int, device: Device) -> None:
-    from leanlm.planning.predict import predict
-
     torch.set_num_threads(1)
     while True:
         try:
@@ -227,13 +244,3 @@ def _simulate_all(pipe: Any, settings: Settings, vocabulary: int, device: Device
             pipe.send((True, predict(replace(settings, plan=plan), vocabulary, device)))
         except Exception:
             pipe.send((False, f"{plan.describe()}\n{traceback.format_exc()}"))
-
-
-def _next(found: Any, rest: list[Choice]) -> int:
-    need = found.fullest
-    grows = need.parts["activations"] + need.parts["logits"] + need.parts["temporaries"]
-    micros = found.plan.accumulate_grad_batches
-    for i, plan in enumerate(rest):
-        if need.over <= grows * (1 - micros / plan.accumulate_grad_batches):
-            return i
-    return len(rest) - 1

@@ -113,7 +113,8 @@ class LanguageModel(pl.LightningModule):
         self.split_loss.update(nats.to(self.parallel.device), (batch.target != IGNORE).sum())
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val_loss", self.split_loss.compute()["loss"].float(), logger=False)  # for callbacks that watch it
+        if self.trainer.state.fn == "fit":
+            self.log("val_loss", self.split_loss.compute()["loss"].float(), logger=False)  # for callbacks that watch it
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """What is not there yet, such as the batches of a validation; row numbers stay on the CPU, where Python reads them."""

@@ -6,17 +6,19 @@ import platform
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from leanlm.common.errors import UserError
 from leanlm.common.files import cache_folder, write
 from leanlm.common.machine import cores, memory_limit
 from leanlm.config.device_sheets import size
+from leanlm.planning.constants import SLICE
 from leanlm.planning.hardware import gpus
 from leanlm.planning.hardware.probe import VERSION, measured
 
 LISTS = ("memory", "speed")  # of a config, what may be given for each device
 SIZES = ("total", "context", "workspace", "communicator")
 MARGIN = 0.05  # of a budget that is left free: predictions have errors
-SLICE = 2.5e-3  # seconds that processes, two of which share a core, reach a collective apart (measured: 1.5 to 4.7 ms)
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,11 @@ class Device:
 
     def least(self, ranks: range) -> "Device":
         """What each of these has at least: work that is cut evenly waits for the slowest."""
-        speed = min((self.speeds[rank] for rank in ranks), default=1.0) if self.speeds else 1.0
-        return replace(
-            self,
-            memory=min(self.memories[rank] for rank in ranks) if self.memories else self.memory,
-            flops={kind: rate * speed for kind, rate in self.flops.items()},
-            bandwidth=self.bandwidth * speed,
-            paging=self.paging * speed,
-            small_paging=self.small_paging * speed,
-            memories=(),
-            speeds=(),
-        )
+        speed = min(self.speeds[ranks.start : ranks.stop], default=1.0)
+        memory = min(self.memories[ranks.start : ranks.stop], default=self.memory)
+        faster = {name: getattr(self, name) * speed for name in ("bandwidth", "paging", "small_paging")}
+        flops = {kind: rate * speed for kind, rate in self.flops.items()}
+        return replace(self, **faster, flops=flops, memory=memory, memories=(), speeds=())
 
     def scaled(self, by: float) -> "Device":
         """With another amount of memory."""
@@ -102,20 +98,17 @@ class Device:
 
     def share(self, processes: int) -> "Device":
         """What each of several processes gets of a machine; pages that they share count in each, and once for the machine."""
-        if not self.shared:
-            return self
-        if processes == 1:
+        if not self.shared or processes == 1:
             return self
         crowd, part = self.crowd(processes), 2 / processes  # of what each of two has; if that is not known, half of all
-        two = self.pair or {name: getattr(self, name) / 2 for name in ("bandwidth", "paging", "small_paging")}
-        flops = self.pair.get("flops") or {kind: rate / 2 for kind, rate in self.flops.items()}
+        names = ("bandwidth", "paging", "small_paging")
+        two = self.pair or {name: getattr(self, name) / 2 for name in names}
+        flops = two.get("flops") or {kind: rate / 2 for kind, rate in self.flops.items()}
         return replace(
             self,
             memory=(self.memory - self.process[2] + (processes - 1) * self.common) // processes,
             flops={kind: rate * part for kind, rate in flops.items()},
-            bandwidth=two["bandwidth"] * part,
-            paging=two["paging"] * part,
-            small_paging=two["small_paging"] * part,
+            **{name: two[name] * part for name in names},
             link=self.link / processes,
             links={kind: rate / processes for kind, rate in self.links.items()},
             overhead=two.get("overhead", self.overhead) * crowd,
@@ -151,19 +144,7 @@ def of_config(node: dict[str, Any], devices: int | None = None) -> Device:
     if _of_this_machine(node):
         node = gpus.as_node(node.get("memory"), devices) or node
     lists = {key: tuple(node[key]) if isinstance(node.get(key), list) else () for key in LISTS}
-    problems = [
-        f"device.{key} has {len(values)} values for {count(node, devices)} devices: write one for each, in the order of ranks"
-        for key, values in lists.items()
-        if values and len(values) != count(node, devices)
-    ]
-    if any(lists.values()) and "flops" not in node:
-        problems.append("device: processes of one machine share it; write one value, or take a data sheet, such as device=l4")
-    single = node.get("speed") is not None and not lists["speed"]
-    if single or not all(isinstance(speed, int | float) and speed > 0 for speed in lists["speed"]):
-        problems.append(
-            f"device.speed={node['speed']}: write a list of positive numbers, 1 for a device as its data sheet says"
-        )
-    if problems:
+    if problems := _problems(node, lists, count(node, devices)):
         raise UserError(*problems)
     if "flops" in node:
         memories = tuple(map(size, lists["memory"]))
@@ -173,14 +154,27 @@ def of_config(node: dict[str, Any], devices: int | None = None) -> Device:
     return replace(here, memory=size(node["memory"])) if node.get("memory") else here
 
 
+def _problems(node: dict[str, Any], lists: dict[str, tuple], devices: int) -> list[str]:
+    """What is wrong with lists of one value for each device."""
+    found = [
+        f"device.{key} has {len(values)} values for {devices} devices: write one for each, in the order of ranks"
+        for key, values in lists.items()
+        if values and len(values) != devices
+    ]
+    if any(lists.values()) and "flops" not in node:
+        found.append("device: processes of one machine share it; write one value, or take a data sheet, such as device=l4")
+    single = node.get("speed") is not None and not lists["speed"]
+    if single or not all(isinstance(speed, int | float) and speed > 0 for speed in lists["speed"]):
+        found.append(f"device.speed={node['speed']}: write a list of positive numbers, 1 for a device as its data sheet says")
+    return found
+
+
 def this_machine(again: bool = False) -> Device:
     """This machine's processor and the memory that a process here may use. Rates are measured once and stored.
 
     Args:
         again: measure, whatever is stored.
     """
-    import torch
-
     file = cache_folder() / "device.json"
     key = f"{platform.node()} {platform.machine()} {cores()} cores, torch {torch.__version__}, probe {VERSION}"
     stored = json.loads(file.read_text()) if file.is_file() else {}

@@ -8,10 +8,9 @@ from typing import Any
 
 from leanlm.common.errors import UserError
 from leanlm.config.device_sheets import sheet, size
+from leanlm.planning.constants import ASKING, STARTING_ON_GPU
 
 ALIKE = 0.02  # share by which free memory may differ among devices that count as equal
-ASKING = 0.67  # of a card's context, what the process has that asks for free memory (H200: 527 of 785 MiB)
-AROUND = 3.2  # times as long as an addition without work takes to start, an operation or view in a model takes
 # asked of another process: CUDA, once begun here, would take memory and could not be forked
 QUESTION = """
 import json, time, torch
@@ -65,7 +64,7 @@ def as_node(memory: Any, devices: int | None) -> dict[str, Any] | None:
     speeds = [each["bandwidth"] / sheets[0]["bandwidth"] for each in sheets]
     return {
         **sheets[0],
-        "overhead": AROUND * _asked()[1],
+        "overhead": STARTING_ON_GPU * _asked()[1],
         "name": f"this machine's {gpus[0][0]}",
         "memory": memory or (min(free) if equal else free),
         "speed": speeds if len({*speeds}) > 1 else None,

@@ -13,10 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from leanlm.launch.processes import launch
 from leanlm.launch.ranks import process_group, world_size
 from leanlm.memory.malloc import ENDS
+from leanlm.planning.constants import STARTING
 
 VERSION = 4  # of what is measured
 PRODUCTS = ("float32", "bfloat16", "float64")
@@ -24,7 +26,6 @@ ROUNDS = 4
 SMALL = 1 << 20  # bytes of a tensor that gets pages of 4 KiB
 LARGE = 8 << 20  # of one that is as large as activations are
 HUGE = 16 << 20  # of one whose pages are large
-AROUND = 2.4  # times as long as an addition without work takes to start, an operation or view in a model takes
 MESSAGE, TIMES = 8 << 20, 9  # bytes that are sent to measure a link, and how often
 
 
@@ -53,18 +54,17 @@ def probe() -> dict[str, Any]:
 
 def _rates() -> dict[str, Any]:
     """What this process does a second."""
-    n = 1024
-    kinds: dict[str, Callable[[], Any]] = {}
-    for kind in PRODUCTS:
-        a, b = (torch.randn(n, n).to(getattr(torch, kind)) for _ in range(2))
-        kinds[kind] = partial(torch.mm, a, b, out=torch.empty_like(a))
-    large, small = torch.randn(LARGE // 4), torch.zeros(8)
-    # an operation as models have them: it computes a little for each number
-    kinds["bandwidth"] = partial(torch.ops.aten.gelu.out, large, out=torch.empty_like(large))
-    kinds["paging"] = lambda: torch.ones(HUGE // 4)
+    n, large, small = 1024, torch.randn(LARGE // 4), torch.zeros(8)
+    factors = {kind: torch.randn(2, n, n).to(getattr(torch, kind)) for kind in PRODUCTS}
     pages = partial(mmap.mmap, -1, SMALL, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    kinds["small_paging"] = lambda: torch.frombuffer(pages(), dtype=torch.float32).fill_(1)
-    kinds["overhead"] = lambda: small + small
+    kinds: dict[str, Callable[[], Any]] = {
+        **{kind: partial(torch.mm, *pair, out=torch.empty_like(pair[0])) for kind, pair in factors.items()},
+        # an operation as models have them: it computes a little for each number
+        "bandwidth": partial(torch.ops.aten.gelu.out, large, out=torch.empty_like(large)),
+        "paging": lambda: torch.ones(HUGE // 4),
+        "small_paging": lambda: torch.frombuffer(pages(), dtype=torch.float32).fill_(1),
+        "overhead": lambda: small + small,
+    }
     best = dict.fromkeys(kinds, math.inf)
     for _ in range(ROUNDS):  # a shared processor is slower for a while, then fast again
         for kind, run in kinds.items():
@@ -76,18 +76,23 @@ def _rates() -> dict[str, Any]:
         "bandwidth": 2 * LARGE / best["bandwidth"],
         "paging": (HUGE - ENDS) / huge,
         "small_paging": small_paging,
-        "overhead": AROUND * best["overhead"],
+        "overhead": STARTING * best["overhead"],
     }
 
 
+def seconds(run: Callable[[], Any]) -> float:
+    """Of one run."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
 def fastest(run: Callable[[], Any], during: float = 0.1) -> float:
-    """Of one run, the best of several."""
+    """Seconds of one run, the best of several."""
     run()
     best, until = math.inf, time.perf_counter() + during
     while time.perf_counter() < until:
-        begin = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, seconds(run))
     return best
 
 
@@ -111,8 +116,6 @@ def sent(kind: str, ranks: int) -> float:
 
 def _links() -> dict[str, Any]:
     """Bytes per second that all processes together send in each kind of communication, and seconds of one without payload."""
-    import torch.distributed as dist
-
     warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has new names for two of these
     ranks = dist.get_world_size()
     whole, part, small = torch.ones(MESSAGE // 4), torch.ones(MESSAGE // 4 // ranks), torch.ones(1)
@@ -130,18 +133,16 @@ def _links() -> dict[str, Any]:
         "send": pass_on,
         "": lambda: dist.all_reduce(small),
     }
-    seconds = {}
+    took = {}
     for kind, run in kinds.items():
         run()
         found = []
         for _ in range(TIMES):
             dist.barrier()
-            begin = time.perf_counter()
-            run()
-            found.append(time.perf_counter() - begin)
-        seconds[kind] = statistics.median(found)
-    latency = seconds.pop("")
-    links = {kind: ranks * MESSAGE * sent(kind, ranks) / (took - latency) for kind, took in seconds.items()}
+            found.append(seconds(run))
+        took[kind] = statistics.median(found)
+    latency = took.pop("")
+    links = {kind: ranks * MESSAGE * sent(kind, ranks) / (median - latency) for kind, median in took.items()}
     return {"latency": latency, "links": links}
 
 

@@ -2,13 +2,11 @@
 
 from collections import Counter
 
+from leanlm.planning.constants import KERNEL, LAYOUT, OVERLAP, REACHED
 from leanlm.planning.hardware.devices import Device
 from leanlm.planning.hardware.probe import sent
-from leanlm.planning.simulation import gpu, operations
 from leanlm.planning.simulation.trace import Work
 from leanlm.strategies.plan import Plan
-
-OVERLAP = 0.7  # share of the computation beside which gradients and weights can be sent
 
 
 def seconds(work: dict[str, Counter[Work]], micros: int, plan: Plan, device: Device) -> float:
@@ -43,7 +41,7 @@ def _computing(kind: Work, device: Device) -> float:
     arithmetic = kind.flops / device.flops.get(kind.dtype, device.flops["float32"])
     moving = kind.moved / device.bandwidth
     if device.card:
-        return max(kind.launches * gpu.KERNEL, arithmetic / gpu.REACHED, moving / gpu.REACHED)
+        return max(kind.launches * KERNEL, arithmetic / REACHED, moving / REACHED)
     if kind.flops:
-        moving *= operations.LAYOUT
+        moving *= LAYOUT
     return arithmetic + moving + kind.fresh / device.paging + kind.small / device.small_paging

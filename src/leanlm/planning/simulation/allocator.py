@@ -9,12 +9,10 @@ Given the allocations of 22 runs on an H200 it takes what the runs took, to 0.6%
 import bisect
 from collections.abc import Iterable, Iterator
 
+from leanlm.planning.constants import PAGES, ROUNDING, SMALL
 from leanlm.planning.simulation.trace import BEFORE, WORKSPACES, Trace
 
-ROUNDING = 512  # bytes; of whole multiples of which blocks are
-SMALL = 1 << 20  # bytes of the largest tensor that lies in the pool of small ones
-PAGES = 2 << 20, 20 << 20  # bytes by which the pools grow
-AGAIN = 2  # steps after the first
+AGAIN = 2  # steps that are replayed after the first
 
 
 class Pool:
@@ -32,9 +30,9 @@ class Pool:
 
     def give(self, address: int, size: int) -> None:
         """A block is free, and one with its free neighbours."""
-        if (before := self.ends.get(address)) is not None:
-            size += self._remove(before)
-            address = before
+        if address in self.ends:
+            address = self.ends[address]
+            size += self._remove(address)
         if address + size in self.begins:
             size += self._remove(address + size)
         bisect.insort(self.free, (size, address))
@@ -44,11 +42,7 @@ class Pool:
         """The address of a block."""
         found = bisect.bisect_left(self.free, (size, -1))
         if found == len(self.free):
-            last = self.ends.get(self.mapped)
-            missing = size - (self.begins[last] if last is not None else 0)
-            grown = -(-missing // self.page) * self.page
-            self.mapped += grown
-            self.give(self.mapped - grown, grown)
+            self._grow(size)
             found = bisect.bisect_left(self.free, (size, -1))
         if sum(self.free[found]) == self.mapped and found + 1 < len(self.free):
             found += 1  # the last one counts as large, because it can grow
@@ -57,6 +51,13 @@ class Pool:
         if rest:
             self.give(address + size, rest)
         return address
+
+    def _grow(self, size: int) -> None:
+        """The block at the end becomes so large, by whole pages."""
+        at_the_end = self.mapped - self.ends.get(self.mapped, self.mapped)
+        grown = -(-(size - at_the_end) // self.page) * self.page
+        self.mapped += grown
+        self.give(self.mapped - grown, grown)
 
     def _remove(self, address: int) -> int:
         size = self.begins.pop(address)
@@ -87,22 +88,20 @@ def reserved(events: Iterable[tuple[int, int]]) -> int:
 def of_a_run(trace: Trace) -> Iterator[tuple[int, int]]:
     """The events of several steps, of a trace of one. In a run it is the first step that makes the optimizer's state, among
     what its backward pass has left."""
-    borders = [*trace.phases, (len(trace.events), "")]
-    phases = [(name, trace.events[first:end]) for (first, name), (end, _) in zip(borders, borders[1:], strict=False)]
-    if not any(name == BEFORE for name, _ in phases):
+    phases = [(name, trace.events[first:end]) for name, first, end in trace.pieces()]
+    before = [event for name, events in phases if name == BEFORE for event in events]
+    if not before:
         yield from trace.events
         return
-    built = [event for name, events in phases if not name.startswith(("step", BEFORE)) for event in events]
-    before = [event for name, events in phases if name == BEFORE for event in events]
+    steps = [(name, event) for name, events in phases if name.startswith("step") for event in events]
+    passes = [event for name, event in steps if not name.endswith("optimizer")]
+    updates = [event for name, event in steps if name.endswith("optimizer")]
     gone = {number for number, size in before if size < 0}
     state = [(number, size) for number, size in before if number not in gone]
-    update = {name for name, _ in phases if name.endswith("optimizer")}
-    passes = [event for name, events in phases if name.startswith("step") and name not in update for event in events]
-    updates = [event for name, events in phases if name in update for event in events]
-    yield from built
     stays = {number for number, part in trace.parts.items() if part == WORKSPACES}
     own = {number for number, size in (*passes, *updates) if size > 0} - stays
     left = own - {number for number, size in (*passes, *updates) if size < 0}
+    yield from (event for name, events in phases if not name.startswith(("step", BEFORE)) for event in events)
     for turn in range(1 + AGAIN):
         for number, size in [*passes, *(state if turn == 0 else ()), *updates]:
             if number in own:

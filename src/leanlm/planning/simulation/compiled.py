@@ -10,38 +10,33 @@ generated for them. Which operations share a kernel follows the main rules of to
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from itertools import count
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import active_fake_mode
-from torch.fx import traceback
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy
 
-from leanlm.memory import loss, recompute
+from leanlm.memory import loss
 from leanlm.models.dropout import draw, sites
+from leanlm.planning.constants import DEAR, MANY, SHARED
+from leanlm.planning.simulation.patches import Patch, as_a_compiler
 from leanlm.planning.simulation.trace import Trace, Work
 from leanlm.strategies.stage import Stage
 
 ALONE = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product", "index_put", "scatter_add", "index_add", "sort",
          "nonzero", "_cudnn")  # fmt: skip
 SUMS = ("sum", "mean", "amax", "amin", "prod", "var_mean")
-MANY = 8  # results that a kernel reads, above which some are made first
 
 
-@contextmanager
-def compiler_of(trace: Trace) -> Iterator[None]:
-    """Within it, `torch.compile` makes of a stage's method one that does what its graphs would do."""
-    with mock.patch.object(torch, "compile", lambda function, **settings: _Compiled(trace, function)):
-        yield
+def compiler_of(trace: Trace) -> Patch:
+    """`torch.compile` makes of a stage's method one that does what its graphs would do."""
+    return torch, "compile", lambda function, **settings: _Compiled(trace, function)
 
 
 class _Compiled:
@@ -70,7 +65,7 @@ class _Compiled:
 
         def flat(parameters: list[Tensor], keys: list[Tensor], *inputs: Any) -> Tensor:
             named = dict(zip(names, parameters, strict=True))
-            with _reparametrize_module(module, named, tie_weights=True), _as_a_compiler():
+            with _reparametrize_module(module, named, tie_weights=True), as_a_compiler():
                 for dropout, key in zip(sites(module), keys, strict=True):
                     draw([dropout], key[:, None])
                 return self.function(*inputs)[0]
@@ -89,23 +84,6 @@ class _Compiled:
         graphs: Any = aot_function  # its annotations want more than it does
         backward, parallel = partial(generated, backward=True), min_cut_rematerialization_partition
         return graphs(flat, generated, backward, parallel, core_aten_decompositions())
-
-
-@contextmanager
-def _as_a_compiler() -> Iterator[None]:
-    """What is traced is told that it is compiled; of what is checkpointed the graph says so, as torch's compiler lets it."""
-    numbers = count(1)
-
-    def checkpoint(function: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
-        marks = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(numbers)}
-        with traceback.preserve_node_meta(), mock.patch.dict(traceback.current_meta, marks):
-            return function(*inputs)
-
-    with (
-        mock.patch.object(torch.compiler, "is_compiling", return_value=True),
-        mock.patch.object(recompute, "checkpoint", checkpoint),
-    ):
-        yield
 
 
 class _Kernels:
@@ -170,7 +148,7 @@ class _Kernels:
             self.reads[node] = reads
             if node in self.alone or not isinstance(node.meta.get("val"), Tensor):
                 continue
-            dear = len(users[node]) > 1 and sum(map(_bytes, reads)) > 1.25 * _bytes(node)
+            dear = len(users[node]) > 1 and sum(map(_bytes, reads)) > DEAR * _bytes(node)
             if node in wanted or _sums(node) or dear or len(reads) > MANY:
                 found.add(node)
         return found
@@ -198,7 +176,7 @@ class _Kernels:
                 if part in self.stored and depth[part] == depth[node]:
                     first[find(part)] = find(node)
                 other = readers.setdefault((part, depth[node]), node)
-                if _bytes(part) * 4 >= _bytes(node) and other is not node:  # what both read is worth reading once
+                if _bytes(part) * SHARED >= _bytes(node) and other is not node:  # what both read is worth reading once
                     first[find(other)] = find(node)
         return {node: find(node) for node in first}
 
@@ -273,12 +251,10 @@ class _Kernels:
         mine = self.members[kernel]
         outside = [node for node in mine if self._leaves(node)]
         columns = [node for node in outside if _sums_all_rows(node)]
-        moved = sum(map(_bytes, self._needs(kernel))) + sum(map(_bytes, outside))
-        moved += (
-            sum(_bytes(part) for part in {part for node in columns for part in self.reads[node]})
-            if len(columns) < len(outside)
-            else 0
-        )
+        others = len(columns) < len(outside)
+        moved = sum(map(_bytes, [*self._needs(kernel), *outside]))
+        if others:  # sums of all rows read the same once more
+            moved += sum(map(_bytes, {part for node in columns for part in self.reads[node]}))
         # what a graph is given from outside, such as weights, is not its own to write over
         free = [part for part in done if isinstance(here.get(part), Tensor) and not part.name.startswith("primals")]
         for node in outside:
@@ -290,9 +266,9 @@ class _Kernels:
                 else:  # written over what is read for the last time
                     free.remove(reused)
                     here[node] = here[reused].as_strided(like.shape, like.stride())
-        launches = (len(columns) < len(outside)) + 2 * bool(columns)
         kind = str(mine[-1].meta["val"].dtype).removeprefix("torch.")
-        trace.work[trace.phase][Work(0, moved, dtype=kind, launches=max(1, launches))] += trace.counting * trace.times
+        if trace.counting:
+            trace.did(Work(0, moved, dtype=kind, launches=max(1, others + 2 * bool(columns))))
 
     def _leaves(self, node: fx.Node) -> bool:
         """Whether something outside of its kernel reads a result."""

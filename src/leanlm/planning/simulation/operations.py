@@ -11,38 +11,27 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 from leanlm.memory.malloc import LARGE
+from leanlm.planning.constants import CHECKPOINTED, LAYOUT, SELECTIVE, TOUCHED
 from leanlm.planning.simulation import gpu
 
 aten = torch.ops.aten
-ATTENTION = (
-    aten._scaled_dot_product_flash_attention_for_cpu,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward,
-)
+ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward
 RECURRENT = aten.mkldnn_rnn_layer, aten.mkldnn_rnn_layer_backward
-# of its workspace oneDNN's LSTM writes a part forward, and more backward; the pages of the rest are never there (mincore)
-# of the time to move its operands, what a processor takes to lay them out anew before it multiplies them, with few rows most of
-# the product's (measured, weights of 384 x 1,536 to 768 x 3,072: 0.5 to 0.7 with one row, 0 to 1.2 with 64)
-LAYOUT = 0.5
 CHECKPOINT = "torch.utils.checkpoint"
-# as long as alone; measured on blocks of width 16, GPT-2's and the default Transformer's: 4.7 and 3.7, 13.5 and 12
-CHECKPOINTED, SELECTIVE = 4, 13
-WRAPPERS = ("torch._dynamo", "torch._compile", "torch._ops", "leanlm.lazy")  # stand between a mode and its caller
-TOUCHED = {torch.float32: (0.34, 0.63), torch.bfloat16: (0.26, 0.66)}
+WRAPPERS = ("torch._dynamo", "torch._compile", "torch._ops")  # stand between a mode and its caller
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Floating-point operations of a call in matrix products, attention and recurrences."""
-    packet, backward = func._overloadpacket, str(func._schema.name).endswith("backward")
+    packet, backward = func._overloadpacket, _is_backward(func)
     if packet in flop_registry:
-        factors = [
-            part for part in args if not isinstance(part, torch.dtype)
-        ]  # of the result, which torch's formulas do not take
+        factors = [part for part in args if not isinstance(part, torch.dtype)]  # of the result: torch's formulas do not take it
         return int(flop_registry[packet](*factors, **kwargs, out_val=out))
     if packet in ATTENTION:  # as if no position were masked: what a causal mask saves, small products cost (measured)
         query, key = args[1:3] if backward else args[:2]
         return (10 if backward else 4) * query.numel() * key.shape[-2]
-    # each number of a weight is used once for each token, twice in backward; token by token that takes as long as a product
-    # of half as much more (measured: 0.4 to 1.05 of its rate)
+    # Each number of a weight is used once for each token, twice in backward; token by token that takes as long as a product
+    # of half as much more (measured: 0.4 to 1.05 of its rate).
     if packet in RECURRENT:
         weights = sum(part.numel() for part in args[1:3])
         return (6 if backward else 3) * args[0].shape[0] * args[0].shape[1] * weights
@@ -59,21 +48,24 @@ def read_again(func: Any, args: Any) -> int:
         return args[0].nbytes
     if func._overloadpacket not in RECURRENT:
         return 0
-    again = args[0].shape[0] - 1
-    times = again * (2 if str(func._schema.name).endswith("backward") else 1)
-    return round(times * args[2].numel() * args[2].element_size() / LAYOUT)
+    times = (args[0].shape[0] - 1) * (2 if _is_backward(func) else 1)
+    return round(times * args[2].nbytes / LAYOUT)
+
+
+def _is_backward(func: Any) -> bool:
+    return str(func._schema.name).endswith("backward")
 
 
 @cache
 def lstm_workspace(tokens: int, rows: int, size: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that oneDNN's LSTM asks for to keep until backward, measured at one and at two tokens; and that forward writes."""
+    """Bytes that oneDNN's LSTM asks for to keep until backward, measured at one and at two tokens; and that forward writes. It
+    never writes the rest, whose pages are not there."""
 
     def measured(tokens: int) -> int:
         with _disable_current_modes():
             shapes = (tokens, rows, size), (4 * width, size), (4 * width, width), (4 * width,), (4 * width,)
             parts = (torch.zeros(shape, dtype=dtype) for shape in (*shapes, (rows, width), (rows, width)))
-            out = torch.ops.aten.mkldnn_rnn_layer(*parts, False, [], 2, width, 1, True, False, False, True)
-        return out[3].nbytes
+            return aten.mkldnn_rnn_layer(*parts, False, [], 2, width, 1, True, False, False, True)[3].nbytes
 
     first, second = measured(1), measured(2)
     asked = first + (tokens - 1) * (second - first)
@@ -84,11 +76,11 @@ def lstm_scratch(backward: bool, args: Any, touched: int) -> int:
     """Bytes that oneDNN's LSTM takes beside its results, and gives back: its weights laid out anew, backward their gradients
     too, the gates of all tokens, and what backward writes of the workspace beyond what is touched (fitted to the peaks of
     processes)."""
-    source, weights, dtype = args[0], sum(part.nbytes for part in args[1:3]), args[0].dtype
-    gates = source.shape[0] * source.shape[1] * args[2].numel() // args[2].shape[1] * source.element_size()
+    source, weights = args[0], sum(part.nbytes for part in args[1:3])
+    gates = source.shape[0] * source.shape[1] * len(args[2]) * source.element_size()
     if not backward:
-        return weights + (gates if dtype == torch.float32 else 0)
-    _, later = TOUCHED.get(dtype, (1.0, 1.0))
+        return weights + (gates if source.dtype == torch.float32 else 0)
+    later = TOUCHED.get(source.dtype, (1.0, 1.0))[1]
     return 2 * weights + gates + max(0, round(later * args[-1].nbytes) - touched)
 
 

@@ -1,10 +1,8 @@
 """A training step without storage and without other processes: what one rank of a plan would hold and compute.
 
 Model, optimizer and trainer are built by the functions that training uses, and Lightning's loop runs them, under torch's
-FakeTensorMode and a process group that only pretends (torch.testing's FakeProcessGroup). What is replaced: the batches, which
-have a shape and no tokens; DDP's reducer, which is C++ and looks into memory, by one that holds its buckets; device meshes
-are made with real numbers; nothing is moved to a device or broadcast; FSDP2 tells the trace when it empties a storage; and for
-a GPU, operations that it has other kernels for (gpu.py).
+FakeTensorMode and a process group that only pretends (torch.testing's FakeProcessGroup). What is replaced stands in patches.py
+and repetitions.py; DDP's reducer, which is C++ and looks into memory, by one that holds its buckets (fake_world.py).
 """
 
 import contextlib
@@ -23,10 +21,13 @@ from leanlm.memory import malloc
 from leanlm.models.contract import without_storage
 from leanlm.planning.hardware.devices import Device
 from leanlm.planning.simulation import fake_world
+from leanlm.planning.simulation.patches import no_moves, of_strategy, replaced
 from leanlm.planning.simulation.trace import BEFORE, Trace
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
 from leanlm.training import build
+
+Order = dict[int, list[tuple[str, int, int]]]  # of a pipeline: device -> its work in order, see `balance.bubble`
 
 
 @dataclass
@@ -36,12 +37,12 @@ class Step:
     Attributes:
         trace: of all steps.
         blocks: that this rank holds, as far as they were built.
-        order: of a pipeline, device -> its work in order, see `balance.bubble`.
+        order: of a pipeline's work, else empty.
     """
 
     trace: Trace
     blocks: int
-    order: dict[int, list[tuple[str, int, int]]]
+    order: Order
 
 
 def simulate(
@@ -56,36 +57,38 @@ def simulate(
         blocks: build at most so many of each stage, of a model whose `depth` is their number; None: all.
         device: of a CPU, the copies that gloo makes count too; of a GPU, its kernels; None: torch's part on a CPU.
     """
-    plan = settings.plan
-    if device is None or device.card is None:
-        plan = replace(plan, compile=False)  # on a CPU a compiler holds no more
-    config = replace(settings.config, device={"accelerator": "cpu"})
-    whole = stages(config, plan, vocabulary)
     card = device.card if device is not None else None
     copies = device is not None and card is None
+    config, plan = replace(settings.config, device={"accelerator": "cpu"}), settings.plan
+    if card is None:
+        plan = replace(plan, compile=False)  # on a CPU a compiler holds no more
+    whole = stages(config, plan, vocabulary)
+    settings = _with_blocks(replace(settings, config=config, plan=plan), whole, blocks)
     trace = Trace(vocabulary, copies, malloc.own_pages(whole.parameters), pinned=whole.recurrent and copies, card=card)
+    steps = 2 if plan.step_in_backward else 1  # only its own step gives such an optimizer its state
+    with fake_world.everything(trace, plan, rank):
+        parallel = build.parallel_model(settings.config, settings.plan, vocabulary)
+        module = build.module(settings, parallel)
+        trace.mark("weights", parallel.net.parameters())
+        trace.mark("buffers", parallel.net.buffers())
+        trainer = build.trainer(settings, [_Phases(trace, ends(plan))], [], steps)
+        wrap = partial(fake_world.with_buckets, trace, plan) if plan.world > 1 and not plan.splits_model else None
+        with contextlib.redirect_stdout(None), replaced([*no_moves(module), *of_strategy(trainer.strategy, wrap)]):
+            trainer.fit(module, _Batches(settings, steps))
+    pipeline = module.pipeline
+    order = {} if pipeline is None else balance.order_of(pipeline.schedule)
+    return Step(trace, sum(len(stage.blocks) for stage in parallel.stages.values()), order)
+
+
+def _with_blocks(settings: Settings, whole: "Stages", blocks: int | None) -> Settings:
+    """Settings of a model that has at most so many blocks in each stage; None: all."""
+    config, plan = settings.config, settings.plan
     built = [len(names[:blocks]) for names in whole.split]
     if plan.pipeline > 1:
         plan = replace(plan, stage_blocks=built)
     if blocks is not None:
         config = replace(config, model={**config.model, "depth": sum(built)})
-    settings = replace(settings, plan=plan, config=config)
-    steps = 2 if plan.step_in_backward else 1  # only its own step gives such an optimizer its state
-    with fake_world.everything(trace, plan, rank):
-        parallel = build.parallel_model(config, plan, vocabulary)
-        module = build.module(settings, parallel)
-        trace.mark("weights", parallel.net.parameters())
-        trace.mark("buffers", parallel.net.buffers())
-        trainer = build.trainer(settings, [_Phases(trace, ends(plan))], [], steps)
-        if plan.world > 1 and not plan.splits_model:
-            trainer.strategy._setup_model = partial(fake_world.with_buckets, trace, plan)  # type: ignore[method-assign]
-        trainer.strategy.broadcast = lambda obj, src=0: obj  # type: ignore[method-assign]
-        with contextlib.redirect_stdout(None), fake_world.no_moves(module):
-            trainer.fit(module, _Batches(settings, steps))
-    order = {}
-    if module.pipeline is not None:
-        order = balance.order_of(module.pipeline.schedule)
-    return Step(trace, sum(len(stage.blocks) for stage in parallel.stages.values()), order)
+    return replace(settings, config=config, plan=plan)
 
 
 @dataclass(frozen=True)
@@ -168,16 +171,11 @@ class _Phases(pl.Callback):
         self.trace.enter(f"step {self.step}, micro-batch {min(self.micro, 1)}, {name}")
 
     def _block(self, place: str, after: str, block: Any, inputs: Any, outputs: Any) -> None:
-        if torch.compiler.is_compiling():  # a graph has no blocks
+        if torch.compiler.is_compiling() or self.backwards:  # a graph has no blocks
             return
-        hidden = outputs[0]
-        if hidden.requires_grad and not self.backwards:
-            hidden.register_hook(lambda _: self._back(place))
-        if not self.backwards:
-            self._enter(f"forward {after}")
-
-    def _back(self, place: str) -> None:
-        self._enter(f"backward {place}")
+        if outputs[0].requires_grad:
+            outputs[0].register_hook(lambda _: self._enter(f"backward {place}"))
+        self._enter(f"forward {after}")
 
     def _update(self, module: Any, update: Callable[[], None]) -> None:
         self.trace.mark("gradients", [p.grad for p in module.net.parameters()])
