@@ -1,7 +1,6 @@
 """The model and the tokenizer of a run."""
 
 import json
-from typing import TYPE_CHECKING
 
 from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run
@@ -12,11 +11,8 @@ from leanlm.launch.ranks import say
 from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.strategies.plan import Plan
 
-if TYPE_CHECKING:
-    pass
 
-
-def restore(config: Config, plan: Plan, run: Run) -> "tuple[Tokenizer, ParallelModel]":
+def restore(config: Config, plan: Plan, run: Run) -> tuple[Tokenizer, ParallelModel]:
     """Tokenizer and trained weights of a run under a plan, from its newest whole checkpoint, whatever plan made it.
 
     Raises:
