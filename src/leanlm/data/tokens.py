@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from leanlm.common.files import cache_folder
+from leanlm.common.files import cache_folder, write
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.corpus import Corpus
 from leanlm.data.tokenizer import Tokenizer
@@ -72,9 +72,7 @@ def prepare(corpus: Corpus, tokenizer: str, vocabulary: int, progress: Progress 
         except OSError:  # another process was quicker, with the same content
             shutil.rmtree(part)
     known.parent.mkdir(exist_ok=True)
-    note = known.with_name(f".{known.name}.{os.getpid()}")
-    note.write_text(fingerprint)
-    note.rename(known)
+    write(known, fingerprint)
     return load(folder)
 
 

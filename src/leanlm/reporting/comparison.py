@@ -1,6 +1,5 @@
 """Runs beside each other: a table and pictures."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,8 @@ def compare(paths: list[Path], into: Path) -> Path:
     if not results:
         raise UserError("none of these is the folder of a finished run: " + ", ".join(map(str, paths)))
     base = next(iter(results.values()))
-    table = Table()
-    for column in (
-        "run",
-        "validation loss",
-        "perplexity",
-        "tokens/s",
-        "peak MiB per rank",
-        "exactness",
-        "largest difference*",
-    ):
+    table = Table(padding=(0, 0), collapse_padding=True)
+    for column in ("run", "loss", "perplexity", "tokens/s", "peak MiB", "exactness", "difference*"):
         table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
     first = curve(next(iter(runs.values())))
     for name, result in results.items():
@@ -46,13 +37,14 @@ def compare(paths: list[Path], into: Path) -> Path:
             f"{result['loss']:.4f}",
             f"{result['perplexity']:.2f}",
             f"{result['tokens_per_second']:,.0f}",
-            ", ".join(f"{peak / 2**20:,.0f}" for peak in result["peak_memory_bytes"]),
+            f"{max(result['peak_memory_bytes']) / 2**20:,.0f}",
             result["exactness"],
             f"{max(shared):.1e}" if same else "-",
         )
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console()
     console.print(table)
-    console.print(f"* of the training loss from that of {next(iter(results))}, where the model has the same size")
+    console.print("loss and perplexity are of the validation split, the peak is that of the largest rank")
+    console.print(f"* largest difference of the training loss from {next(iter(results))}, where the model has the same size")
     for name in runs.keys() - results.keys():
         console.print(f"{name}: not finished")
     loss_curve({name: runs[name] for name in results}, into / "comparison-loss.png")
