@@ -46,8 +46,9 @@ def options(name: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_every_key_is_there_with_its_comment_on_two_lines_at_most(name: str) -> None:
     groups = options(name)
-    together = zip_longest(*([f"{group}={one}" for one in several] for group, several in groups.items()))
-    for overrides in [[], *([override for override in each if override] for each in together)]:
+    single = [[f"{group}={one}" for one in several] for group, several in groups.items() if group != "experiment"]
+    together = [[override for override in each if override] for each in zip_longest(*single)]
+    for overrides in [[], *together, *([f"experiment={one}"] for one in groups.get("experiment", []))]:
         text = help_text(name, overrides)
         assert max(map(len, text.splitlines())) <= WIDTH, overrides
         with initialize_config_dir(str(CONF), version_base="1.3"):
