@@ -10,7 +10,7 @@ from leanlm.common.run_folder import Run
 from leanlm.config import command_line
 from leanlm.config.checks import check
 from leanlm.config.resume import goes_on
-from leanlm.config.schema import Config, Settings, written
+from leanlm.config.schema import Config, Settings
 from leanlm.launch.processes import launch
 from leanlm.launch.ranks import launched, process_group
 from leanlm.launch.supervisor import prediction
@@ -24,18 +24,18 @@ def train(config: DictConfig, path: Path | None = None, isolate: bool = False, c
     every problem found, before any work starts; Stopped where a signal ended the run, which has then saved a checkpoint.
     """
     settings = check(config)
-    config_as_run, path = written(config, settings), Path(config.run_dir or config.resume or path or Run.new_path("run"))
+    path = Path(config.run_dir or config.resume or path or Run.new_path("run"))
     if not launched():
         tokens(settings)  # The text is prepared once, before there are several processes.
     if settings.plan.auto and not launched():
         from leanlm.planning import auto
 
-        return auto.train(work, settings, config_as_run, path, command)
+        return auto.train(work, settings, path, command)
     settings = replace(settings, predicted=prediction())
-    return launch(work, (settings, config_as_run, path), settings.plan.world, isolate, config.restarts)
+    return launch(work, (settings, path), settings.plan.world, isolate, config.restarts)
 
 
-def work(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any]:
+def work(settings: Settings, path: Path) -> dict[str, Any]:
     """What each rank does: the model as the plan cuts it, the step, Lightning's trainer. See `training/fit.py`."""
     from leanlm.training.fit import fit  # It imports Lightning, which a mistake on the command line need not wait for.
 
@@ -44,8 +44,8 @@ def work(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, An
         if settings.plan.auto:  # Under torchrun the ranks are there already: one chooses for all.
             from leanlm.planning import auto
 
-            settings, config = auto.agreed(settings, config)
-        return fit(settings, config, path)
+            settings = auto.agreed(settings)
+        return fit(settings, settings.as_run(), path)
 
 
 def job(config: DictConfig) -> float:

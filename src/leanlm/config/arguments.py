@@ -1,10 +1,11 @@
 """Whether values are of their types, and whether what a `_target_` names takes its arguments."""
 
 import difflib
-import importlib.util
 import inspect
+import re
 import types
 import typing
+from pkgutil import resolve_name
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +20,7 @@ def leaves(config: DictConfig, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value of every value in a configuration."""
     found: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, DictConfig):
+        if isinstance(value, DictConfig) and value:
             found |= leaves(value, f"{prefix}{key!s}.")
         else:
             found[f"{prefix}{key!s}"] = value
@@ -32,20 +33,14 @@ def typed(config: DictConfig, schema_class: type = Config) -> tuple[list[str], A
     for node in schema.values():
         if isinstance(node, DictConfig):
             OmegaConf.set_readonly(node, False)  # a frozen dataclass is marked so
-    try:
-        return [], OmegaConf.to_object(OmegaConf.merge(schema, config))
-    except OmegaConfBaseException as first:  # one of them, perhaps, of several
-        problems = [str(first).splitlines()[0]]
-    found = []
+    problems = []
     for key, value in leaves(config).items():
-        one = OmegaConf.create({})
-        OmegaConf.update(one, key, value, force_add=True)
         try:
-            OmegaConf.merge(schema, one)
+            OmegaConf.update(schema, key, value)
         except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0].replace("' not in 'Config'", "' is not known")
-            found.append(f"{key}={value}: {moved(key, value) if key in MOVED else reason}")
-    return found or problems, None
+            reason = re.sub(r"' not in '\w+'", "' is not known", str(error).splitlines()[0])
+            problems.append(f"{key}={value}: {moved(key, value) if key in MOVED else reason}")
+    return problems, None if problems else OmegaConf.to_object(schema)
 
 
 def moved(key: str, value: Any) -> str:
@@ -53,55 +48,51 @@ def moved(key: str, value: Any) -> str:
     return f"a plan does not change the curve, so it is {MOVED[key]}={value} now, a key of the run"
 
 
-def target(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 def argument_problems(group: str, node: dict, given: set[str], skip: set[str]) -> list[str]:
-    """Problems of a config group whose `_target_` is called with its other keys."""
+    """Problems of a config group whose `_target_` is called with its other keys.
+
+    Args:
+        group: its name.
+        node: its keys and values.
+        given: arguments that come from elsewhere.
+        skip: keys that are no arguments.
+    """
     try:
-        made = target(node["_target_"])
+        made = resolve_name(node["_target_"])
     except (KeyError, ImportError, AttributeError, ValueError):
         return [f"{group}._target_={node.get('_target_')}: there is no such class or function"]
-    parameters = dict(inspect.signature(made).parameters)
     hints = typing.get_type_hints(made.__init__ if inspect.isclass(made) else made)
+    names = [name for name in inspect.signature(made).parameters if name not in given]
     problems = []
     for key, value in node.items():
         if key in skip:
             continue
-        if key not in parameters or key in given:
-            near = difflib.get_close_matches(key, [name for name in parameters if name not in given], 1)
-            problems.append(
-                f"{group}.{key}={value}: {made.__name__} has no such argument" + (f"; did you mean {near[0]}?" if near else "")
-            )
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"{group}.{key}={value}: {made.__name__} has no such argument{hint}")
         elif key in hints and not _matches(value, hints[key]):
             problems.append(f"{group}.{key}={value}: it must be {_say(hints[key])}")
     return problems
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
         return any(_matches(value, option) for option in inner)
-    if origin is typing.Literal:
+    if kind is typing.Literal:
         return value in inner
-    if origin in (list, tuple):
-        return isinstance(value, (list, tuple))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is type(None):
-        return value is None
-    return isinstance(value, hint) if inspect.isclass(hint) else True
+    if isinstance(value, bool) and kind in (int, float):
+        return False
+    like = {float: (int, float), tuple: (list, tuple), list: (list, tuple)}.get(kind, kind)  # YAML knows no tuples
+    return not inspect.isclass(kind) or isinstance(value, like)
 
 
 def _say(hint: Any) -> str:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
         return " or ".join(map(_say, inner))
-    if origin is typing.Literal:
+    if kind is typing.Literal:
         return "one of " + ", ".join(map(str, inner))
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,9 +1,10 @@
 """Checks of `conf/callbacks` and `conf/logger`: packages that are not installed, arguments, what cannot work."""
 
 import importlib.util
+from pkgutil import resolve_name
 from typing import Any
 
-from leanlm.config.arguments import argument_problems, target
+from leanlm.config.arguments import argument_problems
 from leanlm.config.schema import Config
 
 OURS = {"_target_", "needs", "first_rank"}  # keys that are not arguments
@@ -32,7 +33,7 @@ def callback_problems(config: Config) -> list[str]:
             found.append(f"{where}: {kind}: {REFUSED[kind]}")
         elif problems := missing_packages({name: node}) or argument_problems(where, node, set(), OURS):
             found += problems
-        elif own := getattr(target(node["_target_"]), "problems", None):
+        elif own := getattr(resolve_name(node["_target_"]), "problems", None):
             arguments = {key: value for key, value in node.items() if key not in OURS}
             run = {"max_steps": config.max_steps, "accelerator": config.device["accelerator"]}
             found += [f"{where}: {problem}" for problem in own(**run, **arguments)]

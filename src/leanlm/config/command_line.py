@@ -25,6 +25,7 @@ from leanlm.common.run_folder import Run
 from leanlm.config import sweeps
 from leanlm.config.arguments import MOVED, leaves, moved, typed
 from leanlm.config.checks import check
+from leanlm.config.help import help_text
 from leanlm.config.resume import effective
 from leanlm.config.schema import Config
 from leanlm.launch.processes import Stopped, WorkerFailed, leave, memory_ended
@@ -34,9 +35,6 @@ from leanlm.launch.supervisor import OUT_OF_MEMORY
 FREE_TEXT = ("prompt", "text", "sample")
 
 
-SWEPT = "LEANLM_SWEPT"  # environment variable with the keys to which a sweep gives several values
-
-
 def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
     """The command `name`: compose `conf/<name>.yaml` with the command line and call `function`, once for each job.
 
@@ -44,7 +42,7 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
     The process ends with 2 after a mistake of the user's, 137 where memory ended, 1 after another failure, 128 + n after
     signal n.
     """
-    codes = [0]
+    statuses = [0]
 
     @hydra.main(config_path=str(CONF), config_name=name, version_base="1.3")
     def hydra_job(config: DictConfig) -> Any:
@@ -56,30 +54,38 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
         except Exception as error:
             if not HydraConfig.get().launcher._target_.endswith("BasicLauncher"):
                 raise  # in a job of its own, whose launcher has to hear of it
-            if isinstance(error, UserError):
-                codes.append(_complain(error))
-            elif isinstance(error, WorkerFailed):
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                codes.append(OUT_OF_MEMORY if error.out_of_memory else 1)
-            else:
-                traceback.print_exc()
-                codes.append(OUT_OF_MEMORY if memory_ended(repr(error)) else 1)
-            return None
+            statuses.append(_complain(error))
 
     sys.argv[1:] = map(_free_text, sys.argv[1:])
+    asked = get_args_parser().parse_args()
     try:
-        command_line(sys.argv[1:], name, schema)
-        os.environ[SWEPT] = ",".join(swept_keys(sys.argv[1:]))
-        hydra_job()
-    except UserError as error:
-        codes.append(_complain(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        codes.append(128 + signal.SIGINT)
+        if asked.help:
+            print(help_text(name, asked.overrides))
+        else:
+            flags = [argument for argument in sys.argv[1:] if argument not in asked.overrides]
+            sys.argv[1:] = [*flags, *asked.overrides, *command_line(sys.argv[1:], name, schema)]
+            hydra_job()
+    except (UserError, KeyboardInterrupt) as error:
+        statuses.append(_complain(error))
     if launched() and world_size() > 1:
-        leave(max(codes))
-    if max(codes):
-        sys.exit(max(codes))
+        leave(max(statuses))
+    if max(statuses):
+        sys.exit(max(statuses))
+
+
+def _complain(error: BaseException) -> int:
+    """Say what went wrong, and return the status with which the process is to end."""
+    if isinstance(error, UserError):
+        lines, status = [f"error: {problem}" for problem in error.problems if rank() == 0], 2
+    elif isinstance(error, KeyboardInterrupt):
+        lines, status = ["interrupted"], 128 + signal.SIGINT
+    elif isinstance(error, WorkerFailed):
+        lines, status = [f"error: {error}"], OUT_OF_MEMORY if error.out_of_memory else 1
+    else:
+        lines, status = traceback.format_exception(error), OUT_OF_MEMORY if memory_ended(repr(error)) else 1
+    for line in lines:
+        print(line.rstrip("\n"), file=sys.stderr, flush=True)
+    return status
 
 
 def _free_text(argument: str) -> str:
@@ -96,22 +102,19 @@ def quoted(value: str) -> str:
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
 
 
-def _complain(error: UserError) -> int:
-    if rank() == 0:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr, flush=True)
-    return 2
-
-
-def command_line(arguments: list[str], name: str, schema: type) -> None:
+def command_line(arguments: list[str], name: str, schema: type) -> list[str]:
     """Check everything that a command line asks for, each job of a sweep too, before Hydra starts.
+
+    Returns:
+        What to write behind it. Hydra's `override_dirname` of a job then names the keys alone that a sweep gives several
+        values, wherever the job runs.
 
     Raises:
         UserError: with all problems.
     """
     asked = get_args_parser().parse_args(arguments)
     if asked.help or asked.hydra_help or asked.info or asked.cfg or asked.shell_completion:
-        return
+        return []
     try:
         parsed = OverridesParser.create().parse_overrides(asked.overrides)
     except HydraException as error:
@@ -133,15 +136,8 @@ def command_line(arguments: list[str], name: str, schema: type) -> None:
             problems += [problem for problem in found if problem not in problems]
     if problems:
         raise UserError(*problems)
-
-
-def swept_keys(arguments: list[str]) -> set[str]:
-    """The keys that a command line gives several values; none if it cannot be read."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides)
-    except HydraException:
-        return set()
-    return {override.key_or_group for override in parsed if override.is_sweep_override()}
+    fixed = [override.key_or_group for override in parsed if not override.is_sweep_override()]
+    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"] if asked.multirun else []
 
 
 def _compose(name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
@@ -197,9 +193,8 @@ def job(config: DictConfig) -> tuple[DictConfig, Path, bool, list[str] | None]:
     if hydra.mode != RunMode.MULTIRUN:
         name = "_".join(hydra.runtime.choices[group] for group in ("data", "model", "strategy"))
         return config, Run.new_path(name), False, sys.argv[1:]
-    swept = os.environ.get(SWEPT, "").split(",")  # SLURM and submitit run jobs elsewhere, with this environment
-    named = [override for override in given if override.partition("=")[0] in swept] or given
-    path = Path(hydra.sweep.dir, f"{hydra.job.num}_{','.join(named)}".replace(os.sep, "-")[:120])
+    name = f"{hydra.job.num}_{hydra.job.override_dirname}".rstrip("_").replace(os.sep, "-")
+    path = Path(hydra.sweep.dir, name[:120])
     if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and (path / "config.yaml").is_file():
         config.resume = str(path)  # SLURM has queued the job again
     say(f"\njob {hydra.job.num}: {' '.join(given)}")

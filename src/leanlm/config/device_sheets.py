@@ -6,10 +6,6 @@ from typing import Any
 from leanlm.common.errors import UserError
 from leanlm.common.files import CONF, defaults
 
-UNITS = {"": 1, "B": 1}
-for power, letter in enumerate("KMGT", 1):
-    UNITS |= {f"{letter}iB": 1024**power, f"{letter}B": 1000**power}
-
 
 def sheet(name: str) -> dict[str, Any]:
     """The data sheet of `conf/device` whose file's name stands in a GPU's.
@@ -34,7 +30,7 @@ def size(text: Any) -> int:
     Raises:
         UserError: it is none of these.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B|)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B?)\s*", str(text))
     if match is None or float(match[1]) <= 0:
         raise UserError(f"device.memory={text}: write a size such as 6GiB, 500MB, or a number of bytes")
-    return int(float(match[1]) * UNITS[match[2]])
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))

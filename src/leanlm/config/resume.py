@@ -34,12 +34,8 @@ def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
     given = [override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)]
     refused = [key for key in given if not (key in RESUMABLE or key.partition(".")[0] in RESUMABLE or key.startswith("hydra."))]
     if refused:
-        raise UserError(
-            *(
-                f"{key}=... would make another run of {run.path}, not continue it: leave it out, or start a new run"
-                for key in refused
-            )
-        )
+        instead = f"would make another run of {run.path}, not continue it: leave it out, or start a new run"
+        raise UserError(*(f"{key}=... {instead}" for key in refused))
     for key in given:
         if key != "resume" and not key.startswith("hydra."):
             OmegaConf.update(merged, key, OmegaConf.select(config, key), merge=False, force_add=True)
@@ -47,8 +43,8 @@ def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
 
 
 def goes_on(settings: Settings, run: Run) -> Settings:
-    """Settings of a run that goes on from its own checkpoint if its processes have been begun again after a failure, and there
-    is one; else it begins where it was told to."""
+    """Settings with which a run resumes from its own last checkpoint, where its processes have been begun again after a failure
+    and there is a checkpoint; else the same as before."""
     if not restarted() or not any(run.checkpoints.glob("step-*")):
         return settings
     say(f"begun again after a failure, {restarted()} of at most {settings.config.restarts} times")

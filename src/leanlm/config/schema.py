@@ -1,9 +1,7 @@
 """The typed schema of a run."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from leanlm.common.files import defaults
 from leanlm.data.corpus import Corpus
@@ -63,6 +61,11 @@ class Settings:
         """The run's label, see `exactness`."""
         return exactness(self.plan, self.config.precision, self.config.optim.state)
 
+    def as_run(self) -> dict[str, Any]:
+        """The configuration as the run's folder keeps it: what has become of `auto` holds wherever the run is resumed."""
+        chosen = self.config.strategy.auto and not self.plan.auto
+        return asdict(replace(self.config, strategy=self.plan) if chosen else self.config)
+
     def describe(self) -> str:
         """One line: the plan, the number types, the exactness."""
         state = [] if self.config.optim.state == "fp32" else [f"optim.state={self.config.optim.state}"]
@@ -73,12 +76,3 @@ def exactness(plan: Plan, precision: str, state: str) -> str:
     """How a run's curve keeps to that of one device in fp32: `changes` where number types or the optimizer's state may move it,
     else as the plan's order of summation does, `bitwise` or `rounding`."""
     return "changes" if precision.startswith("bf16") or state != "fp32" else plan.order
-
-
-def written(config: Any, settings: Settings) -> dict[str, Any]:
-    """A configuration with what has become of `auto` in it: the run keeps that wherever it is resumed."""
-    plain: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
-    chosen: dict[str, Any] = {"precision": settings.config.precision}
-    if not settings.plan.auto and plain["strategy"]["auto"]:
-        chosen |= {"strategy": settings.plan.asdict(), "optim": plain["optim"] | {"state": settings.config.optim.state}}
-    return plain | chosen

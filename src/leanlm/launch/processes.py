@@ -70,17 +70,10 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
             logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what happened, once
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(GRACE)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=restarts,
-        monitor_interval=0.1,
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=restarts, monitor_interval=0.1,
         start_method=START_METHOD,
-    )
+    )  # fmt: skip
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
     try:
         return elastic_launch(config, _worker)(function, arguments)[0]
@@ -90,7 +83,7 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
             raise Stopped(failure.exitcode - 128, "") from None
         text = _explain(failure)
         if _USER_ERROR in text:
-            raise UserError(*text.rpartition(_USER_ERROR)[2].strip().split("\n")) from None
+            raise UserError(*text.rpartition(_USER_ERROR)[2].strip().splitlines()) from None
         raise WorkerFailed(f"rank {rank} of {processes} failed, the others were ended\n{text}") from None
     except SignalException as error:
         raise Stopped(int(error.sigval), "") from None
@@ -128,16 +121,15 @@ def _worker(function: Callable[..., Any], arguments: tuple) -> Any:
     except Exception as error:
         if _lost_a_peer(error):
             time.sleep(3)  # the rank that failed first has its say; the agent ends this one meanwhile
-        mark = _USER_ERROR if isinstance(error, UserError) else ""
-        error.args = (mark + str(error),) if mark else error.args
+        if isinstance(error, UserError):
+            error.args = (_USER_ERROR + str(error),)
         handler.record_exception(error)
     leave(code)
 
 
 def _lost_a_peer(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and any(
-        word in str(error) for word in ("Connection closed by peer", "Connection reset by peer", "NCCL", "Gloo", "gloo")
-    )
+    words = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Gloo", "gloo")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _explain(failure: Any) -> str:

@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from leanlm.common.machine import cores
 
 
@@ -14,21 +17,26 @@ def launched() -> bool:
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1)) if launched() else 1
+    return _number("WORLD_SIZE", 1)
 
 
 def local_world_size() -> int:
     """Processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
+    return _number("LOCAL_WORLD_SIZE", 1)
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0)) if launched() else 0
+    return _number("RANK", 0)
 
 
 def restarted() -> int:
     """How often this process's group has been begun again after a failure, by `launch` or torchrun."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) if launched() else 0
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def _number(name: str, otherwise: int) -> int:
+    """What torchrun's environment says, or `launch`'s, if either started this process."""
+    return int(os.environ.get(name, otherwise)) if launched() else otherwise
 
 
 def adopt_slurm() -> None:
@@ -66,14 +74,11 @@ def process_group(accelerator: str) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    import torch
-    import torch.distributed as dist
-
     cuda = accelerator != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, _, _ = next(dist.rendezvous("env://"))
-    # the agent may keep its store over restarts, and in it the addresses of processes that are gone
+    # The agent may keep its store over restarts, and in it the addresses of processes that are gone.
     store = dist.PrefixStore(f"attempt {restarted()}", store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank(), world_size=world_size())
     yield
@@ -82,18 +87,13 @@ def process_group(accelerator: str) -> Iterator[None]:
 
 def set_threads() -> None:
     """Share the cores among the processes of this machine."""
-    import torch
-
-    local = local_world_size()
-    if local > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores() // local))
+    if local_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // local_world_size()))
 
 
 def of_ranks(value: Any) -> list[Any]:
     """`value` of each rank. All ranks must call it."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _in_group():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
@@ -102,19 +102,19 @@ def of_ranks(value: Any) -> list[Any]:
 
 def on_rank_0(make: Callable[[], Any]) -> Any:
     """What rank 0 makes, on all ranks. All ranks must call it."""
-    import torch.distributed as dist
-
     made = [make() if rank() == 0 else None]
-    if dist.is_available() and dist.is_initialized():
+    if _in_group():
         dist.broadcast_object_list(made)
     return made[0]
 
 
 def on_rank_0_first(make: Callable[[], Any]) -> Any:
     """What each rank makes, after rank 0 has made it and has left it on disk. All ranks must call it."""
-    import torch.distributed as dist
-
     made = make() if rank() == 0 else None
-    if dist.is_available() and dist.is_initialized():
+    if _in_group():
         dist.barrier()
     return made if rank() == 0 else make()
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run
 from leanlm.config.command_line import quoted
-from leanlm.config.schema import Settings, written
+from leanlm.config.schema import Settings
 from leanlm.launch import supervisor
 from leanlm.launch.processes import WorkerFailed, launch
 from leanlm.launch.ranks import on_rank_0, say
@@ -24,18 +24,15 @@ from leanlm.training.data import tokens
 
 SCALES = (1.0, 0.85, 0.7, 0.55)  # of the memory that a plan is chosen for: first, and after each time that it was not enough
 
-Work = Callable[[Settings, dict[str, Any], Path], dict[str, Any]]
+Work = Callable[[Settings, Path], dict[str, Any]]
 
 
-def train(
-    work: Work, settings: Settings, config: dict[str, Any], path: Path, command: list[str] | None = None
-) -> dict[str, Any]:
+def train(work: Work, settings: Settings, path: Path, command: list[str] | None = None) -> dict[str, Any]:
     """Train under the plan that the planner chooses, and under one for less memory should that not be enough.
 
     Args:
-        work: what each rank does, given settings, configuration and folder.
+        work: what each rank does, given settings and folder.
         settings: whose plan says `auto`.
-        config: the configuration as it will stand in the run's folder.
         path: folder of the run.
         command: overrides that compose the configuration, of a process that has nothing else to do: it is replaced by one that
             waits for the run, and this function does not return.
@@ -46,7 +43,7 @@ def train(
         chosen, lines = choose(settings, scale)
         say("\n".join(lines))
         try:
-            return launch(work, (chosen, written(config, chosen), path), chosen.plan.world, True, settings.config.restarts)
+            return launch(work, (chosen, path), chosen.plan.world, True, settings.config.restarts)
         except WorkerFailed as failure:
             if scale == SCALES[-1] or not failure.out_of_memory:
                 raise
@@ -56,10 +53,9 @@ def train(
     raise AssertionError
 
 
-def agreed(settings: Settings, config: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
+def agreed(settings: Settings) -> Settings:
     """What rank 0 chooses, under torchrun, on all ranks."""
-    settings = on_rank_0(lambda: choose(settings)[0])
-    return settings, written(config, settings)
+    return on_rank_0(lambda: choose(settings)[0])
 
 
 def choose(settings: Settings, scale: float = 1.0, beside: int | None = None) -> tuple[Settings, list[str]]:
