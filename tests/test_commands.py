@@ -193,9 +193,7 @@ def test_sigterm_saves_and_says_how_to_go_on(text: Path, tmp_path: Path) -> None
     assert Run(tmp_path / "run").rows()[-1]["step"] == step + 3
 
 
-def test_evaluate_is_the_same_under_every_plan_and_batch(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_is_the_same_under_every_plan_and_batch(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for more in ([], ["rows=3"], ["strategy=ddp", "devices=2", "rows=2"]):
         assert here(evaluate, monkeypatch, f"run={run}", *more) == 0

@@ -1,7 +1,7 @@
 """The definition of a run as a loop of plain torch, and small configurations to compare with it.
 
-Float64, 10 steps, of which 5 warm up, dropout 0.1, clipping active, tied embeddings, AdamW and Muon, and uncounted tokens that make the
-counts of the micro-batches unequal.
+Float64, 10 steps of which 5 warm up, dropout 0.1, clipping active, tied embeddings, AdamW and Muon, and uncounted tokens that
+make the counts of the micro-batches unequal.
 """
 
 from pathlib import Path
