@@ -1,5 +1,6 @@
 """Small texts, and runs composed exactly as the command line composes them."""
 
+import multiprocessing
 import os
 import random
 from pathlib import Path
@@ -63,6 +64,27 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
+RATES = {"flops": {"float32": 1e11, "bfloat16": 6e10, "float64": 5e10}, "bandwidth": 1e10, "paging": 4e9,
+         "small_paging": 1.5e9, "overhead": 5e-6}  # fmt: skip
+MEASURED = {
+    "alone": RATES,
+    "pair": RATES | {"flops": {"float32": 6e10, "bfloat16": 4e10, "float64": 3e10}, "bandwidth": 6e9},
+    "links": {"send": 1e9, "all-reduce": 8e8, "all-gather": 9e8, "reduce-scatter": 7e8},
+    "latency": 2e-4,
+    "common": 120 << 20,
+    "process": [300 << 20, 320 << 20, 250 << 20],
+}
+
+
+def _know_this_machine() -> None:
+    """Store what a probe of 24 seconds would find; test_devices.py has one made."""
+    from leanlm.planning.hardware import devices
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "measured", lambda: MEASURED)
+        devices.this_machine()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     """Nothing that a user has prepared is used or changed, and no test needs the network or data outside."""
@@ -72,4 +94,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
         patch.setenv("LEANLM_CACHE", str((base.parent if several else base) / "cache"))
         patch.delenv("LEANLM_DATA", raising=False)
         patch.setattr("leanlm.config.checks.on_gpus", lambda *_: [])  # of a machine's GPUs only the tests of that ask
+        # processes that a test starts with `launch` are forked from a server that has imported everything and done nothing
+        multiprocessing.set_forkserver_preload(["runner", "torch._dynamo"])  # the optimizers import it
+        patch.setattr("leanlm.launch.processes.START_METHOD", "forkserver")
+        _know_this_machine()
         yield

@@ -1,7 +1,6 @@
 """Runs many configurations in one group of processes: starting processes costs more than these runs."""
 
 import importlib
-import multiprocessing
 from functools import partial
 from pathlib import Path
 
@@ -26,14 +25,11 @@ MANY = 20  # jobs in one group of processes: each leaves threads of gloo behind,
 def run_all(jobs: dict[Path, list[str]], processes: int = 1, compiler: str = "inductor") -> None:
     """Train each job (folder -> overrides) under its plan, all with the same number of processes.
 
-    They are forked from a server that has imported everything and done nothing. `compiler` is torch's name of what
+    `compiler` is torch's name of what
     `strategy.compile` makes graphs for; a graph that is made anew after the first step is an error.
     """
-    multiprocessing.set_forkserver_preload(["runner", "torch._dynamo"])  # the optimizers import it
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leanlm.launch.processes.START_METHOD", "forkserver")
-        for first in range(0, len(jobs), MANY):
-            launch(_work, (dict(list(jobs.items())[first : first + MANY]), compiler), processes)
+    for first in range(0, len(jobs), MANY):
+        launch(_work, (dict(list(jobs.items())[first : first + MANY]), compiler), processes)
 
 
 def _work(jobs: dict[Path, list[str]], compiler: str) -> None:

@@ -1,7 +1,7 @@
 """The definition of a run as a loop of plain torch, and small configurations to compare with it.
 
-Float64, 20 steps, dropout 0.1, clipping active, tied embeddings, AdamW and Muon, and uncounted tokens that make the
-counts of the micro-batches unequal.
+Float64, 10 steps of which 5 warm up, dropout 0.1, clipping active, tied embeddings, AdamW and Muon, and uncounted tokens that
+make the counts of the micro-batches unequal.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from leanlm.strategies.schedules import SCHEDULES
 from leanlm.training import build
 from leanlm.training.data import tokens, training_batches
 
-STEPS, ROWS = 15, 8
+STEPS, ROWS = 10, 8
 MODELS = {
     "elman_tanh": ["model=elman", "model.width=12", "model.depth=2"],
     "elman_relu": ["model=elman", "model.cell=elman_relu", "model.width=12"],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runner import losses
+from runner import losses, run_all
 
 from leanlm.common.run_folder import Run
 from leanlm.launch.supervisor import OUT_OF_MEMORY
@@ -97,7 +97,7 @@ def succeeds(cwd: Path, fault: str, arguments: list[str]) -> str:
 
 
 def test_restarts_go_on_from_the_last_checkpoint(text: Path, tmp_path: Path) -> None:
-    succeeds(tmp_path, "none", command(text, "run_dir=whole"))
+    run_all({tmp_path / "whole": [*command(text)[3:], "model._target_=leanlm.models.transformer.Transformer"]})
     said = succeeds(tmp_path, "killed", command(text, *PLANS["pipeline"], "run_dir=run", "restarts=1"))
     assert "begun again after a failure, 1 of at most 1 times" in said
     assert "resuming after step 3" in said

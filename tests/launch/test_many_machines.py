@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from runner import losses
+from runner import losses, run_all
 
 from leanlm.common.files import CONF
 from leanlm.launch.ranks import adopt_slurm
@@ -43,7 +43,7 @@ def together(commands: list[list[str]], environments: list[dict[str, str]], cwd:
 @pytest.fixture(scope="module")
 def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("machines")
-    together([[sys.executable, "-m", "leanlm.train", *SMALL, f"data.path={text}", "run_dir=alone"]], [{}], path)
+    run_all({path / "alone": [*SMALL, f"data.path={text}"]})
     return path / "alone"
 
 

@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 from conftest import composed
+from runner import run_all
 from test_planning import HERE, MODEL, settings
 
 from leanlm.common.errors import UserError
@@ -47,11 +48,17 @@ def test_every_mesh_and_only_plans_that_keep_the_curve(text: Path) -> None:
         assert any(plan.exactness == "changes" for plan in plans) == changes
 
 
-def test_the_command_prints_plans_that_can_be_run(text: Path, tmp_path: Path) -> None:
+def test_the_command_prints_plans_that_can_be_run(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from leanlm import plan as command
+
     arguments = ["data=text", f"data.path={text}", *MODEL, "devices=2", "show=2", "device.memory=4GiB"]
-    command = [sys.executable, "-m", "leanlm.plan", *arguments]
-    done = subprocess.run([*command, "json=true"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
-    found = json.loads(done.stdout)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(searching, "SHORTEST", 2.0)
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments, "json=true"])
+    command.main()
+    found = json.loads(capsys.readouterr().out)
     assert len(found["fits"]) >= 2
     assert [one["seconds"] for one in found["fits"]] == sorted(one["seconds"] for one in found["fits"])
     for one in found["fits"]:
@@ -60,9 +67,11 @@ def test_the_command_prints_plans_that_can_be_run(text: Path, tmp_path: Path) ->
         python, dash, module, *overrides = one["command"].split()
         assert (python, dash, module) == ("python", "-m", "leanlm.train")
         assert check(composed(*overrides)).plan.asdict() == one["plan"]
-    none = subprocess.run([*command, "device.memory=500MiB"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
-    assert "no plan fits 2 x" in none.stdout
-    assert "too much;" in none.stdout
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments, "device.memory=500MiB"])
+    command.main()
+    said = capsys.readouterr().out
+    assert "no plan fits 2 x" in said
+    assert "too much;" in said
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
@@ -76,7 +85,7 @@ def test_a_run_that_meets_the_end_of_memory_goes_on_with_a_plan_for_less(
               "global_batch=8", "sequence=16", "val_every=4", "checkpoint_every=2", "log_every=1", "logger=csv",
               "sample_tokens=0"]  # fmt: skip
     common.append("optim.schedule=constant")  # a run of two steps, which the first is, then has the same rates
-    module.train(composed(*common, "max_steps=4", f"run_dir={tmp_path}/alone"), isolate=True)
+    run_all({tmp_path / "alone": [*common, "max_steps=4"]})
     asked, real = [], planner.launch
 
     def choose(settings: Settings, scale: float) -> tuple[Settings, list[str]]:
@@ -238,7 +247,7 @@ def test_a_run_that_the_system_kills_is_planned_again_with_the_same_curve(text: 
     assert "resuming after step" in out
     budgets = re.findall(r"of 1 x ([0-9,]+) MiB", out)
     assert [int(budget.replace(",", "")) for budget in budgets] == [3 * 1024 - 8, round(0.85 * 3 * 1024) - 8]
-    subprocess.run([*train, f"run_dir={tmp_path}/alone"], check=True, capture_output=True, timeout=100)
+    run_all({tmp_path / "alone": common})
     curves = [[row["train_loss"] for row in Run(each).rows()] for each in (path, tmp_path / "alone")]
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
     assert Run(path).results()["predicted_peak_memory_bytes"][0] < 3 << 30

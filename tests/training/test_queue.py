@@ -143,10 +143,7 @@ def several(arguments: list[str], path: Path) -> tuple[list[str], list[str]]:
         return found, of_ranks(stopped.value.message)
 
 
-def test_ranks_wait_for_no_device_and_stop_at_the_same_step(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("leanlm.launch.processes.START_METHOD", "forkserver")
+def test_ranks_wait_for_no_device_and_stop_at_the_same_step(text: Path, tmp_path: Path) -> None:
     found, messages = launch(several, (overrides("transformer", text, "strategy.replicate=2"), tmp_path), 2)
     assert found == []
     assert len(messages) == 2

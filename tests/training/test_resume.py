@@ -87,6 +87,8 @@ def same(path: Path, reference: Path, tolerance: float = 0.0) -> None:
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed(kills: int, whole: tuple[str, Path], text: Path, tmp_path: Path) -> None:
     model, reference = whole
+    if kills == 2 and model != "transformer":
+        pytest.skip("the slow test kills both models")
     draw = random.Random(kills)
     path, killed, writing, progress = tmp_path / "run", 0, 0, []
     while True:
