@@ -16,6 +16,7 @@ from leanlm.common.errors import UserError
 from leanlm.common.files import CONF
 from leanlm.config.arguments import leaves
 
+SEVERAL = {"callbacks"}  # groups of which several options may be chosen at once
 WIDTH, COLUMN = 80, 24  # characters of a line, and of those the ones before a comment
 END = """
 A key of a group is written with the group's name, as in model.width=256, and
@@ -43,7 +44,8 @@ def help_text(name: str, overrides: list[str]) -> str:
     for group in groups:
         options = dict(sorted((file.stem, file) for file in (CONF / group).glob("*.yaml")))
         chosen = [file for option, file in options.items() if option == choices.get(group)]
-        lines += ["", *_row(f"{group} = {_shown(choices.get(group))}", f"one of {', '.join(options)}")]
+        how = "several, as in [best,ema], of" if group in SEVERAL else "one of"
+        lines += ["", *_row(f"{group} = {_shown(choices.get(group))}", f"{how} {', '.join(options)}")]
         lines += [line for file in chosen for line in _row("", " ".join(heading(file)))]
         described: dict[str, str] = {}
         for file in chosen or options.values():  # each of them may be among several that are chosen at once
