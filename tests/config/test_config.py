@@ -10,9 +10,11 @@ from conftest import composed
 
 from leanlm.common.errors import UserError
 from leanlm.common.files import CONF
+from leanlm.common.run_folder import Run
 from leanlm.config.checks import check
 from leanlm.config.command_line import command_line
 from leanlm.config.schema import Config, exactness
+from leanlm.data.corpus import Corpus, whole
 from leanlm.strategies.checks import on_gpus, resolve
 from leanlm.strategies.plan import Plan
 
@@ -219,3 +221,29 @@ def test_more_processes_than_gpus(
 def test_exactness_labels(plan: Plan, label: str) -> None:
     assert exactness(plan, "fp32", "fp32") == exactness(plan, "fp64", "fp32") == label
     assert exactness(plan, "bf16-mixed", "fp32") == exactness(plan, "fp32", "int8") == "changes"
+
+
+def corpus_of_one_split() -> Corpus:
+    return Corpus({"train": [whole(Path(__file__))], "valid": [whole(Path(__file__))]})
+
+
+def corpus_of_this_file() -> Corpus:
+    return Corpus({split: [whole(Path(__file__))] for split in ("train", "validation")})
+
+
+def test_a_data_set_of_ones_own_needs_its_function_only() -> None:
+    config = composed("model.width=32", "model.heads=2")
+    config.data = {"_target_": f"{__name__}.corpus_of_this_file"}
+    assert check(config).config.data == {**config.data, "tokenizer": "byte", "vocabulary": 8192, "ignore": []}
+    config.data = {"_target_": f"{__name__}.corpus_of_one_split"}
+    with pytest.raises(UserError, match="the corpus has train, valid, but no split validation"):
+        check(config)
+
+
+def test_latest_is_the_newest_run_that_has_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("first", "second", "crashed")):
+        (tmp_path / "runs" / name / "checkpoints" / ("step-1" if name != "crashed" else "")).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").touch()
+        os.utime(tmp_path / "runs" / name / "config.yaml", (number, number))
+    assert Run.find("latest").path == Path("runs/second")

@@ -65,7 +65,7 @@ def test_every_key_is_there_with_its_comment_on_two_lines_at_most(name: str) -> 
         for row in re.split(r"\n(?=\S|  \.|$)", text):
             assert row.strip().count("\n") <= 1 or row.split()[0] in groups or " = " not in row, row
         for group, several in groups.items():
-            named = re.search(rf"{group} = \S+ one of ((?:\S+, )*\S+)", said)
+            named = re.search(rf"{group} = \S+ (?:one of|several, as in \[best,ema\], of) ((?:\S+, )*\S+)", said)
             assert named is not None
             assert named[1].split(", ") == sorted(several)
 
@@ -92,7 +92,7 @@ def test_values_are_those_of_the_command_line() -> None:
 def test_the_examples_are_good_command_lines(name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text(text.read_text())
-    Path("runs/X").mkdir(parents=True)
+    Path("runs/X/checkpoints/step-1").mkdir(parents=True)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         Path("runs/X/config.yaml").write_text(OmegaConf.to_yaml(compose("train", ["data=text", "data.path=book.txt"])))
     examples = [line for line in help_text(name, []).splitlines() if line.startswith("  python -m ")]

@@ -26,7 +26,7 @@ def callback_problems(config: Config) -> list[str]:
     for name, node in (config.callbacks or {}).items():
         where = f"callbacks.{name}"
         if not isinstance(node, dict) or "_target_" not in node:
-            found.append(f"{where}: a callback is a mapping with the path of its class as `_target_`")
+            found.append(f"{where}: a name, and below it `_target_`, the path of a class, as in conf/callbacks/best.yaml")
             continue
         kind = str(node["_target_"]).rpartition(".")[2]
         if kind in REFUSED:

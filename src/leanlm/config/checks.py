@@ -27,7 +27,8 @@ PLANNER, WHERE = "leanlm.planning", "src/leanlm/planning"
 AT_LEAST = dict.fromkeys(("seed", "clip", "val_overlap", "sample_tokens", "restarts"), 0) | dict.fromkeys(
     ("max_steps", "global_batch", "sequence", "log_every", "val_every", "val_lanes", "checkpoint_every", "keep_checkpoints"), 1
 )
-DATA_KEYS = {"_target_", "tokenizer", "vocabulary", "ignore"}  # the rest of the group goes to the corpus function
+DATA = {"tokenizer": "byte", "vocabulary": 8192, "ignore": []}  # what a data set may leave out
+DATA_KEYS = {"_target_", *DATA}  # the rest of the group goes to the corpus function
 
 
 def check(config: DictConfig) -> Settings:
@@ -101,7 +102,7 @@ def _model(config: Config) -> list[str]:
 
 
 def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:
-    data = config.data
+    data = config.data = DATA | config.data
     problems = argument_problems("data", data, set(), DATA_KEYS)
     name, vocabulary = data.get("tokenizer"), data.get("vocabulary")
     if not isinstance(name, str) or (name not in tokenizers.NAMES and not Path(name).expanduser().is_file()):
@@ -112,9 +113,13 @@ def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:
     if problems:
         return None, problems
     try:
-        return resolve_name(data["_target_"])(**{key: value for key, value in data.items() if key not in DATA_KEYS}), []
+        corpus = resolve_name(data["_target_"])(**{key: value for key, value in data.items() if key not in DATA_KEYS})
     except UserError as error:
         return None, list(error.problems)
+    missing = [split for split in ("train", "validation") if split not in corpus.splits]
+    if missing:
+        return None, [f"{data['_target_']}: the corpus has {', '.join(corpus.splits)}, but no split {' and no '.join(missing)}"]
+    return corpus, []
 
 
 def without_planner(device: dict[str, Any], auto: bool = False) -> list[str]:

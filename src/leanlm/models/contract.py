@@ -75,8 +75,8 @@ class Model(nn.Module):
         return [None] * len(self.blocks)
 
     def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Fill `parameter` in place, drawing only from `generator`."""
-        raise NotImplementedError
+        """Fill `parameter` of the global name `name` in place, drawing only from `generator`. Every model must define it."""
+        raise NotImplementedError(f"{type(self).__name__} must define initialize(name, parameter, generator), here for {name}")
 
     def name_sites(self) -> None:
         """Give each dropout its site: a number made of its global name, so that a mask depends on nothing else."""
