@@ -39,8 +39,10 @@ def beside(folder: Path) -> dict[str, set[str]]:
 def options(name: str) -> dict[str, list[str]]:
     """The groups of a command and what can be chosen of each."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        chosen = compose(name, return_hydra_config=True).hydra.runtime.choices
-    return {group: [file.stem for file in CONF.glob(f"{group}/*.yaml")] for group in chosen if "/" not in group}
+        config = compose(name, return_hydra_config=True)
+    known = [group for group in {**config, **config.hydra.runtime.choices} if "/" not in group and group != "hydra"]
+    found = {group: [file.stem for file in CONF.glob(f"{group}/*.yaml")] for group in known}
+    return {group: names for group, names in found.items() if names}
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
