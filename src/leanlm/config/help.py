@@ -91,6 +91,8 @@ def _rows(config: DictConfig, described: dict[str, str], before: str) -> list[st
 def _row(head: str, comment: str) -> list[str]:
     """Lines with a key and its value before the column of comments."""
     first, later = f"{head}  ".ljust(COLUMN), " " * COLUMN
+    if len(first) > WIDTH - COLUMN:  # the comment has the line below for itself
+        return [head, *textwrap.wrap(comment, WIDTH, initial_indent=later, subsequent_indent=later, break_on_hyphens=False)]
     lines = textwrap.wrap(comment, WIDTH, initial_indent=first, subsequent_indent=later, break_on_hyphens=False)
     return lines or [head]
 
