@@ -233,7 +233,7 @@ def test_generate_streams_and_repeats(
 def test_compare(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = command("leanlm.compare", run, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "validation loss" in done.stdout
+    assert "perplexity" in done.stdout
     assert here(compare, monkeypatch, tmp_path) == 1
 
 
