@@ -342,3 +342,13 @@ def test_what_a_pipeline_has_sent_stays_as_with_gloo(text: Path) -> None:
     with mock.patch.object(patches, "Sent", lambda work, tensors: work):
         less = max(sum(parts.values()) for parts in peaks(simulate(asked, 256, 1).trace).values())
     assert most - less >= 2 * rows * hidden
+
+
+@pytest.mark.parametrize("plan", ["strategy=single", "strategy=fsdp devices=2", "strategy=zero_bubble devices=2"])
+def test_an_average_of_the_weights_counts_as_state(plan: str, text: Path) -> None:
+    """As many bytes as the weights that the rank holds, from the begin of training on."""
+    without, with_average = (
+        peaks(simulate(settings(text, *plan.split(), *more), 256, device=HERE).trace)["step 1, optimizer"]
+        for more in ([], ["callbacks=ema"])
+    )
+    assert with_average["state"] - without["state"] == without["weights"]

@@ -16,7 +16,7 @@ from leanlm.common.run_folder import Run
 from leanlm.config.checks import check
 from leanlm.inference.evaluation import Evaluate, evaluate
 from leanlm.strategies.plan import Plan
-from leanlm.training.checkpoint import checkpoints
+from leanlm.training.checkpoint import CALLBACKS, callback_states, checkpoints
 from leanlm.training.fit import fit
 
 STEPS, DECAY = 6, 0.7
@@ -133,6 +133,8 @@ def test_the_profiler_names_the_costliest_operations(text: Path, tmp_path: Path,
         (["callbacks=memory_snapshot"], "memory_snapshot: it records a GPU's allocations, and this run is on a CPU"),
         (["callbacks=profiler"], "skip=5 + 1 + steps=3 = 9 steps, but max_steps=6: write max_steps=9 or more"),
         (["callbacks=ema", "callbacks.ema.decay=1.5"], "callbacks.ema: decay=1.5: a share above 0 and below 1"),
+        (["callbacks=ema", "precision=bf16"], "precision=bf16: bf16 weights round such small changes away"),
+        (["callbacks=device_stats"], "DeviceStatsMonitor writes to a logger, and logger=csv has none"),
         (["callbacks=early_stopping", "+callbacks.early_stopping.patiense=2"], "did you mean patience?"),
         (["+callbacks.mine._target_=lightning.pytorch.callbacks.ModelCheckpoint"], "callbacks=best keeps the best"),
         (["+callbacks.mine._target_=nowhere.Nothing"], "there is no such class or function"),
@@ -157,3 +159,12 @@ def test_a_callback_of_ones_own(text: Path, tmp_path: Path, monkeypatch: pytest.
     config = composed(*asked(text, "+callbacks.count._target_=mine.Count", "+callbacks.count.by=3"))
     fit(check(config), OmegaConf.to_container(config, resolve=True), tmp_path / "run")
     assert (tmp_path / "run" / "count").read_text() == str(3 * STEPS)
+
+
+def test_a_callback_whose_state_may_not_be_read_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A path is an object, which only free unpickling would make."""
+    assert callback_states(tmp_path) == {}
+    for states, found in (({"Mine": {"seen": torch.ones(2)}}, {"Mine"}), ({"Mine": {"where": tmp_path}}, set())):
+        torch.save(states, tmp_path / CALLBACKS)
+        assert callback_states(tmp_path).keys() == found
+    assert "callbacks begin anew" in capsys.readouterr().out

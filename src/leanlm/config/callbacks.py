@@ -7,7 +7,8 @@ from typing import Any
 from leanlm.config.arguments import argument_problems
 from leanlm.config.schema import Config
 
-OURS = {"_target_", "needs", "first_rank"}  # keys that are not arguments
+OURS = {"_target_", "needs"}  # keys that are not arguments
+FIRST_RANK = {"DeviceStatsMonitor", "LearningRateMonitor"}  # of Lightning: they write to the loggers, which only rank 0 has
 REFUSED = {  # Lightning's callback -> what to write instead
     "ModelCheckpoint": "checkpoints are written already; callbacks=best keeps the best",
     "WeightAveraging": "it copies the whole model; write callbacks=ema, which works under every plan",
@@ -28,16 +29,27 @@ def callback_problems(config: Config) -> list[str]:
         if not isinstance(node, dict) or "_target_" not in node:
             found.append(f"{where}: a name, and below it `_target_`, the path of a class, as in conf/callbacks/best.yaml")
             continue
-        kind = str(node["_target_"]).rpartition(".")[2]
+        kind = class_name(node)
         if kind in REFUSED:
             found.append(f"{where}: {kind}: {REFUSED[kind]}")
+        elif kind in FIRST_RANK and not config.logger:
+            found.append(f"{where}: {kind} writes to a logger, and logger=csv has none; write logger=tensorboard")
         elif problems := missing_packages({name: node}) or argument_problems(where, node, set(), OURS):
             found += problems
         elif own := getattr(resolve_name(node["_target_"]), "problems", None):
             arguments = {key: value for key, value in node.items() if key not in OURS}
-            run = {"max_steps": config.max_steps, "accelerator": config.device["accelerator"]}
+            run = {
+                "max_steps": config.max_steps,
+                "accelerator": config.device["accelerator"],
+                "precision": config.precision,
+            }
             found += [f"{where}: {problem}" for problem in own(**run, **arguments)]
     return found
+
+
+def class_name(node: dict[str, Any]) -> str:
+    """Of what a node's `_target_` names."""
+    return str(node["_target_"]).rpartition(".")[2]
 
 
 def missing_packages(nodes: dict[str, Any] | None) -> list[str]:

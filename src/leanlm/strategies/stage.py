@@ -84,7 +84,7 @@ class Stage(nn.Module):
             torch.autocast(x.device.type, self.autocast) if self.autocast else nullcontext(),
             activations(self) if self.training and self.plan.offloads_activations else nullcontext(),
         ):
-            out, after = self._how()(x, targets, states, keys)
+            out, after = self._as_planned()(x, targets, states, keys)
         if self.carries_state and self.training:
             self.after[int(rows[0])] = [tuple(part.detach() for part in state) for state in after]
         elif self.carries_state:
@@ -121,7 +121,7 @@ class Stage(nn.Module):
             draw(mine, keys[:, place : place + len(mine)], first)
         return part(*inputs)
 
-    def _how(self) -> Callable[..., tuple[Tensor, States]]:
+    def _as_planned(self) -> Callable[..., tuple[Tensor, States]]:
         """`read`, or what the plan puts in its place in training."""
         if self.training and self.graph is not None:
             return self._read_compiled

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 
 from leanlm.common.errors import UserError
 from leanlm.common.precision import PRECISIONS, STOCHASTIC
+from leanlm.config.callbacks import FIRST_RANK, class_name
 from leanlm.config.schema import Config, Settings
 from leanlm.launch.ranks import local_world_size, rank, world_size
 from leanlm.models import kernels
@@ -112,9 +113,9 @@ def loggers(config: Config, run_path: str) -> list[Logger]:
 
 
 def callbacks(config: Config) -> list[pl.Callback]:
-    """The callbacks of `conf/callbacks`."""
+    """The callbacks of `conf/callbacks`; those that write to loggers where these are."""
     nodes = (config.callbacks or {}).values()
-    return [_made("callback", node, ("needs", "first_rank")) for node in nodes if rank() == 0 or not node.get("first_rank")]
+    return [_made("callback", node, ("needs",)) for node in nodes if rank() == 0 or class_name(node) not in FIRST_RANK]
 
 
 def _made(what: str, node: dict[str, Any], ours: tuple[str, ...]) -> Any:

@@ -1,13 +1,15 @@
 """One checkpoint format under every plan: a folder of `torch.distributed.checkpoint` with global names.
 
-A checkpoint holds `model.<parameter>`, `optimizer.<parameter>.<state>`, `carried.<block>.<part>` (rows of the global
-batch), `rng.<rank>`, and beside them `state.json` (step, versions, plan) and `manifest.json` (size and sha256 of every
-file). It is written under another name and renamed when whole; older ones are removed only then.
+A checkpoint holds `model.<parameter>`, `optimizer.<parameter>.<state>`, `average.<parameter>` (with `callbacks=ema`),
+`carried.<block>.<part>` (rows of the global batch), `rng.<rank>`, and beside them `state.json` (step, versions, plan),
+`callbacks.pt` (their states) and `manifest.json` (size and sha256 of every file). It is written under another name and
+renamed when whole; older ones are removed only then.
 """
 
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from leanlm.common.errors import UserError
+from leanlm.launch.ranks import say
 from leanlm.memory import offload
 from leanlm.optimizers.base import owned, put_away
 from leanlm.optimizers.low_bit import convert, empty_like
@@ -184,9 +187,16 @@ def load(
 
 
 def callback_states(folder: Path) -> dict[str, Any]:
-    """Name -> state of each callback that had one; nothing else than numbers, text and tensors is read."""
+    """Name -> state of each callback that had one.
+
+    Only numbers, text and tensors are read: a callback that saved something else begins anew, rather than end the run.
+    """
     file = folder / CALLBACKS
-    return torch.load(file, weights_only=True) if file.is_file() else {}
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
+    except pickle.UnpicklingError as error:
+        say(f"callbacks begin anew: {file} holds more than numbers, text and tensors: {error}".splitlines()[0])
+        return {}
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -26,6 +26,7 @@ from leanlm.planning.simulation.trace import BEFORE, Trace
 from leanlm.strategies import balance
 from leanlm.strategies.plan import Plan
 from leanlm.training import build
+from leanlm.training.callbacks.average import WeightAverage, averages
 
 Order = dict[int, list[tuple[str, int, int]]]  # of a pipeline: device -> its work in order, see `balance.bubble`
 
@@ -71,7 +72,8 @@ def simulate(
         module = build.module(settings, parallel)
         trace.mark("weights", parallel.net.parameters())
         trace.mark("buffers", parallel.net.buffers())
-        trainer = build.trainer(settings, [_Phases(trace, ends(plan))], [], steps)
+        kept = [each for each in build.callbacks(settings.config) if isinstance(each, WeightAverage)]
+        trainer = build.trainer(settings, [_Phases(trace, ends(plan)), *kept], [], steps)
         wrap = partial(fake_world.with_buckets, trace, plan) if plan.world > 1 and not plan.splits_model else None
         with contextlib.redirect_stdout(None), replaced([*no_moves(module), *of_strategy(trainer.strategy, wrap)]):
             trainer.fit(module, _Batches(settings, steps))
@@ -143,6 +145,7 @@ class _Phases(pl.Callback):
         self.trace, self.ends = trace, ends
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self.trace.mark("state", (average for _, average in averages(trainer)))
         self.step = self.micro = 0
         module.update = partial(self._update, module, module.update)
         for stage in module.parallel.stages.values():
@@ -184,6 +187,9 @@ class _Phases(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Batch, index: int) -> None:
         self._mark_state(trainer.optimizers[0])
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self.trace.enter("after training")
 
     def _mark_state(self, optimizer: torch.optim.Optimizer) -> None:
         state = [value for values in optimizer.state.values() for value in values.values()]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from leanlm.common.dtensors import local
+from leanlm.common.precision import PRECISIONS
 
 
 class WeightAverage(pl.Callback):
@@ -31,8 +32,11 @@ class WeightAverage(pl.Callback):
         self.weights: list[Tensor] = []
 
     @classmethod
-    def problems(cls, decay: float = 0.999, **_: Any) -> list[str]:
-        return [] if 0 < decay < 1 else [f"decay={decay}: a share above 0 and below 1"]
+    def problems(cls, precision: str, decay: float = 0.999, **_: Any) -> list[str]:
+        found = [] if 0 < decay < 1 else [f"decay={decay}: a share above 0 and below 1"]
+        if PRECISIONS.get(precision, PRECISIONS["fp32"])[0] == torch.bfloat16:
+            found.append(f"precision={precision}: bf16 weights round such small changes away; write precision=bf16-mixed")
+        return found
 
     def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
         self.sharded = [part for part in module.parallel.net.modules() if hasattr(part, "reshard")]

@@ -52,7 +52,7 @@ class Checkpoints(pl.Callback):
         loop.manual_optimization.optim_step_progress.total.completed = step
         counts = dict.fromkeys(("ready", "started", "processed", "completed"), micros)
         loop.batch_progress.total.load_state_dict(counts)
-        loop._batches_that_stepped = step
+        loop._batches_that_stepped = micros
         self.saved = step
         self.record.seconds, self.record.tokens = state["seconds"], state["tokens"]
         self.record.validated, self.record.val_loss = state["validated"], state["val_loss"]
