@@ -12,6 +12,7 @@ from types import ModuleType
 import psutil
 import pytest
 from runner import losses
+from shell import command, start
 
 from leanlm import compare, evaluate, generate
 from leanlm.common.run_folder import COLUMNS, Run
@@ -20,15 +21,6 @@ SMALL = [
     "model.width=16", "data=text", "data.tokenizer=char", "global_batch=8", "sequence=12", "max_steps=6", "log_every=1",
     "device=cpu", "logger=csv", "val_lanes=4",
 ]  # fmt: skip
-
-
-def command(
-    module: str, *arguments: object, cwd: Path, env: dict | None = None, timeout: float = 120
-) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", *module.split(), *map(str, arguments)],
-        capture_output=True, text=True, cwd=cwd, timeout=timeout, env={**os.environ, **(env or {})},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +93,9 @@ def test_a_sweep_gives_clean_jobs_and_one_comparison(text: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_under_torchrun(text: Path, tmp_path: Path) -> None:
     common = [*SMALL, f"data.path={text}", "model=gru", "precision=fp64"]
-    done = command(
-        "torch.distributed.run --nproc-per-node 2 --master-port 29613 -m leanlm.train",
-        "strategy=ddp",
-        *common,
-        cwd=tmp_path,
-    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29613"]
+    asked = [*torchrun, "-m", "leanlm.train", "strategy=ddp", *common]
+    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "runs").iterdir()
     alone = command("leanlm.train", *common, "run_dir=alone", cwd=tmp_path)
@@ -130,29 +119,23 @@ Record.on_train_batch_start = fail
 def test_a_failing_rank_ends_all_with_one_traceback(text: Path, tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(FAILING + "\nfrom leanlm.models.rnn import RNN\n\nclass Faulty(RNN):\n    pass\n")
     begin = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "leanlm.train", *SMALL, f"data.path={text}", "model=lstm", "model._target_=faulty.Faulty",
-         "strategy=ddp", "max_steps=100000", "run_dir=run"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    out, err = process.communicate(timeout=90)
-    assert process.returncode == 1, err
-    assert err.count("Traceback") == 1, err
-    assert "rank 1 of 2 failed" in err
-    assert "ValueError: the cat walked over rank 1" in err
+    asked = ["model=lstm", "model._target_=faulty.Faulty", "strategy=ddp", "max_steps=100000", "run_dir=run"]
+    done = command(
+        "leanlm.train", *SMALL, f"data.path={text}", *asked, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, timeout=90
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert "rank 1 of 2 failed" in done.stderr
+    assert "ValueError: the cat walked over rank 1" in done.stderr
     assert time.monotonic() - begin < 60
-    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+    assert not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tmp_path)], "every process has ended"
 
 
 @pytest.mark.parametrize("to", [pytest.param("launcher", marks=pytest.mark.slow), "group"])
 def test_ctrl_c_ends_every_process_and_saves(to: str, text: Path, tmp_path: Path) -> None:
     """`group` is what a terminal does: the launcher and the workers all get the signal."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "leanlm.train", *SMALL, f"data.path={text}", "model=lstm", "strategy=ddp", "max_steps=1000000",
-         "run_dir=run"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    asked = [*SMALL, f"data.path={text}", "model=lstm", "strategy=ddp", "max_steps=1000000", "run_dir=run"]
+    process = start("leanlm.train", *asked, cwd=tmp_path)
     deadline = time.monotonic() + 60
     while len(Run(tmp_path / "run").rows()) < 1 and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -163,30 +146,28 @@ def test_ctrl_c_ends_every_process_and_saves(to: str, text: Path, tmp_path: Path
     if to == "group":
         os.killpg(process.pid, signal.SIGINT)
     else:
-        process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+        os.kill(process.pid, signal.SIGINT)
+    done = process.wait(timeout=30)
     assert time.monotonic() - begin < 10
-    assert process.returncode == 130, err
-    assert "resume=run" in out + err
-    assert err.splitlines() == [line for line in err.splitlines() if "stopped by SIGINT" in line], "one line"
+    assert done.returncode == 130, done.stderr
+    assert "resume=run" in done.stdout + done.stderr
+    assert [line for line in done.stderr.splitlines() if "stopped by SIGINT" not in line] == [], "one line"
     assert psutil.wait_procs(children, timeout=3)[1] == []
     assert Run(tmp_path / "run").checkpoints.is_dir()
     assert [path for path in Run(tmp_path / "run").checkpoints.iterdir() if path.name.startswith("step-")]
 
 
 def test_sigterm_saves_and_says_how_to_go_on(text: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "leanlm.train", *SMALL, f"data.path={text}", "model=lstm", "max_steps=1000000", "run_dir=run"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    asked = [*SMALL, f"data.path={text}", "model=lstm", "max_steps=1000000", "run_dir=run"]
+    process = start("leanlm.train", *asked, cwd=tmp_path)
     while len(Run(tmp_path / "run").rows()) < 1:
         time.sleep(0.1)
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "python -m leanlm.train resume=run" in err
-    step = int(err.split("after step ")[1].split(";")[0])
+        assert not process.ended
+    os.kill(process.pid, signal.SIGTERM)
+    done = process.wait(timeout=30)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "python -m leanlm.train resume=run" in done.stderr
+    step = int(done.stderr.split("after step ")[1].split(";")[0])
     done = command("leanlm.train", "resume=run", f"max_steps={step + 3}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"resuming after step {step}" in done.stdout

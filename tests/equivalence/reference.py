@@ -45,9 +45,10 @@ def overrides(model: str, text: Path, plan: dict | None = None, depth: int | Non
     return [
         "model.tied=true", *MODELS[model], *optim, f"optim.lr={0.05 if model == 'adafactor' else 0.01}", "optim.warmup=5",
         "model.dropout=0.1",
-        "data=text", f"data.path={text}", "data.tokenizer=char", "data.ignore=[' ',e]", f"global_batch={ROWS}", "sequence=12",
+        "data=text", f"data.path={text}", "data.tokenizer=char", "data.ignore=[' ',e]",
+        "data.validation=0.02", f"global_batch={ROWS}", "sequence=12",
         f"max_steps={STEPS}", "log_every=1", "clip=0.1", "precision=fp64", "device=cpu", "logger=csv", "val_lanes=4",
-        "sample_tokens=8",
+        "sample_tokens=2",
         *(f"strategy.{key}={value}" for key, value in (plan or {}).items()), *([f"model.depth={depth}"] if depth else []),
     ]  # fmt: skip
 

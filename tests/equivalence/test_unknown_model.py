@@ -27,9 +27,10 @@ PLANS = {
 def overrides(text: Path, plan: dict) -> list[str]:
     return [
         f"hydra.searchpath=[file://{TESTS / 'conf'}]", "model=gated", "data=text", f"data.path={text}", "data.tokenizer=char",
-        "data.ignore=[e]", f"global_batch={ROWS}", "sequence=12", f"max_steps={STEPS}", "log_every=1", "clip=0.1",
+        "data.ignore=[e]", "data.validation=0.02", f"global_batch={ROWS}", "sequence=12",
+        f"max_steps={STEPS}", "log_every=1", "clip=0.1",
         "optim.lr=0.01", "optim.warmup=5", "optim=muon", "precision=fp64", "device=cpu", "logger=csv",
-        "sample_tokens=8",
+        "sample_tokens=2",
         *(f"strategy.{key}={value}" for key, value in plan.items()),
     ]  # fmt: skip
 

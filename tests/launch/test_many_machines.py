@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from runner import losses, run_all
+from shell import start
 
 from leanlm.common.files import CONF
 from leanlm.launch.ranks import adopt_slurm
@@ -26,10 +27,9 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def together(commands: list[list[str]], environments: list[dict[str, str]], cwd: Path) -> None:
+def together(commands: list[list[str]], cwd: Path) -> None:
     processes = [
-        subprocess.Popen(command, cwd=cwd, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for command, env in zip(commands, environments, strict=True)
+        subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
     ]
     try:
         for process in processes:
@@ -55,7 +55,7 @@ def test_two_nodes_under_torchrun(text: Path, alone: Path, tmp_path: Path) -> No
          f"data.path={text}"]
         for node in range(2)
     ]  # fmt: skip
-    together(commands, [{}, {}], tmp_path)
+    together(commands, tmp_path)
     (path,) = (tmp_path / "runs").iterdir()  # one folder for both nodes
     assert max(abs(a - b) for a, b in zip(losses(path), losses(alone), strict=True)) < 1e-9
 
@@ -69,8 +69,10 @@ def slurm(task: int, tasks: int, node: int, per_node: int) -> dict[str, str]:
 
 
 def test_tasks_of_srun_find_each_other(text: Path, alone: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "leanlm.train", "strategy=fsdp", *SMALL, f"data.path={text}", "run_dir=run"]
-    together([command] * 2, [slurm(task, 2, task, 1) for task in range(2)], tmp_path)
+    asked = ["strategy=fsdp", *SMALL, f"data.path={text}", "run_dir=run"]
+    tasks = [start("leanlm.train", *asked, cwd=tmp_path, env=slurm(task, 2, task, 1)) for task in range(2)]
+    for done in [task.wait(timeout=120) for task in tasks]:
+        assert done.returncode == 0, done.stderr
     assert max(abs(a - b) for a, b in zip(losses(tmp_path / "run"), losses(alone), strict=True)) < 1e-9
 
 

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,6 +16,7 @@ from unittest import mock
 import pytest
 from conftest import composed
 from runner import run_all
+from shell import start
 from test_planning import HERE, MODEL, settings
 
 from leanlm.common.errors import UserError
@@ -228,24 +228,23 @@ def test_a_run_that_the_system_kills_is_planned_again_with_the_same_curve(text: 
     common = ["data=text", f"data.path={text}", "model=gpt2", "model.width=32", "model.heads=2", "model.depth=2",
               "global_batch=8", "sequence=16", "max_steps=60", "val_every=60", "checkpoint_every=2", "log_every=1",
               "logger=csv", "sample_tokens=0"]  # fmt: skip
-    train = [sys.executable, "-m", "leanlm.train", *common]
     path = tmp_path / "a run, its folder's name"
     quoted = "run_dir='" + str(path).replace("'", "\\'") + "'"
-    auto = subprocess.Popen([*train, "strategy=auto", "device.memory=3GiB", quoted], stdout=subprocess.PIPE, text=True)
+    auto = start("leanlm.train", *common, "strategy=auto", "device.memory=3GiB", quoted, cwd=tmp_path)
     until = time.monotonic() + 100
     while not any((path / "checkpoints").glob("step-*")):
         assert time.monotonic() < until
-        assert auto.poll() is None
+        assert not auto.ended
         time.sleep(0.01)
     children = Path(f"/proc/{auto.pid}/task/{auto.pid}/children").read_text().split()
     (child,) = (number for number in children if Path(f"/proc/{number}/cmdline").read_text())  # the others have ended
     assert "torch" not in Path(f"/proc/{auto.pid}/maps").read_text()  # what waits is slim
     os.kill(int(child), signal.SIGKILL)
-    out, _ = auto.communicate(timeout=100)
-    assert auto.returncode == 0
-    assert "memory ended: planning for less" in out
-    assert "resuming after step" in out
-    budgets = re.findall(r"of 1 x ([0-9,]+) MiB", out)
+    done = auto.wait(timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "memory ended: planning for less" in done.stdout
+    assert "resuming after step" in done.stdout
+    budgets = re.findall(r"of 1 x ([0-9,]+) MiB", done.stdout)
     assert [int(budget.replace(",", "")) for budget in budgets] == [3 * 1024 - 8, round(0.85 * 3 * 1024) - 8]
     run_all({tmp_path / "alone": common})
     curves = [[row["train_loss"] for row in Run(each).rows()] for each in (path, tmp_path / "alone")]

@@ -85,7 +85,8 @@ def test_weights_and_state_are_those_of_a_real_run(plan: str, text: Path) -> Non
 
 @pytest.mark.parametrize(
     "plan",
-    ["strategy=single strategy.recompute=blocks optim.state=int8 optim=adamw", "strategy=fsdp", *map(slow, (
+    ["strategy=single strategy.recompute=blocks optim.state=int8 optim=adamw model.depth=4", "strategy=fsdp model.depth=6",
+     *map(slow, (
         "strategy=single", "strategy=ddp", "strategy=tensor", "strategy=fsdp strategy.recompute=operators",
         "strategy=pipeline model.depth=14", "strategy=interleaved model.depth=28", "strategy=zero_bubble model.depth=28",
         "strategy=gpipe model.depth=14", "strategy=accumulate strategy.recompute=operators", "strategy=ddp strategy.zero1=true",
@@ -112,7 +113,7 @@ def test_few_blocks_say_what_all_blocks_need(plan: str, text: Path) -> None:
         assert total[0] == total[1]
 
 
-@pytest.mark.parametrize("plan", ["strategy=pipeline", *map(slow, (
+@pytest.mark.parametrize("plan", ["strategy=pipeline model.depth=4 optim=adamw", *map(slow, (
     "strategy=interleaved", "strategy=pipeline devices=4", "strategy=interleaved devices=4 model.depth=8"))])  # fmt: skip
 def test_a_pipeline_holds_only_its_buffers_more_however_many_micro_batches_flow_through_it(plan: str, text: Path) -> None:
     asked = settings(text, *plan.split(), "global_batch=16", "strategy.accumulate_grad_batches=16")
@@ -132,7 +133,7 @@ def test_a_pipeline_holds_only_its_buffers_more_however_many_micro_batches_flow_
 @pytest.mark.parametrize("schedule", ["gpipe", *map(slow, ("LoopedBFS", "zero-bubble", "DualPipeV", "InterleavedZeroBubble"))])
 def test_each_micro_batch_of_other_schedules_adds_as_much(schedule: str, text: Path) -> None:
     asked = settings(text, "strategy=pipeline", f"strategy.schedule={schedule}", "global_batch=12",
-                     "strategy.accumulate_grad_batches=12")  # fmt: skip
+                     "strategy.accumulate_grad_batches=12", "model.depth=4", "optim=adamw")  # fmt: skip
     fewer, _ = _fewer_micro_batches(asked)
     few = fewer.plan.accumulate_grad_batches
     for rank in (0, 1):
@@ -173,7 +174,7 @@ def test_ddp_makes_its_buckets_anew_beside_gradients_that_stay(text: Path, micro
 
 
 def test_two_micro_batches_say_what_eight_need(text: Path) -> None:
-    asked = settings(text, "strategy.accumulate_grad_batches=8")
+    asked = settings(text, "strategy.accumulate_grad_batches=8", "model.depth=2")
     fewer, micros = _fewer_micro_batches(asked)
     assert micros == 8
     few, all_ = (peaks(simulate(one, 256).trace) for one in (fewer, asked))
@@ -336,7 +337,8 @@ def _holds_what_it_sent() -> bool:
 def test_what_a_pipeline_has_sent_stays_as_with_gloo(text: Path) -> None:
     """Of several stages a device, torch keeps all handles until the step ends."""
     assert launch(_holds_what_it_sent, (), 2, isolate=True)
-    asked = settings(text, "strategy=interleaved", "devices=2", "strategy.accumulate_grad_batches=4", "model.depth=4")
+    asked = settings(text, "strategy=interleaved", "devices=2", "strategy.accumulate_grad_batches=4", "model.depth=4",
+                     "optim=adamw")  # fmt: skip
     rows, hidden = 2, 16 * 32 * 4
     most = max(sum(parts.values()) for parts in peaks(simulate(asked, 256, 1).trace).values())
     with mock.patch.object(patches, "Sent", lambda work, tensors: work):
@@ -348,7 +350,7 @@ def test_what_a_pipeline_has_sent_stays_as_with_gloo(text: Path) -> None:
 def test_an_average_of_the_weights_counts_as_state(plan: str, text: Path) -> None:
     """As many bytes as the weights that the rank holds, from the begin of training on."""
     without, with_average = (
-        peaks(simulate(settings(text, *plan.split(), *more), 256, device=HERE).trace)["step 1, optimizer"]
+        peaks(simulate(settings(text, "model.depth=4", *plan.split(), *more), 256, device=HERE).trace)["step 1, optimizer"]
         for more in ([], ["callbacks=ema"])
     )
     assert with_average["state"] - without["state"] == without["weights"]

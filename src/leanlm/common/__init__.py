@@ -1,1 +1,1 @@
-"""What every room may use: errors, files and caches, the folder of a run, number types, tensors spread over devices."""
+"""What every room may use: errors, files and caches, the folder of a run, number types, distributed tensors."""

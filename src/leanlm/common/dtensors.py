@@ -1,4 +1,4 @@
-"""Tensors that are spread over devices (DTensor), and those that are not, in the same words.
+"""Distributed tensors (DTensor) and plain ones, in the same words.
 
 `torch.distributed.tensor` takes 45 MiB, which a run on one device need not pay.
 """
@@ -47,12 +47,12 @@ def local_part(tensor: Tensor, like: Any) -> Tensor:
 
 
 def layout(tensor: Any) -> tuple[Any, ...] | None:
-    """How a tensor is spread, without the tensor; None: it is not."""
+    """How a tensor is distributed, without the tensor; None: it is not."""
     return (tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()) if is_dtensor(tensor) else None
 
 
 def with_layout(mine: Tensor, layout: tuple[Any, ...] | None) -> Tensor:
-    """A tensor spread so, of which this device holds `mine`."""
+    """A tensor distributed so, of which this device holds `mine`."""
     if layout is None:
         return mine
     from torch.distributed.tensor import DTensor
@@ -67,6 +67,6 @@ def with_layout(mine: Tensor, layout: tuple[Any, ...] | None) -> Tensor:
 
 
 def dtensor_like(mine: Tensor, like: "DTensor", size: torch.Size) -> "DTensor":
-    """A tensor of `size` of which this device holds `mine`, spread as `like` is."""
+    """A tensor of `size` of which this device holds `mine`, distributed as `like` is."""
     stride = torch.empty(size, device="meta").stride()
     return with_layout(mine, (like.device_mesh, like.placements, size, stride))  # type: ignore[return-value]

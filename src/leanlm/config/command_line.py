@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import shutil
 import signal
 import sys
 import traceback
@@ -123,6 +124,8 @@ def command_line(arguments: list[str], name: str, schema: type) -> list[str]:
     problems: list[str] = []
     if len(jobs) > 1 and any(override.key_or_group == "run_dir" and not override.is_sweep_override() for override in parsed):
         problems.append(f"run_dir names one folder, and this sweep has {len(jobs)} jobs: set hydra.sweep.dir instead")
+    if any(override.input_line == "hydra/launcher=slurm" for override in parsed) and not shutil.which("sbatch"):
+        problems.append("hydra/launcher=slurm: this machine has no sbatch; start it where SLURM's commands are")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for job in jobs:
             config, found = _compose(name, job)

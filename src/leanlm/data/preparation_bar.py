@@ -23,31 +23,25 @@ class PreparationBar:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what != self.stage:
-            self.stage, self.since = what, time.monotonic()
-            if self.bar is not None:
-                self.bar.stop()
-                self.bar = None
+            self.__exit__()
+            self.bar, self.stage, self.since = None, what, time.monotonic()
+        seconds = time.monotonic() - self.since
         if not sys.stderr.isatty():
-            if done == total and time.monotonic() - self.since > 1:
-                print(
-                    f"{what}: {total / 1e6:.1f} MB in {time.monotonic() - self.since:.0f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            return
-        if self.bar is None and time.monotonic() - self.since > 0.3:
-            from rich import progress
-            from rich.console import Console
-
-            self.bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.DownloadColumn(),
-                progress.TransferSpeedColumn(),
-                progress.TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self.task = self.bar.add_task(what, total=total)
-            self.bar.start()
+            if done == total and seconds > 1:
+                print(f"{what}: {total / 1e6:.1f} MB in {seconds:.0f} s", file=sys.stderr, flush=True)
+        elif self.bar is None and seconds > 0.3:
+            self._begin(total)
         if self.bar is not None:
             self.bar.update(self.task, completed=done)
+
+    def _begin(self, total: int) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        columns = (
+            progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
+            progress.TransferSpeedColumn(), progress.TimeRemainingColumn(),
+        )  # fmt: skip
+        self.bar = progress.Progress(*columns, console=Console(stderr=True))
+        self.task = self.bar.add_task(self.stage, total=total)
+        self.bar.start()

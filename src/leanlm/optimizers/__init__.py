@@ -1,1 +1,1 @@
-"""Optimizers of whole parameters and of those that are spread over devices, and their learning rates."""
+"""Optimizers of plain and of distributed parameters, and their learning rates."""

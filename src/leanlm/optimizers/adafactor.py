@@ -1,4 +1,4 @@
-"""Adafactor for whole parameters and for those that are spread over devices."""
+"""Adafactor for plain and for distributed parameters."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from leanlm.common.dtensors import is_dtensor, local, local_part, whole
 
 
 class Adafactor(torch.optim.Adafactor):
-    """torch's Adafactor (Shazeer and Stern 2018, arXiv 1804.04235), also for parameters that are spread over devices.
+    """torch's Adafactor (Shazeer and Stern 2018, arXiv 1804.04235), also for distributed parameters.
 
     Of a matrix it keeps the mean squares of rows and columns. They are of the whole matrix and the same on each device; the
     gradient is gathered for them, one matrix at a time.
@@ -27,7 +27,7 @@ class Adafactor(torch.optim.Adafactor):
                     name: mine.new_zeros(size) for name, size in (sizes or {"variance": shape}).items()
                 }
         super()._init_group(group, params_with_grad, grads, *state)
-        # those that are spread are updated here and taken from the lists of which torch updates the rest
+        # distributed ones are updated here and taken from the lists of which torch updates the rest
         for i in reversed([i for i, one in enumerate(params_with_grad) if is_dtensor(one)]):
             parameter, grad = params_with_grad.pop(i), grads.pop(i)
             rows, columns, each, steps = ([part.pop(i)] for part in state)

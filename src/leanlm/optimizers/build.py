@@ -1,4 +1,4 @@
-"""Optimizers of whole and of spread parameters. Weight decay acts on matrices only, not on biases and norms."""
+"""Optimizers of plain and of distributed parameters. Weight decay acts on matrices only, not on biases and norms."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ def build(
 ) -> torch.optim.Optimizer:
     """The optimizer of named parameters; each of its groups has its peak rate as `peak_lr`.
 
-    Fused kernels take tensors of one device mesh at a time, so parameters that are spread otherwise are other groups.
+    Fused kernels take tensors of one device mesh at a time, so parameters that are distributed otherwise are other groups.
 
     Args:
         named: global name and parameter, or the part of it that this device has.
@@ -75,7 +75,7 @@ def _groups(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> tuple[li
 
 
 def _fuses_sgd(groups: list[dict[str, Any]]) -> bool:
-    """torch's fused SGD knows no spread tensors, and garbles momentum in bf16 on a CPU (torch 2.13)."""
+    """torch's fused SGD knows no distributed tensors, and garbles momentum in bf16 on a CPU (torch 2.13)."""
     parameters = [parameter for group in groups for parameter in group["params"]]
     return not any(is_dtensor(p) or (p.dtype == torch.bfloat16 and not kernels.on_gpu(p)) for p in parameters)
 

@@ -2,7 +2,7 @@
 
 bf16: half the bytes. int8: blocks of 64 numbers share a scale, and codes are those of dynamic quantisation (Dettmers et al.
 2022, arXiv 2110.02861). int4: as int8 with 16 codes, the second average's evenly spaced without zero (Li et al. 2023, arXiv
-2309.01507). Blocks lie inside rows, and codes and scales are spread over devices as their parameter is, so that a checkpoint
+2309.01507). Blocks lie inside rows, and codes and scales are distributed as their parameter is, so that a checkpoint
 goes on under another plan. torchao 0.18's AdamW8bit has blocks of the flattened tensor: state of 260 x 64 numbers that two
 processes had saved under FSDP2 could not be loaded by one, and its first step on a CPU compiled for 20 s.
 """
@@ -145,10 +145,10 @@ def convert(state: dict[str, Tensor], parameter: Tensor, kind: str | None) -> No
 
 
 def empty_like(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
-    """An empty tensor that differs from a parameter in the last dimension at most, spread over devices as it is.
+    """An empty tensor that differs from a parameter in the last dimension at most, distributed as it is.
 
     Raises:
-        UserError: the last dimension cannot be spread in the same way.
+        UserError: the last dimension cannot be divided in the same way.
     """
     if not is_dtensor(parameter):
         return torch.empty(size, dtype=dtype, device=parameter.device)

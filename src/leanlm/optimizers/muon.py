@@ -1,4 +1,4 @@
-"""Muon (Jordan 2024) for whole matrices and for those that are spread over devices."""
+"""Muon (Jordan 2024) for plain and for distributed matrices."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -22,8 +22,8 @@ class Muon(Optimizer, torch.optim.Muon):
     """torch's Muon, which on a GPU takes matrices of one shape together, as a stack. Gradients are written over.
 
     A matrix is alone on a CPU, where a stack is no faster and some batched products in bf16 round otherwise than torch's Muon
-    does; and if it is spread over devices, rounded by chance, or has its momentum elsewhere. A spread one keeps its momentum
-    spread; its update is made of the whole of it, gathered in bf16 and orthogonalised in the same way on each device.
+    does; and if it is distributed, rounded by chance, or has its momentum elsewhere. A distributed one keeps its
+    momentum so; its update is made of the whole of it, gathered in bf16 and orthogonalised in the same way on each device.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ from itertools import product
 from math import prod
 from typing import Any
 
-from leanlm.config.of_model import can_compile, model_problems, worth_compiling
+from leanlm.config.of_model import SAVED, can_compile, model_problems, worth_compiling
 from leanlm.config.schema import Settings
 from leanlm.memory import offload
 from leanlm.planning import constants
@@ -16,7 +16,7 @@ from leanlm.planning.hardware.probe import sent
 from leanlm.planning.parts import groups
 from leanlm.planning.simulation.step import Stages, stages
 from leanlm.strategies import balance
-from leanlm.strategies.checks import SAVED, of_run, resolve
+from leanlm.strategies.checks import of_run, resolve
 from leanlm.strategies.plan import AXES, Plan
 
 

@@ -68,9 +68,16 @@ def plan(asked: Ask, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if asked.json:
         print(json.dumps(result, indent=2))
         return result
-    print(
-        f"vocabulary of {vocabulary:,} types" + ("" if asked.vocabulary else " (of the data; vocabulary=... plans for another)")
+    own = (
+        "as asked for: choose data and data.tokenizer to match"
+        if asked.vocabulary
+        else "of the data; vocabulary=... plans for another"
     )
+    print(f"vocabulary of {vocabulary:,} types ({own})")
+    if asked.precision == "auto" and settings.config.precision != "fp32":
+        print(
+            f"precision=auto is {settings.config.precision} on this device, which may move the curve; precision=fp32 does not"
+        )
     report.show(answer, device, count, size, overrides)
     if asked.picture:
         report.draw(answer, Path(asked.picture))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from leanlm.planning.choice import Choice
 from leanlm.planning.hardware.devices import MARGIN, Device
+from leanlm.reporting.pictures import new_figure
 from leanlm.strategies.plan import AXES, LEVERS, Plan
 
 if TYPE_CHECKING:  # which have imported Lightning, when there is something to report
@@ -139,12 +140,8 @@ def _print_table(plans: "list[Prediction]", first: int, tokens: int) -> None:
 
 def draw(answer: "Answer", path: Path) -> None:
     """Bars of the parts of each plan on its fullest rank, and a line at the budget of that."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     plans = [*answer.fitting, *answer.others]
-    figure = Figure(figsize=(11, 1.8 + 0.45 * len(plans)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(figsize=(11, 1.8 + 0.45 * len(plans)))
     axes, ends = figure.add_subplot(), [0.0] * len(plans)
     for part in plans[0].fullest.parts:
         sizes = [found.fullest.parts[part] / 2**30 for found in plans]

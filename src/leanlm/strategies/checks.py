@@ -229,21 +229,3 @@ def _multiples(number: int, of: int) -> str:
     """Those on both sides of a number that is none, as `8 or 12`."""
     below = number // of * of
     return " or ".join(str(each) for each in (below, below + of) if each)
-
-
-COMPILING = (10.0, 3.0)  # seconds until a graph is compiled, and for each of its blocks (of GPT-2 small some 45)
-SAVED = 0.3  # share of a step on a GPU that compiling saves (GPT-2 small on an H100: nanoGPT's 38.2 ms become 29.4)
-RATE, EACH = 2.5e14, 1.5e-3  # operations a second of a GPU in bf16, and seconds of a block whose operations are all small
-
-
-def earns_compiling(operations: float, micro_batches: int, blocks: int, steps: int) -> bool:
-    """Whether a run on a GPU is long enough for compiling to be earned back, roughly.
-
-    Args:
-        operations: floating-point operations of a step on each device.
-        micro_batches: of a step on each device.
-        blocks: on each device.
-        steps: of the run.
-    """
-    step = max(operations / RATE, EACH * blocks * micro_batches)
-    return steps * step * SAVED > COMPILING[0] + COMPILING[1] * blocks

@@ -153,7 +153,7 @@ def result_of(settings: Settings, tokens: Tokens, module: LanguageModel, trainer
 
 
 def sample_of(parallel: ParallelModel, tokenizer: Tokenizer, prompt: str, tokens: int) -> str | None:
-    """Text that the model writes; None if that fails. All ranks must call it when the model is spread over them."""
+    """Text that the model writes; None if that fails. All ranks must call it when it is divided over them."""
     try:
         begin = [tokenizer.start, *map(int, tokenizer.encode(prompt.encode()))]
     except UserError:  # the prompt has characters that this text does not
