@@ -3,8 +3,8 @@ BIN := .venv/bin
 ARGS ?=
 PACKAGE := $(notdir $(patsubst %/__init__.py,%,$(wildcard src/*/__init__.py)))
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-# two files of tests at a time, one thread in each process: the models are tiny
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# two files of tests at a time, one thread in each process: the models are tiny; many processes import the compiled files
+TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help train test test-slow lint format rename clean
 

@@ -53,7 +53,7 @@ def test_the_command_prints_plans_that_can_be_run(
 ) -> None:
     from leanlm import plan as command
 
-    arguments = ["data=text", f"data.path={text}", *MODEL, "devices=2", "show=2", "device.memory=4GiB"]
+    arguments = ["data=text", f"data.path={text}", *MODEL, "optim=adamw", "devices=2", "show=2", "device.memory=4GiB"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(searching, "SHORTEST", 2.0)
     monkeypatch.setattr(sys, "argv", ["plan", *arguments, "json=true"])

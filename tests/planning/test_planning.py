@@ -44,7 +44,8 @@ HERE = Device("a test", "cpu", 1 << 30, {"float32": 1e11}, 1e10, 1e9, 1e-4, 1e-6
 
 
 def settings(text: Path, *overrides: str) -> Settings:
-    return check(composed("data=text", f"data.path={text}", *MODEL, *overrides))
+    optim = [] if any(override.startswith("optim=") for override in overrides) else ["optim=adamw"]
+    return check(composed("data=text", f"data.path={text}", *MODEL, *optim, *overrides))
 
 
 def _measured(settings: Settings) -> list[list[int]]:
@@ -85,9 +86,9 @@ def test_weights_and_state_are_those_of_a_real_run(plan: str, text: Path) -> Non
 
 @pytest.mark.parametrize(
     "plan",
-    ["strategy=single strategy.recompute=blocks optim.state=int8 optim=adamw model.depth=4", "strategy=fsdp model.depth=6",
+    ["strategy=single strategy.recompute=blocks optim.state=int8 model.depth=4", "strategy=fsdp model.depth=6",
      *map(slow, (
-        "strategy=single", "strategy=ddp", "strategy=tensor", "strategy=fsdp strategy.recompute=operators",
+        "strategy=single", "strategy=ddp", "strategy=tensor", "strategy=fsdp strategy.recompute=operators optim=muon",
         "strategy=pipeline model.depth=14", "strategy=interleaved model.depth=28", "strategy=zero_bubble model.depth=28",
         "strategy=gpipe model.depth=14", "strategy=accumulate strategy.recompute=operators", "strategy=ddp strategy.zero1=true",
         "strategy=tensor strategy.recompute=blocks"))],
@@ -113,7 +114,7 @@ def test_few_blocks_say_what_all_blocks_need(plan: str, text: Path) -> None:
         assert total[0] == total[1]
 
 
-@pytest.mark.parametrize("plan", ["strategy=pipeline model.depth=4 optim=adamw", *map(slow, (
+@pytest.mark.parametrize("plan", ["strategy=pipeline model.depth=4", *map(slow, (
     "strategy=interleaved", "strategy=pipeline devices=4", "strategy=interleaved devices=4 model.depth=8"))])  # fmt: skip
 def test_a_pipeline_holds_only_its_buffers_more_however_many_micro_batches_flow_through_it(plan: str, text: Path) -> None:
     asked = settings(text, *plan.split(), "global_batch=16", "strategy.accumulate_grad_batches=16")
@@ -133,7 +134,7 @@ def test_a_pipeline_holds_only_its_buffers_more_however_many_micro_batches_flow_
 @pytest.mark.parametrize("schedule", ["gpipe", *map(slow, ("LoopedBFS", "zero-bubble", "DualPipeV", "InterleavedZeroBubble"))])
 def test_each_micro_batch_of_other_schedules_adds_as_much(schedule: str, text: Path) -> None:
     asked = settings(text, "strategy=pipeline", f"strategy.schedule={schedule}", "global_batch=12",
-                     "strategy.accumulate_grad_batches=12", "model.depth=4", "optim=adamw")  # fmt: skip
+                     "strategy.accumulate_grad_batches=12", "model.depth=4")  # fmt: skip
     fewer, _ = _fewer_micro_batches(asked)
     few = fewer.plan.accumulate_grad_batches
     for rank in (0, 1):
@@ -346,7 +347,7 @@ def test_what_a_pipeline_has_sent_stays_as_with_gloo(text: Path) -> None:
     assert most - less >= 2 * rows * hidden
 
 
-@pytest.mark.parametrize("plan", ["strategy=single", "strategy=fsdp devices=2", "strategy=zero_bubble devices=2"])
+@pytest.mark.parametrize("plan", ["strategy=single", *map(slow, ("strategy=fsdp devices=2", "strategy=zero_bubble devices=2"))])
 def test_an_average_of_the_weights_counts_as_state(plan: str, text: Path) -> None:
     """As many bytes as the weights that the rank holds, from the begin of training on."""
     without, with_average = (

@@ -25,8 +25,9 @@ BLOCK = 12 * WIDTH**2  # no biases, no norm weights
 
 def overrides(text: Path, plan: dict) -> list[str]:
     return [
-        "model=transformer", f"model.width={WIDTH}", f"model.depth={DEPTH}", "data=text", f"data.path={text}", "global_batch=8",
-        "sequence=12", "max_steps=2", "device=cpu", "logger=csv", "sample_tokens=1", "optim=adamw",
+        "model=transformer", f"model.width={WIDTH}", f"model.depth={DEPTH}", "data=text", f"data.path={text}",
+        "data.validation=0.02", "global_batch=8", "sequence=12", "max_steps=2", "device=cpu", "logger=csv", "sample_tokens=1",
+        "optim=adamw",
         *(f"strategy.{key}={value}" for key, value in plan.items()),
     ]  # fmt: skip
 
@@ -116,8 +117,8 @@ def test_muon_divides_its_momentum(text: Path, tmp_path: Path) -> None:
     divided = "strategy.zero1=true"
     first = {tmp_path / "plain": common, tmp_path / "divided": [*common, divided]}
     run_all(first | {tmp_path / "two": [*common, "max_steps=2"], tmp_path / "three": [*common, divided, "max_steps=3"]}, 2)
-    run_all({tmp_path / "on": [divided, "max_steps=6", f"resume={tmp_path / 'two'}"]}, 2)
-    run_all({tmp_path / "back": ["strategy.zero1=false", "max_steps=6", f"resume={tmp_path / 'three'}"]}, 2)
+    on = {tmp_path / "on": [divided, "max_steps=6", f"resume={tmp_path / 'two'}"]}
+    run_all(on | {tmp_path / "back": ["strategy.zero1=false", "max_steps=6", f"resume={tmp_path / 'three'}"]}, 2)
     curve = losses(tmp_path / "plain")
     for name in ("divided", "on", "back"):
         assert losses(tmp_path / name) == curve, name

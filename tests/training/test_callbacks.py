@@ -30,7 +30,8 @@ PLANS = {
 
 def asked(text: Path, *more: str) -> list[str]:
     return [
-        "data=text", f"data.path={text}", "data.tokenizer=char", "model=gpt2", "model.width=16", "model.heads=2",
+        "data=text", f"data.path={text}", "data.tokenizer=char", "data.validation=0.02",
+        "model=gpt2", "model.width=16", "model.heads=2",
         "model.depth=4",
         "global_batch=4", "sequence=16", "precision=fp64", "device=cpu", "logger=csv", f"max_steps={STEPS}", "log_every=1",
         "val_every=2", "checkpoint_every=1", "keep_checkpoints=9", "optim=adamw", "optim.lr=0.05", "optim.warmup=1",

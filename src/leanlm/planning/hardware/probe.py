@@ -22,27 +22,27 @@ from leanlm.planning.constants import STARTING
 
 VERSION = 4  # of what is measured
 PRODUCTS = ("float32", "bfloat16", "float64")
-ROUNDS = 4
 SMALL = 1 << 20  # bytes of a tensor that gets pages of 4 KiB
 LARGE = 8 << 20  # of one that is as large as activations are
 HUGE = 16 << 20  # of one whose pages are large
 MESSAGE, TIMES = 8 << 20, 9  # bytes that are sent to measure a link, and how often
 
 
-def measured() -> dict[str, Any]:
+def measured(rounds: int = 4) -> dict[str, Any]:
     """What `probe` finds, in a process that has imported nothing else, which would weigh in those that it starts."""
-    done = subprocess.run([sys.executable, "-m", __name__], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", __name__, str(rounds)], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def probe() -> dict[str, Any]:
+def probe(rounds: int) -> dict[str, Any]:
     """Rates of this machine, and what its processes weigh; measured in about 24 seconds.
 
     What one process does is measured where it is alone and has all threads, and in two at once that share them: memory and
-    new pages are not divided as cores are.
+    new pages are not divided as cores are. A shared processor is slower for a while, then fast again: of several rounds the
+    best counts.
     """
-    alone, of_one = launch(_process, (), 1, isolate=True)
-    several, of_two = launch(_process, (), 2, isolate=True)
+    alone, of_one = launch(_process, (rounds,), 1, isolate=True)
+    several, of_two = launch(_process, (rounds,), 2, isolate=True)
     return {
         "alone": of_one["rates"],
         "pair": of_two["rates"],
@@ -52,7 +52,7 @@ def probe() -> dict[str, Any]:
     }
 
 
-def _rates() -> dict[str, Any]:
+def _rates(rounds: int) -> dict[str, Any]:
     """What this process does a second."""
     n, large, small = 1024, torch.randn(LARGE // 4), torch.zeros(8)
     factors = {kind: torch.randn(2, n, n).to(getattr(torch, kind)) for kind in PRODUCTS}
@@ -66,7 +66,7 @@ def _rates() -> dict[str, Any]:
         "overhead": lambda: small + small,
     }
     best = dict.fromkeys(kinds, math.inf)
-    for _ in range(ROUNDS):  # a shared processor is slower for a while, then fast again
+    for _ in range(rounds):
         for kind, run in kinds.items():
             best[kind] = min(best[kind], fastest(run))
     small_paging = SMALL / best["small_paging"]
@@ -96,7 +96,7 @@ def fastest(run: Callable[[], Any], during: float = 0.1) -> float:
     return best
 
 
-def _process() -> tuple[int, dict[str, Any]]:
+def _process(rounds: int) -> tuple[int, dict[str, Any]]:
     """Bytes of this process, one that will train, before it has built anything; its rates; of several, how fast they send."""
     import leanlm.training.fit  # noqa: F401
     from leanlm.common.machine import memory_now
@@ -105,7 +105,7 @@ def _process() -> tuple[int, dict[str, Any]]:
         size = memory_now()
         common = size - memory_now(shared=False)
         links = _links() if world_size() > 1 else {}  # they begin at once what follows
-        return size, {"rates": _rates(), "common": common, "links": links}
+        return size, {"rates": _rates(rounds), "common": common, "links": links}
 
 
 def sent(kind: str, ranks: int) -> float:
@@ -158,4 +158,4 @@ def _launcher() -> int:
 if __name__ == "__main__":
     from leanlm.planning.hardware import probe as importable  # where the processes that it starts find it
 
-    print(json.dumps(importable.probe()))
+    print(json.dumps(importable.probe(int(sys.argv[1]))))
