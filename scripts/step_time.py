@@ -40,7 +40,6 @@ def configure(*overrides: str):
 
 def leanlm(steps: int, folder: Path, *overrides: str) -> list[float]:
     """Milliseconds of each step of a whole run: progress, records, loggers and all."""
-    from omegaconf import OmegaConf
 
     import leanlm.training.fit as module
     from leanlm.config.checks import check
@@ -65,7 +64,7 @@ def leanlm(steps: int, folder: Path, *overrides: str) -> list[float]:
 
     module.Record = Timed
     config = configure(f"max_steps={steps}", *overrides)
-    module.fit(check(config), OmegaConf.to_container(config), folder / "run")
+    module.fit(check(config), folder / "run")
     return times
 
 

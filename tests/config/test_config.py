@@ -91,6 +91,7 @@ def test_values_that_do_not_work_are_collected(text: Path) -> None:
         (["model=lstm", "model.cutoffs=[20]", "model.tied=true"], "nothing can be shared"),
         (["model=lstm", "model.width=12", "model.cutoffs=[20,30]"], "12 / 4**2 numbers, fewer than 1"),
         (["logger.tensorboard.needs=nosuchpackage"], "pip install nosuchpackage"),
+        (["sequence=16", "val_overlap=16"], "of windows of sequence=16 tokens none would be counted"),
     ],
 )
 def test_one_line_for_one_mistake(wrong: list[str], says: str) -> None:

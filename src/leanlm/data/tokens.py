@@ -42,7 +42,7 @@ class Tokens:
     bytes: dict[str, int]
 
 
-def prepare(corpus: Corpus, tokenizer: str, vocabulary: int, progress: Progress | None = None) -> Tokens:
+def prepare(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, progress: Progress | None = None) -> Tokens:
     """The tokens of a corpus, prepared now unless a folder with the same fingerprint exists.
 
     Memory does not grow with the text: it is read, tokenised and written in chunks of a few MB. (A word vocabulary and
@@ -50,7 +50,7 @@ def prepare(corpus: Corpus, tokenizer: str, vocabulary: int, progress: Progress 
 
     Args:
         corpus: the text.
-        tokenizer: one of byte, char, word, bpe, or the path of a `tokenizer.json`.
+        tokenizer: one of byte, char, word, bpe, or the path of a `tokenizer.json`; or one that was made for another text.
         vocabulary: size of the vocabulary that bpe trains; others ignore it.
         progress: called as work goes on.
     """
@@ -85,13 +85,13 @@ def load(folder: Path) -> Tokens:
     return Tokens(folder.name, tokenizers.restore(meta["tokenizer"]), splits, meta["bytes"])
 
 
-def _write(corpus: Corpus, tokenizer: str, vocabulary: int, folder: Path, report: Progress) -> None:
+def _write(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, folder: Path, report: Progress) -> None:
     def chunks(split: str | None) -> Iterator[bytes]:
         names = corpus.splits if split is None else [split]
         total = sum(map(corpus.size, names))
         return _reported("reading the vocabulary", (c for name in names for c in corpus.chunks(name)), total, report)
 
-    made = tokenizers.train(tokenizer, vocabulary, chunks)
+    made = tokenizers.train(tokenizer, vocabulary, chunks) if isinstance(tokenizer, str) else tokenizer
     dtype = np.dtype(np.uint8 if made.vocabulary <= 1 << 8 else np.uint16 if made.vocabulary <= 1 << 16 else np.uint32)
     for name in corpus.splits:
         with open(folder / f"{name}.bin", "wb") as file:
@@ -113,13 +113,15 @@ def _reported(what: str, chunks: Iterable[bytes], total: int, report: Progress) 
         report(what, done, total)
 
 
-def _tokenizer_key(tokenizer: str, vocabulary: int) -> list:
+def _tokenizer_key(tokenizer: str | Tokenizer, vocabulary: int) -> list:
+    if not isinstance(tokenizer, str):
+        return [hashlib.sha256(json.dumps(tokenizer.state()).encode()).hexdigest()]
     if tokenizer in tokenizers.NAMES:
         return [tokenizer, vocabulary if tokenizer == "bpe" else None]
     return [hashlib.sha256(Path(tokenizer).expanduser().read_bytes()).hexdigest()]
 
 
-def _fingerprint_key(corpus: Corpus, tokenizer: str, vocabulary: int) -> str:
+def _fingerprint_key(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int) -> str:
     """Names the same files, unchanged as far as size and time tell; spares reading them again."""
     files = [
         (name, str(piece.path.resolve()), piece.start, piece.stop, stat.st_size, stat.st_mtime_ns)
@@ -131,7 +133,7 @@ def _fingerprint_key(corpus: Corpus, tokenizer: str, vocabulary: int) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
-def _fingerprint(corpus: Corpus, tokenizer: str, vocabulary: int, report: Progress) -> str:
+def _fingerprint(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, report: Progress) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, _tokenizer_key(tokenizer, vocabulary)]).encode())
     for name in corpus.splits:
         digest.update(f"\0{name}\0{corpus.size(name)}\0".encode())
