@@ -147,8 +147,10 @@ def prepare_nanogpt(checkout: Path, folder: Path) -> Path:
 
     copy = folder / "nanogpt"
     shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git"))
-    shutil.copy(tinyshakespeare().splits["train"][0].path, copy / "data" / "shakespeare_char" / "input.txt")
-    subprocess.run([sys.executable, "prepare.py"], cwd=copy / "data" / "shakespeare_char", check=True, capture_output=True)
+    data = copy / "data" / "shakespeare_char"
+    shutil.copy(tinyshakespeare().splits["train"][0].path, data / "input.txt")
+    (data / "requests.py").touch()  # prepare.py imports it to download what is there already
+    subprocess.run([sys.executable, "prepare.py"], cwd=data, check=True, capture_output=True)
     return copy
 
 
