@@ -248,3 +248,14 @@ def test_latest_is_the_newest_run_that_has_a_checkpoint(tmp_path: Path, monkeypa
         (tmp_path / "runs" / name / "config.yaml").touch()
         os.utime(tmp_path / "runs" / name / "config.yaml", (number, number))
     assert Run.find("latest").path == Path("runs/second")
+
+
+def test_a_resumed_run_has_the_devices_of_its_plan(tmp_path: Path) -> None:
+    Run(tmp_path).create(composed("strategy=ddp", "devices=2"))
+    for given, devices in (
+        ([], 2),
+        (["strategy=single"], None),
+        (["strategy=single", "devices=1"], 1),
+        (["strategy.zero1=true"], 2),
+    ):
+        assert composed(f"resume={tmp_path}", *given).devices == devices
