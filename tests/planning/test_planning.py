@@ -117,16 +117,18 @@ def test_few_blocks_say_what_all_blocks_need(plan: str, text: Path) -> None:
 @pytest.mark.parametrize("plan", ["strategy=pipeline model.depth=4", *map(slow, (
     "strategy=interleaved", "strategy=pipeline devices=4", "strategy=interleaved devices=4 model.depth=8"))])  # fmt: skip
 def test_a_pipeline_holds_only_its_buffers_more_however_many_micro_batches_flow_through_it(plan: str, text: Path) -> None:
-    asked = settings(text, *plan.split(), "global_batch=16", "strategy.accumulate_grad_batches=16")
+    asked = settings(text, *plan.split(), "global_batch=24", "strategy.accumulate_grad_batches=24")
     fewer, micros = _fewer_micro_batches(asked)
-    assert fewer.plan.accumulate_grad_batches < micros == 16
+    assert fewer.plan.accumulate_grad_batches < micros == 24
     before, counted = 0, kinds_of_ranks(asked.plan, stages(asked.config, asked.plan, 256))
     for rank in range(asked.plan.pipeline):
         few, all_ = (peaks(simulate(one, 256, rank).trace) for one in (fewer, asked))
         largest = [max(sum(parts.values()) for parts in found.values()) for found in (few, all_)]
         more = micros - fewer.plan.accumulate_grad_batches
         expected = more * received(asked, rank, stages(asked.config, asked.plan, 256))
-        assert 0 <= largest[1] - largest[0] - expected <= 4 * more  # the last stage also keeps each one's loss, 4 bytes
+        hidden = 16 * 32 * 4  # bytes of a micro-batch's, of which a pipeline of more than two fills with one more
+        # the last stage also keeps each one's loss, 4 bytes
+        assert 0 <= largest[1] - largest[0] - expected <= 4 * more + hidden * (asked.plan.pipeline > 2)
         assert rank in counted or largest[1] <= before
         before = largest[1]
 

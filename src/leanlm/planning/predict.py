@@ -159,12 +159,14 @@ def _with(settings: Settings, micros: int) -> Settings:
 
 def received(settings: Settings, rank: int, whole: Stages) -> int:
     """Bytes that a rank of a pipeline holds for each micro-batch of a step: its tokens and targets, and for each stage what it
-    receives from the stage before and from the one after (torch has a buffer for every micro-batch of each)."""
+    receives from the stage before and from the one after (torch has a buffer for every micro-batch of each). Where a device has
+    several stages, torch keeps what they send to the same two until the step ends."""
     config, plan = settings.config, settings.plan
     if plan.pipeline == 1:
         return 0
     numbers, last = stages_held(plan, rank), len(whole.split) - 1
     hidden = whole.width * PRECISIONS[config.precision][0].itemsize * sum((n > 0) + (n < last) for n in numbers)
+    hidden *= 2 if plan.stages > plan.pipeline else 1
     return plan.micro_batch(config.global_batch) * config.sequence * (2 * torch.long.itemsize + hidden)
 
 
