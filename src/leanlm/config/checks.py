@@ -3,6 +3,8 @@
 All problems of a command line are reported together, each with its arithmetic and what to write instead.
 """
 
+import os
+import shlex
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,9 +90,15 @@ def _values(config: Config, devices: int | None) -> list[str]:
 
 def _folder(config: Config) -> list[str]:
     path, resumed = config.run_dir, config.resume
-    if not path or not Path(path, "config.yaml").is_file() or (resumed and Path(path).resolve() == Path(resumed).resolve()):
+    if not path or (resumed and Path(path).resolve() == Path(resumed).resolve()):
         return []
-    return [f"run_dir={path} holds a run already: write resume={path} to continue it, or another run_dir"]
+    if Path(path, "config.yaml").is_file():
+        again = shlex.quote(f"resume={path}")
+        return [f"run_dir={path} holds a run already: write {again} to continue it, or another run_dir"]
+    above = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
+    if above.is_dir() and os.access(above, os.W_OK):
+        return []
+    return [f"run_dir={path}: {above} is " + ("read-only" if above.is_dir() else "no folder") + ", choose another run_dir"]
 
 
 def _model(config: Config) -> list[str]:
