@@ -151,11 +151,16 @@ def _parsed(overrides: list[str]) -> list[Override]:
     Raises:
         UserError: with all that it does not.
     """
-    parsed, problems, parser = [], [], OverridesParser.create()
+    parser = OverridesParser.create()
+    parsed, problems = [], []
     for override in overrides:
         try:
-            parsed.append(parser.parse_override(override))
+            found = parser.parse_override(override)
         except HydraException:
+            found = None
+        if found and found.key_or_group:
+            parsed.append(found)
+        else:
             problems.append(f"{override}: not of the form key=value")
     if problems:
         raise UserError(*problems)

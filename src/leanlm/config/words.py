@@ -66,7 +66,7 @@ def _read(override: str, multirun: bool, groups: list[Path]) -> str:
         return f"{key}={','.join(part if part == 'null' else quoted(os.path.expanduser(part)) for part in parts)}"
     if any(
         (folder / (name or "?")).is_dir() for folder in groups
-    ):  # an empty list of options is Hydra's way to leave a group out
+    ):  # which Hydra leaves out where its options are an empty list
         value = ",".join("[]" if part == "null" else part for part in value.split(","))
     try:
         _parser().parse_override(f"{key}={value}")
