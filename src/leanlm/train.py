@@ -1,6 +1,5 @@
 """Train a language model: `python -m leanlm.train model=lstm strategy=ddp`. See README.md."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from leanlm.training.data import tokens
 
 
 def train(config: DictConfig, path: Path | None = None, isolate: bool = False, command: Any = None) -> dict[str, Any]:
-    """Run a composed configuration to its end, in a folder that it makes, at `path` if nothing is there, and return what
-    `result.json` holds.
+    """Run a composed configuration to its end, in a folder that it makes, such as `path`; what `result.json` holds.
 
     `isolate`: in a process of its own, as each job of a sweep. `command`: see `planning.auto.train`. Raises UserError with
     every problem found, before any work starts; Stopped where a signal ended the run, which has then saved a checkpoint.
@@ -28,9 +26,7 @@ def train(config: DictConfig, path: Path | None = None, isolate: bool = False, c
     settings = check(config)
     if not launched():
         tokens(settings)  # The text is prepared once, before there are several processes.
-    named = config.run_dir or config.resume
-    wished = Path(named or path or Run.new_path("run"))
-    with nullcontext(wished) if named or rank() else Run.claimed(wished) as folder:  # Other ranks hear of it from rank 0.
+    with Run.folder(config.run_dir or config.resume, path or Run.new_path("run"), rank()) as folder:
         if settings.plan.auto and not launched():
             from leanlm.planning import auto
 

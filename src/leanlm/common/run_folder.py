@@ -47,13 +47,18 @@ class Run:
 
     @staticmethod
     @contextmanager
-    def claimed(path: Path) -> Iterator[Path]:
-        """A folder for the run within, see `claim`; it goes if that ends with an exception and has put nothing there.
+    def folder(named: str | None, wished: Path, rank: int) -> Iterator[Path]:
+        """The folder for the run within: `named`, or one that rank 0 makes (see `claim`), from which other ranks hear of it.
+
+        What it has made goes if the run ends with an exception and has put nothing there.
 
         Raises:
             UserError: it cannot be made.
         """
-        folder = claim(path)
+        if named or rank:
+            yield Path(named or wished)
+            return
+        folder = claim(wished)
         try:
             yield folder
         except BaseException:

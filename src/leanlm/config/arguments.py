@@ -37,7 +37,7 @@ def typed(config: DictConfig, schema_class: type = Config) -> tuple[list[str], A
         if isinstance(node, DictConfig):
             OmegaConf.set_readonly(node, False)  # a frozen dataclass is marked so
     needed = NEEDED if issubclass(schema_class, Config) else ()
-    problems = [f"{group}=null: a run needs one; --help {group} lists them" for group in needed if not config.get(group)]
+    problems = [f"{group}=null: a run needs one; see --help for what there is" for group in needed if not config.get(group)]
     for key, value in leaves(config).items():
         try:
             OmegaConf.update(schema, key, literal(value))

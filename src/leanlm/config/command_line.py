@@ -36,8 +36,6 @@ from leanlm.launch.processes import Stopped, WorkerFailed, ended_by_closed_pipes
 from leanlm.launch.ranks import adopt_slurm, launched, rank, say, world_size
 from leanlm.launch.supervisor import OUT_OF_MEMORY
 
-REFUSALS = (HydraException, OmegaConfBaseException, ValueError)  # by which Hydra refuses an override
-
 
 def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
     """The command `name`: compose `conf/<name>.yaml` with the command line and call `function`, once for each job.
@@ -174,10 +172,10 @@ def _sweep_folder(name: str, job: list[str]) -> tuple[Path, bool]:
     return Path(sweep.dir), not OmegaConf.is_interpolation(sweep, "dir")
 
 
-def _claim_sweep(name: str, job: list[str]) -> list[str]:
+def _claim_sweep(name: str, overrides: list[str]) -> list[str]:
     """Make the folder of a sweep, so that another that begins in the same second gets another; what to write behind the command
     line."""
-    folder, named = _sweep_folder(name, job)
+    folder, named = _sweep_folder(name, sweeps.jobs(_parsed(overrides))[0])
     return [] if named else [f"hydra.sweep.dir={words.quoted(str(claim(folder)))}"]
 
 
@@ -186,7 +184,7 @@ def _compose(name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
     others."""
     try:
         return compose(name, overrides=overrides), []
-    except REFUSALS as error:
+    except words.REFUSALS as error:
         first = error
     base = config = compose(name)
     problems: list[str] = []
@@ -199,7 +197,7 @@ def _compose(name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
         try:
             config = compose(name, overrides=[*good, override])
             good.append(override)
-        except REFUSALS as error:
+        except words.REFUSALS as error:
             problems.append(_explain(override, overrides, base, error))
             unknown.add(key)
     return config, problems or [str(first).splitlines()[0]]

@@ -14,6 +14,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from leanlm.common.errors import UserError
 from leanlm.common.files import CONF, literal
@@ -21,6 +22,7 @@ from leanlm.common.files import CONF, literal
 TEXTS = {"prompt", "sample", "text"}
 PATHS = {"run", "resume", "run_dir", "picture", "data.path", "data.tokenizer", "hydra.sweep.dir", "hydra.run.dir"}
 NEVER_NULL = {"prompt", "sample"}  # there null is a text as any other
+REFUSALS = (HydraException, OmegaConfBaseException, ValueError)  # by which Hydra and OmegaConf refuse an override
 SEARCHED = "hydra.searchpath"  # Hydra's key of folders that it searches beside `conf/`
 
 
@@ -42,11 +44,12 @@ def read(overrides: list[str], multirun: bool = False, config_dir: str | None = 
     return [*searched, *(_read(override, multirun, [CONF, *own]) for override in overrides)]
 
 
-def options(group: str, overrides: list[str]) -> list[str]:
-    """What can be chosen of a group, in `conf/` and where the overrides of a command line let Hydra search."""
+def options(group: str, overrides: list[str]) -> dict[str, Path]:
+    """What can be chosen of a group, and its file, in `conf/` and where the overrides of a command line let Hydra search."""
     own = [_parser().parse_override(override).value() for override in overrides if override.startswith(f"{SEARCHED}=")]
     folders = [CONF, *(Path(str(name).removeprefix("file://")) for names in own if isinstance(names, list) for name in names)]
-    return sorted({file.stem for folder in folders if group for file in (folder / group).glob("*.yaml")})
+    found = {file.stem: file for folder in reversed(folders) if group for file in (folder / group).glob("*.yaml")}
+    return dict(sorted(found.items()))
 
 
 def _read(override: str, multirun: bool, groups: list[Path]) -> str:
