@@ -1,6 +1,10 @@
-"""A run's folder is claimed by making it, and what is there is not written over."""
+"""A run's folder is claimed by making it; the folder of the configuration is found wherever the package lies."""
 
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ from conftest import composed
 
 from leanlm import train
 from leanlm.common.errors import UserError
+from leanlm.common.files import CONF
 from leanlm.common.run_folder import Run, claim
 from leanlm.config.schema import Settings
 
@@ -53,3 +58,24 @@ def test_jobs_of_a_sweep_are_those_with_a_number(tmp_path: Path) -> None:
         (tmp_path / name / "config.yaml").touch()
     (tmp_path / "3_empty").mkdir()
     assert [path.name for path in Run.jobs(tmp_path)] == ["2_seed-1", "10_seed-3"]
+
+
+def test_a_built_package_has_the_configuration_in_it(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    root = CONF.parent
+    for name in ("src", "conf"):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    build = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", "built"]
+    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True, timeout=100)
+    shutil.rmtree(tmp_path / "conf")
+    package = tmp_path / "built" / "leanlm"
+    spec = spec_from_file_location("files", package / "common" / "files.py")
+    assert spec is not None
+    assert spec.loader is not None
+    files = module_from_spec(spec)
+    spec.loader.exec_module(files)
+    assert package / "conf" == files.CONF
+    inside = {str(file.relative_to(CONF)): file.read_text() for file in CONF.rglob("*.yaml")}
+    assert {str(file.relative_to(files.CONF)): file.read_text() for file in files.CONF.rglob("*.yaml")} == inside
