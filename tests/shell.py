@@ -17,9 +17,11 @@ from leanlm.launch import processes
 Env = dict[str, str]
 
 
-def start(module: str, *arguments: object, cwd: Path, env: Env | None = None) -> "Running":
-    """`python -m module arguments`, in the folder `cwd`, with `env` beside this environment, in a group of its own."""
-    return Running(module, [*map(str, arguments)], cwd, {**os.environ, **(env or {})})
+def start(module: str, *arguments: object, cwd: Path, env: Env | None = None, out: Path | None = None) -> "Running":
+    """`python -m module arguments`, in the folder `cwd`, with `env` beside this environment, in a group of its own.
+
+    `out`: a named pipe that gets what it prints; the command begins when that is opened to be read."""
+    return Running(module, [*map(str, arguments)], cwd, {**os.environ, **(env or {})}, out)
 
 
 def command(module: str, *arguments: object, cwd: Path, env: Env | None = None, timeout: float = 120) -> CompletedProcess[str]:
@@ -30,10 +32,10 @@ def command(module: str, *arguments: object, cwd: Path, env: Env | None = None, 
 class Running:
     """A command that has been started."""
 
-    def __init__(self, module: str, arguments: list[str], cwd: Path, env: Env) -> None:
+    def __init__(self, module: str, arguments: list[str], cwd: Path, env: Env, out: Path | None = None) -> None:
         self.arguments, self.streams = [module, *arguments], Path(tempfile.mkdtemp())
         context: Any = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=_main, args=(module, arguments, cwd, env, self.streams))
+        self.process = context.Process(target=_main, args=(module, arguments, cwd, env, self.streams, out))
         self.process.start()
         self.pid: int = self.process.pid
 
@@ -52,9 +54,11 @@ class Running:
         return (self.streams / name).read_text()
 
 
-def _main(module: str, arguments: list[str], cwd: Path, env: Env, streams: Path) -> None:
+def _main(module: str, arguments: list[str], cwd: Path, env: Env, streams: Path, out: Path | None) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(streams / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if out:
+        os.dup2(os.open(out, os.O_WRONLY), 1)
     os.setsid()  # a signal to its group is for it and what it starts
     os.environ.update(env)
     os.chdir(cwd)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,11 +212,46 @@ def test_generate_streams_and_repeats(
     assert "the character" in capsys.readouterr().err
 
 
-def test_compare(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     done = command("leanlm.compare", run, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout
     assert here(compare, monkeypatch, tmp_path) == 1
+    monkeypatch.chdir(tmp_path)
+    for name in ("x/run", "y/run", "s/0_a", "s/1_b", "s/[red]", "s/2026-11-28_notes"):
+        shutil.copytree(run, name)
+    assert here(compare, monkeypatch, "x/run", "y/run", "s", "s/[red]") == 0
+    rows = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "bitwise" in line]
+    assert rows == ["x/run", "y/run", "0_a", "1_b", "[red]"]
+
+
+@pytest.mark.parametrize("asked", ["generate tokens=400", "train --help", "train --cfg all", "compare"])
+def test_a_closed_pipe_ends_a_command_quietly(asked: str, run: Path, tmp_path: Path) -> None:
+    name, *arguments = asked.split()
+    arguments += {"generate": [f"run={run}"], "compare": [str(run)]}.get(name, [])
+    os.mkfifo(tmp_path / "pipe")
+    process = start(f"leanlm.{name}", *arguments, cwd=tmp_path, out=tmp_path / "pipe")
+    os.close(os.open(tmp_path / "pipe", os.O_RDONLY))
+    done = process.wait(60)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
+def test_a_run_whose_output_nobody_reads_stops_in_good_order(text: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    process = start(
+        "leanlm.train", *SMALL, f"data.path={text}", "model=lstm", "max_steps=1000000", "val_every=20", "run_dir=a [run]",
+        cwd=tmp_path, out=tmp_path / "pipe",
+    )  # fmt: skip
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY)
+    printed = b""
+    while b"validation loss" not in printed:
+        printed += os.read(reader, 1000)
+    os.close(reader)
+    done = process.wait(60)
+    assert done.returncode == 128 + signal.SIGTERM
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("to go on: python -m leanlm.train 'resume=a [run]'")
+    assert list((tmp_path / "a [run]" / "checkpoints").glob("step-*"))
 
 
 def test_a_peak_is_of_the_process_itself_and_not_of_the_one_that_started_it() -> None:

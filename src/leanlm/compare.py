@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from leanlm.common.errors import UserError
+from leanlm.launch.processes import ended_by_closed_pipes
 from leanlm.reporting.comparison import compare
 
 
@@ -11,10 +12,11 @@ def main() -> None:
     paths = [Path(argument) for argument in sys.argv[1:]]
     if not paths or any(argument.startswith("-") for argument in sys.argv[1:]):
         sys.exit(f"{__doc__}")
-    try:
-        compare(paths, paths[0].parent)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    with ended_by_closed_pipes():
+        try:
+            compare(paths, paths[0].parent)
+        except UserError as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from leanlm.inference.continuation import Generate, continuation
 
 
 def job(asked: Generate) -> None:
+    pieces = continuation(asked, check_memory)  # or an error, before anything is written
     sys.stdout.write(asked.prompt)
-    for text in continuation(asked, check_memory):
+    for text in pieces:
         sys.stdout.write(text)
         sys.stdout.flush()
     print()

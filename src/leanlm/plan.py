@@ -2,15 +2,14 @@
 
 from hydra.core.hydra_config import HydraConfig
 
-from leanlm.config import command_line
+from leanlm.config import command_line, words
 from leanlm.planning.query import OWN, Ask, plan
 
 
 def job(asked: Ask) -> None:
     ours = OWN | {"device", "strategy"}
-    task = HydraConfig.get().overrides.task
-    keys = [override.partition("=")[0].partition(".")[0] for override in task]
-    plan(asked, [override for override, key in zip(task, keys, strict=True) if key not in ours])
+    task = words.typed(HydraConfig.get().overrides.task)
+    plan(asked, [word for word in task if word.partition("=")[0].partition(".")[0] not in ours])
 
 
 def main() -> None:

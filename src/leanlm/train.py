@@ -12,27 +12,27 @@ from leanlm.config.checks import check
 from leanlm.config.resume import goes_on
 from leanlm.config.schema import Config, Settings
 from leanlm.launch.processes import launch
-from leanlm.launch.ranks import launched, process_group
+from leanlm.launch.ranks import launched, process_group, rank
 from leanlm.launch.supervisor import prediction
 from leanlm.training.data import tokens
 
 
 def train(config: DictConfig, path: Path | None = None, isolate: bool = False, command: Any = None) -> dict[str, Any]:
-    """Run a composed configuration to its end, in a folder `path` or one of its own, and return what `result.json` holds.
+    """Run a composed configuration to its end, in a folder that it makes, such as `path`; what `result.json` holds.
 
     `isolate`: in a process of its own, as each job of a sweep. `command`: see `planning.auto.train`. Raises UserError with
     every problem found, before any work starts; Stopped where a signal ended the run, which has then saved a checkpoint.
     """
     settings = check(config)
-    path = Path(config.run_dir or config.resume or path or Run.new_path("run"))
     if not launched():
         tokens(settings)  # The text is prepared once, before there are several processes.
-    if settings.plan.auto and not launched():
-        from leanlm.planning import auto
+    with Run.folder(config.run_dir or config.resume, path or Run.new_path("run"), rank()) as folder:
+        if settings.plan.auto and not launched():
+            from leanlm.planning import auto
 
-        return auto.train(work, settings, path, command)
-    settings = replace(settings, predicted=prediction())
-    return launch(work, (settings, path), settings.plan.world, isolate, config.restarts)
+            return auto.train(work, settings, folder, command)
+        settings = replace(settings, predicted=prediction())
+        return launch(work, (settings, folder), settings.plan.world, isolate, config.restarts)
 
 
 def work(settings: Settings, path: Path) -> dict[str, Any]:

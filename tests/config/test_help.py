@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from leanlm.common.files import CONF
+from leanlm.config import words
 from leanlm.config.arguments import leaves
-from leanlm.config.command_line import _free_text as free_text
 from leanlm.config.command_line import command_line
 from leanlm.config.help import WIDTH, comments, heading, help_text
 from leanlm.config.schema import Config
@@ -103,7 +103,8 @@ def test_the_examples_are_good_command_lines(name: str, text: Path, tmp_path: Pa
     for line in examples:
         _, _, module, *arguments = shlex.split(line)
         assert module == f"leanlm.{name}"
-        command_line([free_text(argument) for argument in arguments], name, SCHEMAS[name])
+        flags = [argument for argument in arguments if argument.startswith("-")]
+        command_line([*flags, *words.read(arguments[len(flags) :], bool(flags))], name, SCHEMAS[name])
 
 
 def test_from_the_shell_in_time() -> None:

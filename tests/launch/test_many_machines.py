@@ -136,5 +136,5 @@ def test_a_sweep_through_submitit(text: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (sweep,) = (tmp_path / "runs").iterdir()
     one, two = sorted(path for path in sweep.iterdir() if path.is_dir() and not path.name.startswith("."))
-    assert (one.name, two.name) == ("0_strategy=single", "1_strategy=ddp")
+    assert (one.name, two.name) == ("0_strategy-single", "1_strategy-ddp")
     assert max(abs(a - b) for a, b in zip(losses(one), losses(two), strict=True)) < 1e-9

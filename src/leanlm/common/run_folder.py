@@ -3,13 +3,16 @@
 import csv
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from leanlm.common.errors import UserError
-from leanlm.common.files import write
+from leanlm.common.files import literal, write
 
 COLUMNS = ("step", "train_loss", "grad_norm", "lr", "tokens_per_second", "mfu", "val_loss")
 ROOT = Path("runs")
@@ -37,25 +40,47 @@ class Run:
             raise UserError(f"{name} is not the folder of a run: it holds no config.yaml")
         return cls(name)
 
-    @classmethod
-    def new_path(cls, name: str, root: Path = ROOT) -> Path:
-        """A path for a new run that no other run has."""
-        base = root / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}"
-        path, n = base, 1
-        while path.exists():
-            n += 1
-            path = base.with_name(f"{base.name}_{n}")
-        return path
+    @staticmethod
+    def new_path(name: str) -> Path:
+        """A path for a new run in `runs/`, which begins with the time."""
+        return ROOT / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}"
+
+    @staticmethod
+    @contextmanager
+    def folder(named: str | None, wished: Path, rank: int) -> Iterator[Path]:
+        """The folder for the run within: `named`, or one that rank 0 makes (see `claim`), from which other ranks hear of it.
+
+        What it has made goes if the run ends with an exception and has put nothing there.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        if named or rank:
+            yield Path(named or wished)
+            return
+        folder = claim(wished)
+        try:
+            yield folder
+        except BaseException:
+            with suppress(OSError):
+                folder.rmdir()  # only an empty one
+            raise
+
+    @staticmethod
+    def jobs(sweep: Path) -> list[Path]:
+        """The folders that the jobs of a sweep have made in its own, in the order of their numbers."""
+        folders = [file.parent for file in sweep.glob("*_*/config.yaml") if file.parent.name.split("_")[0].isdecimal()]
+        return sorted(folders, key=lambda folder: int(folder.name.split("_")[0]))
 
     def config(self) -> DictConfig:
         config = OmegaConf.load(self.path / "config.yaml")
         assert isinstance(config, DictConfig)
         return config
 
-    def create(self, config: DictConfig) -> None:
+    def create(self, config: dict[str, Any]) -> None:
         """Make the folder and write down the configuration."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(literal(config))))
 
     def rows(self) -> list[dict[str, float]]:
         """The rows of `metrics.csv`, without empty fields."""
@@ -69,6 +94,24 @@ class Run:
         if not self.result.is_file():
             raise UserError(f"{self.path} has no result.json: the run has not ended")
         return json.loads(self.result.read_text())
+
+
+def claim(path: Path) -> Path:
+    """Make the folder `path`, or the first of `path_2`, `path_3`, ... that is not there: no other process gets the same.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in count(1):
+            folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise UserError(f"the folder {path} cannot be made: {error.strerror}") from None
+    raise AssertionError
 
 
 class Table:

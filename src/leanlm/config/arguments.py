@@ -11,9 +11,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from leanlm.common.files import literal
 from leanlm.config.schema import Config
 
 MOVED = {"strategy.precision": "precision", "strategy.optimizer_state": "optim.state"}  # in runs of earlier versions, too
+
+NEEDED = ("model", "data", "device")  # groups that are not complete without a choice
 
 
 def leaves(config: DictConfig, prefix: str = "") -> dict[str, Any]:
@@ -33,10 +36,11 @@ def typed(config: DictConfig, schema_class: type = Config) -> tuple[list[str], A
     for node in schema.values():
         if isinstance(node, DictConfig):
             OmegaConf.set_readonly(node, False)  # a frozen dataclass is marked so
-    problems = []
+    needed = NEEDED if issubclass(schema_class, Config) else ()
+    problems = [f"{group}=null: a run needs one; see --help for what there is" for group in needed if not config.get(group)]
     for key, value in leaves(config).items():
         try:
-            OmegaConf.update(schema, key, value)
+            OmegaConf.update(schema, key, literal(value))
         except OmegaConfBaseException as error:
             reason = re.sub(r"' not in '\w+'", "' is not known", str(error).splitlines()[0])
             problems.append(f"{key}={value}: {moved(key, value) if key in MOVED else reason}")

@@ -4,6 +4,7 @@ All problems of a command line are reported together, each with its arithmetic a
 """
 
 import os
+import shlex
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,11 +94,16 @@ def _values(config: Config, devices: int | None) -> list[str]:
 
 def _folder(config: Config) -> list[str]:
     path, resumed = config.run_dir, config.resume
-    if ATTEMPT in os.environ:  # it is planned again after memory has ended
+    again = ATTEMPT in os.environ  # the run is planned again after memory has ended
+    if not path or again or (resumed and Path(path).resolve() == Path(resumed).resolve()):
         return []
-    if not path or not Path(path, "config.yaml").is_file() or (resumed and Path(path).resolve() == Path(resumed).resolve()):
+    if Path(path, "config.yaml").is_file():
+        resume = shlex.quote(f"resume={path}")
+        return [f"run_dir={path} holds a run already: write {resume} to continue it, or another run_dir"]
+    above = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
+    if above.is_dir() and os.access(above, os.W_OK):
         return []
-    return [f"run_dir={path} holds a run already: write resume={path} to continue it, or another run_dir"]
+    return [f"run_dir={path}: {above} is " + ("read-only" if above.is_dir() else "no folder") + ", choose another run_dir"]
 
 
 def _model(config: Config) -> list[str]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from leanlm.common.errors import UserError
 from leanlm.common.files import CONF
+from leanlm.config import words
 from leanlm.config.arguments import leaves
 
 SEVERAL = {"callbacks"}  # groups of which several options may be chosen at once
@@ -33,7 +33,7 @@ def help_text(name: str, overrides: list[str]) -> str:
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose(name, overrides, return_hydra_config=True)
-    except HydraException as error:
+    except words.REFUSALS as error:
         raise UserError(str(error).splitlines()[0]) from None
     choices = config.hydra.runtime.choices
     config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
@@ -42,7 +42,7 @@ def help_text(name: str, overrides: list[str]) -> str:
     alone = OmegaConf.masked_copy(config, [str(key) for key in config if key not in groups])
     lines = [*heading(file), "", *_rows(alone, comments(file), "")]
     for group in groups:
-        options = dict(sorted((file.stem, file) for file in (CONF / group).glob("*.yaml")))
+        options = words.options(group, overrides)
         chosen = [file for option, file in options.items() if option == choices.get(group)]
         how = "several, as in [best,ema], of" if group in SEVERAL else "one of"
         lines += ["", *_row(f"{group} = {_shown(choices.get(group))}", f"{how} {', '.join(options)}")]

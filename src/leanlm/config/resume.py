@@ -7,6 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from leanlm.common.errors import UserError
+from leanlm.common.files import literal
 from leanlm.common.run_folder import Run
 from leanlm.config.schema import Settings
 from leanlm.launch.ranks import restarted, say
@@ -16,6 +17,7 @@ RESUMABLE = {
     "resume", "restarts", "allow", "run_dir", "strategy", "devices", "device", "logger", "callbacks", "max_steps", "log_every",
     "val_every", "val_lanes", "val_overlap", "checkpoint_every", "keep_checkpoints", "sample", "sample_tokens", "data.path",
 }  # fmt: skip
+HYDRA = ("hydra.", "hydra/")  # keys and groups of Hydra's own
 
 
 def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
@@ -26,21 +28,21 @@ def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
     """
     if not config.resume:
         if restarted() and config.run_dir and Path(config.run_dir, "config.yaml").is_file():
-            config.resume = config.run_dir  # torchrun has begun its processes again
+            config.resume = literal(config.run_dir)  # torchrun has begun its processes again
         return config
     run = Run.find(config.resume)
     merged = run.config()
-    merged.resume, merged.run_dir = str(run.path), None
+    merged.resume, merged.run_dir = literal(str(run.path)), None
     given = [override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)]
-    refused = [key for key in given if not (key in RESUMABLE or key.partition(".")[0] in RESUMABLE or key.startswith("hydra."))]
+    refused = [key for key in given if not (key in RESUMABLE or key.partition(".")[0] in RESUMABLE or key.startswith(HYDRA))]
     if refused:
         instead = f"would make another run of {run.path}, not continue it: leave it out, or start a new run"
         raise UserError(*(f"{key}=... {instead}" for key in refused))
     if "strategy" in given and "devices" not in given:
         merged.devices = None  # another plan brings its own
     for key in given:
-        if key != "resume" and not key.startswith("hydra."):
-            OmegaConf.update(merged, key, OmegaConf.select(config, key), merge=False, force_add=True)
+        if key != "resume" and not key.startswith(HYDRA):
+            OmegaConf.update(merged, key, literal(OmegaConf.select(config, key)), merge=False, force_add=True)
     return merged
 
 

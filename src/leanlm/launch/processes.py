@@ -11,9 +11,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from leanlm.common.errors import UserError
@@ -22,6 +24,26 @@ from leanlm.launch.signals import named, stopping
 
 START_METHOD = "spawn"  # fresh processes; a fork of one that has used CUDA or OpenMP may hang
 PATIENCE = 3600  # seconds that workers have to end their step and save it, once they are told to stop
+
+
+@contextmanager
+def ended_by_closed_pipes() -> Iterator[None]:
+    """Within, a pipe that nobody reads any more ends this process as it ends other commands: at once, quietly, by SIGPIPE."""
+    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        signal.signal(signal.SIGPIPE, before)
+
+
+def survive_closed_pipes() -> None:
+    """From here on such a pipe is an error of the one that writes to it, which may be a logger of a run. See `ranks.say`."""
+    if sys.platform != "win32" and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 class Stopped(Exception):

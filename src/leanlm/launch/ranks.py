@@ -1,6 +1,8 @@
 """Which process this is of how many, whoever started them: `launch`, torchrun or SLURM."""
 
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,9 +74,13 @@ def _tasks_of_node(listed: str, node: int) -> int:
 
 
 def say(text: str) -> None:
-    """Print, once for all ranks."""
+    """Print, once for all ranks. Where nobody reads it any more, the process is told to stop, as a run does in good order."""
     if rank() == 0:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run
-from leanlm.config.command_line import quoted
 from leanlm.config.schema import Settings
 from leanlm.launch import supervisor
 from leanlm.launch.processes import WorkerFailed, launch
@@ -34,8 +33,8 @@ def train(work: Work, settings: Settings, path: Path, command: list[str] | None 
         work: what each rank does, given settings and folder.
         settings: whose plan says `auto`.
         path: folder of the run.
-        command: overrides that compose the configuration, of a process that has nothing else to do: it is replaced by one that
-            waits for the run, and this function does not return.
+        command: overrides that compose the configuration, as a person types them, of a process that has nothing else to do: it
+            is replaced by one that waits for the run, and this function does not return.
     """
     if command is not None:
         hand_over(settings, command, path)
@@ -116,13 +115,13 @@ def hand_over(settings: Settings, command: list[str], path: Path) -> NoReturn:
     say("\n".join(lines))
     asked = [part for part in command if part.lstrip("+~").partition("=")[0] != "run_dir"]
     named = [part for part in asked if not re.match(r"[+~]*strategy[.=]", part)]
-    here, choice = f"run_dir={quoted(str(path))}", Choice.of(chosen)
+    here, choice = f"run_dir={path}", Choice.of(chosen)
     changed = [f"precision={choice.precision}"] * (choice.precision != settings.config.precision)
     changed += [f"optim.state={choice.state}"] * (choice.state != settings.config.optim.state)
     supervisor.instead(
         run=[*named, "strategy=single", *report.arguments(choice).split(), *changed, here],
         again=[*asked, here] if attempt + 1 < len(SCALES) else None,
-        resume=[f"resume={quoted(str(path))}", "strategy=auto"],
+        resume=[f"resume={path}", "strategy=auto"],
         checkpoints=Run(path).checkpoints,
         environment={supervisor.PREDICTED: json.dumps(chosen.predicted), supervisor.ATTEMPT: str(attempt + 1)},
     )

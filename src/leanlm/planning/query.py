@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from leanlm.common.files import literal
 from leanlm.common.precision import automatic
 from leanlm.config.checks import check
 from leanlm.config.schema import Config
@@ -49,7 +50,7 @@ def plan(asked: Ask, overrides: Sequence[str] = ()) -> dict[str, Any]:
     node["device"] = {"accelerator": "cpu"}
     if asked.precision == "auto":
         node["precision"] = automatic(asked.device)
-    settings = check(OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(Config(**node)))))  # type: ignore[arg-type]
+    settings = check(OmegaConf.create(literal(asdict(Config(**node)))))
     vocabulary = asked.vocabulary or tokens(settings).tokenizer.vocabulary
     answer = search(settings, vocabulary, device, count, asked.allow, asked.show)
     mine, size = device.share(count), asked.global_batch * asked.sequence

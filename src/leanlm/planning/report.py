@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leanlm.config.words import pasted
 from leanlm.planning.choice import Choice
 from leanlm.planning.hardware.devices import MARGIN, Device
 from leanlm.reporting.pictures import new_figure
@@ -45,8 +46,8 @@ def _name(choice: Choice) -> str:
 
 
 def command(plan: Choice, overrides: Sequence[str]) -> str:
-    """The command line that trains with a plan."""
-    return " ".join(["python -m leanlm.train", *overrides, arguments(plan)]).strip()
+    """The command line that trains with a plan, as a shell takes it. `overrides`: more of it, as a person types them."""
+    return pasted("leanlm.train", *overrides, *arguments(plan).split())
 
 
 def reason(found: "Prediction") -> str:

@@ -12,7 +12,8 @@ from leanlm.reporting.pictures import bars, loss_curve
 
 
 def compare(paths: list[Path], into: Path) -> Path:
-    """Print a table of finished runs and draw `comparison.png` in the folder `into`; runs without a result are named.
+    """Print a table of finished runs and draw `comparison.png` in the folder `into`; runs without a result are named. A sweep's
+    folder stands for its jobs.
 
     Raises:
         UserError: none of the paths is a finished run.
@@ -20,7 +21,10 @@ def compare(paths: list[Path], into: Path) -> Path:
     from rich.console import Console
     from rich.table import Table
 
-    runs = {path.name: Run(path) for path in paths}
+    folders = [folder for path in paths for folder in (Run.jobs(path) if _is_sweep(path) else [path])]
+    names = [folder.resolve().name for folder in folders]
+    labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+    runs = {label: Run(folder) for label, folder in zip(labels, folders, strict=True)}
     results = {name: run.results() for name, run in runs.items() if run.result.is_file()}
     if not results:
         raise UserError("none of these is the folder of a finished run: " + ", ".join(map(str, paths)))
@@ -28,7 +32,7 @@ def compare(paths: list[Path], into: Path) -> Path:
     table = Table(padding=(0, 0), collapse_padding=True)
     for column in ("run", "loss", "perplexity", "tokens/s", "peak MiB", "exactness", "difference*"):
         table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
-    first = curve(next(iter(runs.values())))
+    first = curve(runs[next(iter(results))])
     for name, result in results.items():
         shared = [abs(loss - first[step]) for step, loss in curve(runs[name]).items() if step in first]
         same = result["parameters"] == base["parameters"] and shared
@@ -41,7 +45,7 @@ def compare(paths: list[Path], into: Path) -> Path:
             result["exactness"],
             f"{max(shared):.1e}" if same else "-",
         )
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print("loss and perplexity are of the validation split, the peak is that of the largest rank")
     console.print(f"* largest difference of the training loss from {next(iter(results))}, where the model has the same size")
@@ -51,6 +55,10 @@ def compare(paths: list[Path], into: Path) -> Path:
     bars(results, into / "comparison.png")
     console.print(f"pictures: {into / 'comparison-loss.png'}, {into / 'comparison.png'}")
     return into / "comparison.png"
+
+
+def _is_sweep(path: Path) -> bool:
+    return not (path / "config.yaml").is_file() and bool(Run.jobs(path))
 
 
 def curve(run: Run) -> dict[float, float]:
@@ -63,6 +71,6 @@ class CompareSweep(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        paths = sorted((file.parent for file in folder.glob("*/config.yaml")), key=lambda path: int(path.name.split("_")[0]))
+        paths = Run.jobs(folder)
         if len(paths) > 1 and any(Run(path).result.is_file() for path in paths):
             compare(paths, folder)

@@ -8,6 +8,7 @@ from leanlm.common.run_folder import Run
 def summary(result: dict[str, Any], sample: str | None, run: Run) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, box=None)
     table.add_column(no_wrap=True)
@@ -24,7 +25,7 @@ def summary(result: dict[str, Any], sample: str | None, run: Run) -> None:
         ("parameters", f"{result['parameters']:,}"),
         ("run", str(run.path)),
     ):
-        table.add_row(f"[bold]{name}", value)
+        table.add_row(f"[bold]{name}", Text(value))  # a path may hold what rich takes for markup
     console = Console(highlight=False)
     if sample is not None:
         console.rule("a sample")

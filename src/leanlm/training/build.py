@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 
 from leanlm.common.errors import UserError
+from leanlm.common.files import literal
 from leanlm.common.precision import PRECISIONS, STOCHASTIC
 from leanlm.config.callbacks import FIRST_RANK, class_name
 from leanlm.config.schema import Config, Settings
@@ -127,6 +128,6 @@ def callbacks(config: Config) -> list[pl.Callback]:
 def _made(what: str, node: dict[str, Any], ours: tuple[str, ...]) -> Any:
     """What a node's `_target_` makes of its other keys, but for those that are leanlm's own."""
     try:
-        return instantiate({key: value for key, value in node.items() if key not in ours})
+        return instantiate(literal({key: value for key, value in node.items() if key not in ours}))
     except InstantiationException as error:
         raise UserError(f"the {what} {node['_target_']} could not be set up: {error.__cause__ or error}") from None

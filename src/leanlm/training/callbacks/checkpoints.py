@@ -14,6 +14,7 @@ import torch.distributed as dist
 from leanlm import __version__
 from leanlm.common.run_folder import Run
 from leanlm.config.schema import Config
+from leanlm.config.words import pasted
 from leanlm.launch.processes import Stopped
 from leanlm.launch.ranks import say
 from leanlm.launch.signals import stopping
@@ -130,9 +131,8 @@ class Checkpoints(pl.Callback):
             if self.saved != trainer.global_step:
                 self.save(trainer, module)
             name = signal.Signals(number).name
-            message = (
-                f"stopped by {name} after step {trainer.global_step}; to go on: python -m leanlm.train resume={self.run.path}"
-            )
+            again = pasted("leanlm.train", f"resume={self.run.path}")
+            message = f"stopped by {name} after step {trainer.global_step}; to go on: {again}"
             if trainer.is_global_zero:
                 print(message, file=sys.stderr, flush=True)
             raise Stopped(number, message)

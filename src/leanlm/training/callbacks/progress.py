@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from leanlm.launch.ranks import say
 from leanlm.training.callbacks.record import Record
 
 
@@ -44,17 +45,14 @@ class Progress(pl.Callback):
         if self.bar:
             self.bar.update(self.task, completed=trainer.global_step, status=self._status())
         elif self.record.row:
-            print(
-                f"step {trainer.global_step}/{trainer.max_steps}  {self._status()}  {self._left(trainer)} left",
-                flush=True,
-            )
+            say(f"step {trainer.global_step}/{trainer.max_steps}  {self._status()}  {self._left(trainer)} left")
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         text = f"step {trainer.global_step}/{trainer.max_steps}  validation loss {self.record.val_loss:.4f}"
         if self.bar:
             self.bar.console.print(text)
         else:
-            print(text, flush=True)
+            say(text)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._stop()

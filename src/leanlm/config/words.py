@@ -1,0 +1,109 @@
+"""Words of the command line: what was typed for a path or a text is what is used, whatever is in it.
+
+Hydra's grammar gives a meaning to quotes, brackets, commas, spaces, `=`, `$` and `~`. It holds for the other keys, as far as it
+can read their values.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from leanlm.common.errors import UserError
+from leanlm.common.files import CONF, literal
+
+TEXTS = {"prompt", "sample", "text"}
+PATHS = {"run", "resume", "run_dir", "picture", "data.path", "data.tokenizer", "hydra.sweep.dir", "hydra.run.dir"}
+NEVER_NULL = {"prompt", "sample"}  # there null is a text as any other
+REFUSALS = (HydraException, OmegaConfBaseException, ValueError)  # by which Hydra and OmegaConf refuse an override
+SEARCHED = "hydra.searchpath"  # Hydra's key of folders that it searches beside `conf/`
+
+
+def read(overrides: list[str], multirun: bool = False, config_dir: str | None = None) -> list[str]:
+    """The overrides as Hydra's grammar reads them.
+
+    Args:
+        overrides: as the shell handed them over.
+        multirun: commas part the values of a sweep; but not in a text, nor in a path that is there.
+        config_dir: a folder of the user's that is searched beside `conf/`.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    own = [] if config_dir is None else [Path(config_dir).expanduser().resolve()]
+    if not all(folder.is_dir() for folder in own):
+        raise UserError(f"--config-dir={config_dir}: there is no such folder")
+    searched = [f"{SEARCHED}=[{quoted(f'file://{folder}')}]" for folder in own]
+    return [*searched, *(_read(override, multirun, [CONF, *own]) for override in overrides)]
+
+
+def options(group: str, overrides: list[str]) -> dict[str, Path]:
+    """What can be chosen of a group, and its file, in `conf/` and where the overrides of a command line let Hydra search."""
+    own = [_parser().parse_override(override).value() for override in overrides if override.startswith(f"{SEARCHED}=")]
+    folders = [CONF, *(Path(str(name).removeprefix("file://")) for names in own if isinstance(names, list) for name in names)]
+    found = {file.stem: file for folder in reversed(folders) if group for file in (folder / group).glob("*.yaml")}
+    return dict(sorted(found.items()))
+
+
+def _read(override: str, multirun: bool, groups: list[Path]) -> str:
+    key, equals, value = override.partition("=")
+    name = key.lstrip("+")
+    if not equals or (value == "null" and name in (TEXTS | PATHS) - NEVER_NULL):
+        return override
+    if name in TEXTS:
+        return f"{key}={quoted(value)}"
+    if name.startswith("hydra.") and name in PATHS:  # where ${now:%H-%M} stays what Hydra makes of it
+        return f"{key}={_in_quotes(os.path.expanduser(value))}"
+    if name in PATHS:
+        several = multirun and not os.path.exists(os.path.expanduser(value))
+        if several and re.match(r"(choice|shuffle|sort|tag)\(", value):
+            return override
+        parts = value.split(",") if several else [value]
+        return f"{key}={','.join(part if part == 'null' else quoted(os.path.expanduser(part)) for part in parts)}"
+    if any(
+        (folder / (name or "?")).is_dir() for folder in groups
+    ):  # which Hydra leaves out where its options are an empty list
+        value = ",".join("[]" if part == "null" else part for part in value.split(","))
+    try:
+        _parser().parse_override(f"{key}={value}")
+    except HydraException:
+        value = quoted(value)
+    return f"{key}={value}"
+
+
+def typed(overrides: Iterable[str]) -> list[str]:
+    """What a person types for the overrides of one job: the way back from `read`."""
+    return [_typed(override) for override in overrides]
+
+
+def _typed(override: str) -> str:
+    key, _, value = override.partition("=")
+    if key.lstrip("+") not in TEXTS | PATHS or value == "null":
+        return override
+    return f"{key}={OmegaConf.create([_parser().parse_override(override).value()])[0]}"
+
+
+def pasted(module: str, *overrides: str) -> str:
+    """A command line that a shell takes: the module `module` with these words, as a person types them."""
+    return shlex.join(["python", "-m", module, *overrides])
+
+
+def quoted(value: str) -> str:
+    """A text as a value of Hydra's grammar, whatever is in it."""
+    return _in_quotes(literal(value))
+
+
+def _in_quotes(value: str) -> str:
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
+
+
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
