@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,22 @@ def test_averages_in_a_file_have_the_same_bits(tmp_path: Path) -> None:
         for key, value in here.items():
             assert torch.equal(away[key], value)
             assert file.holds(away[key]) == (value.dim() > 0 and value.nbytes >= base.SMALLEST)
+
+
+def test_offload_claims_its_room_first(tmp_path: Path) -> None:
+    """A file with holes would end the process with a Bus error when it came to write where the disk is full."""
+    file = Scratch(tmp_path)
+    here = file.empty((1 << 18,), torch.float32)
+    assert os.fstat(file.file.fileno()).st_blocks * 512 >= 1 << 20
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 19, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"1,048,576 bytes in {tmp_path}, and there is no room for 1,048,576 more"):
+            file.empty((1 << 18,), torch.float32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    here.fill_(1)
+    assert file.empty((1 << 10,), torch.float32).fill_(1).sum() == 1 << 10
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no count of resident pages")
