@@ -80,22 +80,18 @@ def test_what_a_checkpoint_says_is_no_tensor(run: Path, tmp_path: Path) -> None:
     """torch unpickles it freely. As the average of a weight it would be read."""
     (folder,) = checkpoint.checkpoints(Run(run).checkpoints)
     metadata = pickle.loads((folder / ".metadata").read_bytes())
-    for name in [name for name in metadata.state_dict_metadata if name.startswith("model.")]:
+    stored, places = metadata.state_dict_metadata, metadata.storage_data
+    for name in [name for name in stored if name.startswith("model.")]:
         average = name.replace("model.", "average.")
-        if average == "average.embed.weight":
-            metadata.state_dict_metadata[average] = BytesStorageMetadata()
-            index = MetadataIndex(average)
-            torch.save({"a": Evil(tmp_path / "mark")}, folder / "evil.distcp")
-        else:
-            metadata.state_dict_metadata[average] = metadata.state_dict_metadata[name]
-        for index_of, where in list(metadata.storage_data.items()):
-            if index_of.fqn == name:
-                metadata.storage_data[MetadataIndex(average, index_of.offset, index_of.index)] = where
-    where = next(iter(metadata.storage_data.values()))
-    metadata.storage_data[index] = type(where)("evil.distcp", 0, (folder / "evil.distcp").stat().st_size)
+        stored[average] = stored[name]
+        for index in [index for index in places if index.fqn == name]:
+            places[MetadataIndex(average, index.offset, index.index)] = places[index]
+    torch.save({"a": Evil(tmp_path / "mark")}, folder / "evil.distcp")
+    stored[average] = BytesStorageMetadata()
+    places[MetadataIndex(average)] = type(places[index])("evil.distcp", 0, (folder / "evil.distcp").stat().st_size)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     signed(folder)
-    with pytest.raises(UserError, match="average.embed.weight is not a tensor in this checkpoint"):
+    with pytest.raises(UserError, match=f"{average} is not a tensor in this checkpoint"):
         list(continuation(Generate(run=str(run), tokens=1)))
     assert not (tmp_path / "mark").exists()
 

@@ -55,10 +55,10 @@ class Run:
         assert isinstance(config, DictConfig)
         return config
 
-    def create(self, config: DictConfig) -> None:
-        """Make the folder and write down the configuration."""
+    def create(self, config: DictConfig | dict[str, Any]) -> None:
+        """Make the folder and write down the configuration, of which a dict has nothing to resolve."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write(self.path / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(literal(config)), resolve=True))
 
     def rows(self) -> list[dict[str, float]]:
         """The rows of `metrics.csv`, without empty fields. A last one without its line end was cut while it was written."""

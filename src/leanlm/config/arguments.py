@@ -68,7 +68,7 @@ def target(group: str, node: dict[str, Any]) -> Any:
     Raises:
         UserError: there is no such thing, or it is of another kind.
     """
-    name = node.get("_target_")
+    name = str(node.get("_target_"))
     try:
         found = resolve_name(name)
     except (ImportError, AttributeError, ValueError, TypeError):

@@ -10,7 +10,6 @@ from typing import Any
 import lightning
 import lightning.pytorch as pl
 import torch
-from omegaconf import OmegaConf
 
 from leanlm import __version__
 from leanlm.common.errors import UserError
@@ -106,7 +105,7 @@ def make_folder(run: Run, config: dict[str, Any], tokens: Tokens, start: Path | 
     if start and start.parent.parent.resolve() != run.path.resolve():
         run.path.mkdir(parents=True, exist_ok=True)
         shutil.copy(start.parent.parent / run.metrics.name, run.metrics)
-    run.create(OmegaConf.create({**config, "resume": None, "run_dir": None}))
+    run.create({**config, "resume": None, "run_dir": None})
     write(run.path / "tokenizer.json", json.dumps(tokens.tokenizer.state()))
 
 
