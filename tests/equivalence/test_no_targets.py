@@ -12,7 +12,7 @@ from leanlm.config.checks import check
 from leanlm.inference.evaluation import Evaluate, evaluate
 from leanlm.training.data import tokens
 
-IGNORED = ["data.ignore=[z,'\n']", "data.validation=0.2"]
+IGNORED = ["data.ignore=[z,'\n']", "data.validation=0.21"]
 PLANS = {
     "single": ("muon", {}),
     "accumulate": ("lstm", {"accumulate_grad_batches": 4}),

@@ -42,7 +42,7 @@ def random_bits(key: int, part: Tensor, piece: slice, device: torch.device) -> T
     """
     whole = torch.empty(part.shape or (1,), device="meta")
     mine, columns = local_part(whole, part), whole.shape[-1]
-    width, (row, column) = mine.shape[-1], divmod(int(mine.storage_offset()), columns)
+    width, (row, column) = max(1, mine.shape[-1]), divmod(int(mine.storage_offset()), columns)
     first, last = piece.start // width, -(-piece.stop // width)  # of the rows that this device has
     skipped, count = piece.start - first * width, piece.stop - piece.start
     if last - first == 1:
