@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from leanlm.common.errors import full_disk
 from leanlm.common.run_folder import Run
 from leanlm.config import command_line
 from leanlm.config.checks import check
@@ -39,7 +40,7 @@ def work(settings: Settings, path: Path) -> dict[str, Any]:
     """What each rank does: the model as the plan cuts it, the step, Lightning's trainer. See `training/fit.py`."""
     from leanlm.training.fit import fit  # It imports Lightning, which a mistake on the command line need not wait for.
 
-    with process_group(settings.config.device["accelerator"]):
+    with process_group(settings.config.device["accelerator"]), full_disk(path):
         settings = goes_on(settings, Run(path))
         if settings.plan.auto:  # Under torchrun the ranks are there already: one chooses for all.
             from leanlm.planning import auto

@@ -85,9 +85,13 @@ def plain_loop(settings: Settings) -> tuple[list[float], dict[str, torch.Tensor]
         logits, states = net(batch.input, None if batch.fresh or not net.carries_state else states)
         if net.carries_state:
             states = [tuple(part.detach() for part in state) for state in states]
+        if not (batch.target != -100).any():  # nothing to learn from
+            curve.append(0.0)
+            norms.append(0.0)
+            continue
         loss = F.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=-100)  # a mean over counted tokens
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), config.clip or torch.inf)))
         for group, peak in peaks:
             group["lr"] = peak * rate(config.optim.schedule, step)
         for o in optimizers:

@@ -1,17 +1,23 @@
 """AdamW whose averages take fewer bytes: against torch's, and against its definition written out."""
 
+import itertools
 import json
+import math
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import composed
 from runner import losses, run_all
+from torch.distributed.tensor import Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from leanlm.common.dtensors import local_part
 from leanlm.common.errors import UserError
 from leanlm.common.machine import memory_now
 from leanlm.common.run_folder import Run
@@ -23,6 +29,7 @@ from leanlm.optimizers.adafactor import Adafactor
 from leanlm.optimizers.adamw import AdamW
 from leanlm.optimizers.low_bit import code_values
 from leanlm.optimizers.muon import Muon
+from leanlm.optimizers.rounding import Rounding, random_bits
 from leanlm.training import build, checkpoint
 from leanlm.training.checkpoint import checkpoints
 
@@ -37,6 +44,8 @@ def gradients(steps: int, *shape: int) -> list[torch.Tensor]:
 def trained(optimizer: type, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **more) -> tuple[torch.Tensor, dict]:
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(shape).to(dtype))
+    if more.pop("chance", False):
+        more["rounding"] = Rounding(1, [("weight", parameter)])
     made = optimizer([{"params": [parameter], "weight_decay": 0.1}], **SETTINGS, **more)
     for gradient in gradients(5, *shape):
         parameter.grad = gradient.to(dtype)
@@ -133,6 +142,22 @@ def test_averages_in_a_file_have_the_same_bits(tmp_path: Path) -> None:
             assert file.holds(away[key]) == (value.dim() > 0 and value.nbytes >= base.SMALLEST)
 
 
+def test_offload_claims_its_room_first(tmp_path: Path) -> None:
+    """A file with holes would end the process with a Bus error when it came to write where the disk is full."""
+    file = Scratch(tmp_path)
+    here = file.empty((1 << 18,), torch.float32)
+    assert os.fstat(file.file.fileno()).st_blocks * 512 >= 1 << 20
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 19, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"1,048,576 bytes in {tmp_path}, and there is no room for 1,048,576 more"):
+            file.empty((1 << 18,), torch.float32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    here.fill_(1)
+    assert file.empty((1 << 10,), torch.float32).fill_(1).sum() == 1 << 10
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="no count of resident pages")
 def test_a_checkpoint_leaves_no_pages_of_the_file_in_memory(tmp_path: Path) -> None:
     parameter = torch.nn.Parameter(torch.randn(2048, 2048))
@@ -147,14 +172,45 @@ def test_a_checkpoint_leaves_no_pages_of_the_file_in_memory(tmp_path: Path) -> N
 
 def test_stochastic_rounding_keeps_small_updates() -> None:
     numbers = torch.full((200_000,), 1 + 1 / 512)  # a quarter of the way to the next bf16 number, 1 + 1/128
-    found = base.rounded(numbers).float()
+    found = by_chance(numbers)
     assert set(found.unique().tolist()) == {1.0, 1 + 1 / 128}
     assert abs(found.mean() - numbers[0]) < 1e-4
-    assert torch.equal(base.rounded(torch.tensor([-2.0, 0.0, 0.5])).float(), torch.tensor([-2.0, 0.0, 0.5]))
+    assert torch.equal(by_chance(torch.tensor([-2.0, 0.0, 0.5])), torch.tensor([-2.0, 0.0, 0.5]))
     exact, _ = trained(torch.optim.AdamW, (64, 64))
-    by_chance, _ = trained(AdamW, (64, 64), torch.bfloat16, kind="fp32", stochastic=True)
-    assert by_chance.dtype == torch.bfloat16
-    assert (by_chance.float() - exact).abs().max() < 0.1
+    rounded, _ = trained(AdamW, (64, 64), torch.bfloat16, kind="fp32", chance=True)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).abs().max() < 0.1
+
+
+def by_chance(numbers: torch.Tensor) -> torch.Tensor:
+    return Rounding(1, [("weight", numbers)])(numbers, numbers, numbers, slice(0, len(numbers))).float()
+
+
+def test_what_rounding_draws_is_even_and_another_each_step() -> None:
+    like = torch.empty(64, 1000)
+    draws = [random_bits(key, like, slice(0, 64_000), low_bit.CPU).double() for key in (1, 2, 3)]
+    for bits in draws:
+        assert abs(bits.mean()) < 4 * 2**16 / 12**0.5 / 64_000**0.5
+        assert torch.histc(bits, 16, -(2**15), 2**15).std() < 2 * 4000**0.5
+    pairs = [(draws[0], draws[1]), (draws[1], draws[2]), (draws[0][1:], draws[0][:-1]), (draws[0][4:], draws[0][:-4])]
+    for a, b in pairs:
+        assert abs(torch.corrcoef(torch.stack((a, b)))[0, 1]) < 4 / 64_000**0.5
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((37, 13), (0,)), ((37, 13), (1,)), ((6, 50), (0, 1)), ((20, 8), (0, 0)), ((29,), (0,))]
+)
+def test_parts_of_a_parameter_are_rounded_as_the_whole(shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+    """Of every device of a mesh of 3 x 2, piece by piece."""
+    whole = random_bits(7, torch.empty(shape), slice(0, math.prod(shape)), low_bit.CPU).view(shape)
+    sizes = (3, 2)[: len(axes)]
+    for place in itertools.product(*map(range, sizes)):
+        mesh = SimpleNamespace(ndim=len(axes), size=sizes.__getitem__, get_local_rank=place.__getitem__)
+        part = SimpleNamespace(shape=torch.Size(shape), device_mesh=mesh, placements=[Shard(axis) for axis in axes])
+        mine = local_part(whole, part).flatten()
+        for start in range(0, len(mine), 11):
+            piece = slice(start, min(start + 11, len(mine)))
+            assert torch.equal(random_bits(7, part, piece, low_bit.CPU), mine[piece])
 
 
 def test_muon_keeps_small_updates_by_chance() -> None:
@@ -164,9 +220,11 @@ def test_muon_keeps_small_updates_by_chance() -> None:
     moved = {}
     for name, made in (("exact", torch.optim.Muon), ("by chance", Muon), ("lost", Muon)):
         parameter = torch.nn.Parameter(start.to(torch.float32 if name == "exact" else torch.bfloat16, copy=True))
-        more = {} if name == "exact" else {"stochastic": name == "by chance"}
+        more = {"rounding": Rounding(1, [("weight", parameter)])} if name == "by chance" else {}
         optimizer = made([{"params": [parameter]}], **more, **settings)
-        for _ in range(60):
+        for step in range(60):
+            if more:
+                more["rounding"].step = step
             parameter.grad = gradient.to(parameter.dtype)
             optimizer.step()
         moved[name] = parameter.detach().float() - start

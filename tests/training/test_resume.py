@@ -4,15 +4,18 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import composed
-from runner import losses, run_all
+from runner import final_weights, losses, run_all
 
 from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run
@@ -268,23 +271,100 @@ def test_longer_run_from_a_finished_one(text: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
 
 
-def test_a_save_that_fails_leaves_the_last_one(tmp_path: Path) -> None:
-    """Out of disk in the middle of a save: the checkpoint before is untouched and found."""
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Within it, a file cannot become longer: as on a disk that is full at this byte."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """Full at any byte of a checkpoint's longest file, of which each of the others has fewer."""
     net = torch.nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(net.parameters())
-    checkpoint.save(tmp_path, net.named_parameters(), optimizer, {}, {"step": 1}, keep=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_digest", lambda file: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(OSError, match="No space"):
-            checkpoint.save(tmp_path, net.named_parameters(), optimizer, {}, {"step": 2}, keep=1)
-    assert checkpoint.newest_whole(tmp_path) == (tmp_path / "step-00000001", []), "nothing looks finished that is not"
+    states = {"callback": {"numbers": torch.zeros(2000)}}
+
+    def save(step: int) -> None:
+        checkpoint.save(tmp_path, net.named_parameters(), optimizer, {}, {"step": step}, keep=1, callbacks=states)
+
+    save(1)
+    longest = max(file.stat().st_size for file in (tmp_path / "step-00000001").iterdir())
+    draw = random.Random(0)
+    for size in [0, 1, longest - 1, *(draw.randrange(longest) for _ in range(20))]:
+        with files_of_at_most(size), pytest.raises(UserError) as error:
+            save(2)
+        (line,) = error.value.problems
+        assert line.startswith("no checkpoint of step 2 was written: File too large: make room, then resume the run")
+        assert [each.name for each in tmp_path.iterdir()] == ["step-00000001"]
+        assert checkpoint.newest_whole(tmp_path) == (tmp_path / "step-00000001", [])
+    save(2)
+    assert checkpoint.newest_whole(tmp_path)[0] == tmp_path / "step-00000002"
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(text: Path, tmp_path: Path) -> None:
-    diverging = ["optim=sgd", "optim.lr=1e305", "optim.warmup=6", "clip=0", "checkpoint_every=1"]
-    with pytest.raises(UserError, match="lower optim.lr"):
-        run_all({tmp_path / "run": [*overrides("lstm", text), *diverging]})
-    assert checkpoint.newest_whole(Run(tmp_path / "run").checkpoints)[0] is not None
+def test_a_full_disk_ends_a_run_in_one_line(whole: tuple[str, Path], text: Path, tmp_path: Path) -> None:
+    from leanlm.train import work
+
+    path = tmp_path / "run"
+    shutil.copytree(whole[1], path)
+    shutil.rmtree(checkpoint.checkpoints(Run(path).checkpoints)[-1])
+    settings = check(composed(*resumed(path, "single")))
+    size = Run(path).metrics.stat().st_size - 100
+    with files_of_at_most(size), pytest.raises(UserError, match=r"File too large: make room, then resume the run$") as error:
+        work(settings, path)
+    assert len(error.value.problems) == 1
+
+
+def test_numbers_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for where in ("weight", "average of the gradient"):
+            net = torch.nn.Linear(3, 3)
+            optimizer = torch.optim.AdamW(net.parameters())
+            net(torch.ones(3)).sum().backward()
+            optimizer.step()
+            checkpoint.save(tmp_path, net.named_parameters(), optimizer, {}, {"step": 1}, keep=1)
+            broken = net.weight if where == "weight" else optimizer.state[net.weight]["exp_avg"]
+            broken.data[1, 2] = value
+            with pytest.raises(
+                UserError, match=r"weight(\.exp_avg)? is not finite: lower optim.lr or clip; the last checkpoint is"
+            ):
+                checkpoint.save(tmp_path, net.named_parameters(), optimizer, {}, {"step": 2}, keep=1)
+            assert [each.name for each in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("replicate", [1, 2])
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(replicate: int, text: Path, tmp_path: Path) -> None:
+    """At once, on all ranks, also where no step's loss is logged."""
+    diverging = ["optim=sgd", "optim.lr=1e305", "optim.warmup=6", "clip=0", "checkpoint_every=1", "log_every=40"]
+    plan = [f"strategy.replicate={replicate}"]
+    with pytest.raises(UserError, match="lower optim.lr .*; the last checkpoint is ") as error:
+        run_all({tmp_path / "run": [*overrides("lstm", text), *diverging, *plan]}, replicate)
+    assert len(error.value.problems) == 1
+    last, damaged = checkpoint.newest_whole(Run(tmp_path / "run").checkpoints)
+    assert last is not None
+    assert str(last) in str(error.value)
+    assert damaged == []
+    assert not list(Run(tmp_path / "run").checkpoints.glob(".writing-*"))
+    settings = check(composed(*overrides("lstm", text)))
+    assert all(weight.isfinite().all() for weight in final_weights(tmp_path / "run", settings).values())
+
+
+def test_a_row_that_was_cut_is_dropped(whole: tuple[str, Path], text: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole[1], path)
+    shutil.rmtree(checkpoint.checkpoints(Run(path).checkpoints)[-1])
+    rows, content = Run(path).rows(), Run(path).metrics.read_bytes()
+    for cut in range(1, len(content.splitlines()[-1])):
+        Run(path).metrics.write_bytes(content[: -1 - cut])
+        assert Run(path).rows() == rows[:-1]
+    Run(path).metrics.write_bytes(content[:3])
+    assert Run(path).rows() == []
+    Run(path).metrics.write_bytes(content[:-20])
+    run_all({path: resumed(path, "single")})
+    same(path, whole[1])
 
 
 def test_a_run_may_go_on_in_a_new_folder_but_not_in_that_of_another(

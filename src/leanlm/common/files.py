@@ -20,6 +20,8 @@ def defaults(file: str) -> dict[str, Any]:
 
 def literal(value: Any) -> Any:
     """A value for OmegaConf, of whose texts `${` is a part as any other, also in lists and mappings."""
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
     if isinstance(value, dict):
         return {key: literal(each) for key, each in value.items()}
     if isinstance(value, list):

@@ -16,6 +16,7 @@ from leanlm.common.files import literal, write
 
 COLUMNS = ("step", "train_loss", "grad_norm", "lr", "tokens_per_second", "mfu", "val_loss")
 ROOT = Path("runs")
+TOGETHER = 64  # rows of metrics.csv that are written together
 
 
 class Run:
@@ -73,22 +74,22 @@ class Run:
         return sorted(folders, key=lambda folder: int(folder.name.split("_")[0]))
 
     def config(self) -> DictConfig:
-        config = OmegaConf.load(self.path / "config.yaml")
+        """As it was written, when interpolations were resolved: what looks like one is text, and reads nothing of here."""
+        config = OmegaConf.create(literal(OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))))
         assert isinstance(config, DictConfig)
         return config
 
-    def create(self, config: dict[str, Any]) -> None:
+    def create(self, config: DictConfig | dict[str, Any]) -> None:
         """Make the folder and write down the configuration."""
         self.path.mkdir(parents=True, exist_ok=True)
         write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(literal(config))))
 
     def rows(self) -> list[dict[str, float]]:
-        """The rows of `metrics.csv`, without empty fields."""
+        """The rows of `metrics.csv`, without empty fields. A last one without its line end was cut while it was written."""
         if not self.metrics.is_file():
             return []
-        with open(self.metrics, newline="") as file:
-            read = list(csv.DictReader(file))
-        return [{key: float(value) for key, value in row.items() if value} for row in read]
+        whole = self.metrics.read_text().rpartition("\n")[0]
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole.splitlines())]
 
     def results(self) -> dict[str, Any]:
         if not self.result.is_file():
@@ -124,20 +125,29 @@ class Table:
         self.columns = [name for name in COLUMNS if name != "mfu" or mfu or any("mfu" in row for row in kept)]
         lines = [",".join(self.columns), *map(self._line, kept)]
         write(run.metrics, "\n".join(lines) + "\n")
-        self.file = open(run.metrics, "a")  # noqa: SIM115 - open as long as the run
+        self.path, self.lines = run.metrics, list[str]()
 
     def add(self, step: int, values: dict[str, float]) -> None:
         if self.pending and self.pending["step"] != step:
-            self.file.write(self._line(self.pending) + "\n")
-            self.pending = {}
+            self._done()
+            if len(self.lines) >= TOGETHER:
+                self._write()
         self.pending |= {"step": step, **values}
 
     def flush(self) -> None:
         """Write everything down, the row at hand too; it can be completed no more in this session."""
         if self.pending:
-            self.file.write(self._line(self.pending) + "\n")
-            self.pending = {}
-        self.file.flush()
+            self._done()
+        self._write()
+
+    def _done(self) -> None:
+        self.lines.append(self._line(self.pending) + "\n")
+        self.pending = {}
+
+    def _write(self) -> None:
+        lines, self.lines = self.lines, []
+        with open(self.path, "a") as file:  # not kept open: what a full disk has refused would be tried again, without end
+            file.writelines(lines)
 
     def _line(self, row: dict[str, float]) -> str:
         text = {key: str(int(value)) if key == "step" else repr(float(value)) for key, value in row.items()}

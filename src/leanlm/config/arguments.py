@@ -5,18 +5,28 @@ import inspect
 import re
 import types
 import typing
+from collections.abc import Iterable
 from pkgutil import resolve_name
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from leanlm.common.errors import UserError
 from leanlm.common.files import literal
 from leanlm.config.schema import Config
+from leanlm.data.corpus import Corpus
+from leanlm.models.contract import Model
 
 MOVED = {"strategy.precision": "precision", "strategy.optimizer_state": "optim.state"}  # in runs of earlier versions, too
 
 NEEDED = ("model", "data", "device")  # groups that are not complete without a choice
+KINDS = {
+    "model": "a class derived from leanlm.models.contract.Model",
+    "data": "a function that is declared to return a leanlm.data.corpus.Corpus (`-> Corpus`)",
+    "callbacks": "a class derived from Lightning's Callback",
+    "logger": "a class derived from Lightning's Logger",
+}
 
 
 def leaves(config: DictConfig, prefix: str = "") -> dict[str, Any]:
@@ -52,6 +62,39 @@ def moved(key: str, value: Any) -> str:
     return f"a plan does not change the curve, so it is {MOVED[key]}={value} now, a key of the run"
 
 
+def target(group: str, node: dict[str, Any]) -> Any:
+    """What `_target_` names in a node of a config group.
+
+    A run, and its configuration, may come from a stranger: only what the group is for is ever called.
+
+    Raises:
+        UserError: there is no such thing, or it is of another kind.
+    """
+    name = str(node.get("_target_"))
+    try:
+        found = resolve_name(name)
+    except (ImportError, AttributeError, ValueError, TypeError):
+        raise UserError(f"{group}._target_={name}: there is no such class or function") from None
+    if not _belongs(found, group.partition(".")[0]):
+        raise UserError(f"{group}._target_={name}: it must be {KINDS[group.partition('.')[0]]}")
+    return found
+
+
+def made(group: str, node: dict[str, Any], skip: Iterable[str] = (), **given: Any) -> Any:
+    """What the `_target_` of a node makes of its other keys, but for those to `skip`, and of the arguments `given`."""
+    arguments = {key: value for key, value in node.items() if key != "_target_" and key not in skip}
+    return target(group, node)(**given, **arguments)
+
+
+def _belongs(found: Any, group: str) -> bool:
+    if group == "data":
+        return inspect.isfunction(inspect.unwrap(found)) and typing.get_type_hints(found).get("return") is Corpus
+    base: type = Model
+    if group != "model":
+        base = resolve_name("lightning.pytorch:Callback" if group == "callbacks" else "lightning.pytorch.loggers:Logger")
+    return inspect.isclass(found) and issubclass(found, base)
+
+
 def argument_problems(group: str, node: dict, given: set[str], skip: set[str]) -> list[str]:
     """Problems of a config group whose `_target_` is called with its other keys.
 
@@ -62,11 +105,11 @@ def argument_problems(group: str, node: dict, given: set[str], skip: set[str]) -
         skip: keys that are no arguments.
     """
     try:
-        made = resolve_name(node["_target_"])
-    except (KeyError, ImportError, AttributeError, ValueError):
-        return [f"{group}._target_={node.get('_target_')}: there is no such class or function"]
-    hints = typing.get_type_hints(made.__init__ if inspect.isclass(made) else made)
-    names = [name for name in inspect.signature(made).parameters if name not in given]
+        called = target(group, node)
+    except UserError as error:
+        return list(error.problems)
+    hints = typing.get_type_hints(called.__init__ if inspect.isclass(called) else called)
+    names = [name for name in inspect.signature(called).parameters if name not in given]
     problems = []
     for key, value in node.items():
         if key in skip:
@@ -74,7 +117,7 @@ def argument_problems(group: str, node: dict, given: set[str], skip: set[str]) -
         if key not in names:
             near = difflib.get_close_matches(key, names, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"{group}.{key}={value}: {made.__name__} has no such argument{hint}")
+            problems.append(f"{group}.{key}={value}: {called.__name__} has no such argument{hint}")
         elif key in hints and not _matches(value, hints[key]):
             problems.append(f"{group}.{key}={value}: it must be {_say(hints[key])}")
     return problems

@@ -58,5 +58,6 @@ def missing_packages(nodes: dict[str, Any] | None) -> list[str]:
     return [
         f"{name} needs a package that is not installed: pip install {package}"
         for name, package in needed
-        if package and importlib.util.find_spec(package) is None
+        if package
+        and importlib.util.find_spec(str(package).partition(".")[0]) is None  # of a package inside it imports the outer
     ]

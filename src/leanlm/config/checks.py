@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from leanlm.common.errors import UserError
 from leanlm.common.precision import PRECISIONS, automatic
-from leanlm.config.arguments import argument_problems, typed
+from leanlm.config.arguments import argument_problems, made, typed
 from leanlm.config.callbacks import callback_problems, missing_packages
 from leanlm.config.of_model import model_problems, settle_compile
 from leanlm.config.schema import ALLOWED, Config, Settings
@@ -131,7 +131,7 @@ def _corpus(config: Config) -> tuple[Corpus, list[str]]:
     if problems:
         return Corpus({}), problems
     try:
-        corpus = resolve_name(data["_target_"])(**{key: value for key, value in data.items() if key not in DATA_KEYS})
+        corpus = made("data", data, DATA_KEYS)
     except UserError as error:
         return Corpus({}), list(error.problems)
     missing = [split for split in ("train", "validation") if split not in corpus.splits]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from leanlm.config.arguments import made
 from leanlm.config.schema import Config
 from leanlm.models.contract import Model, without_storage
 from leanlm.models.head import AdaptiveHead
@@ -63,7 +64,5 @@ def _facts(model: str, sequence: int) -> tuple[int, dict[str, int], bool, bool, 
 
 def _model(node: dict[str, Any], vocabulary: int, sequence: int) -> Model:
     """The model of a config group, without storage."""
-    arguments = dict(node)
-    kind = resolve_name(arguments.pop("_target_"))
     with without_storage():
-        return kind(vocabulary=vocabulary, sequence=sequence, **arguments)
+        return made("model", node, vocabulary=vocabulary, sequence=sequence)

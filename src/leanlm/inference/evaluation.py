@@ -49,7 +49,7 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
     """
     run = Run.find(asked.run)
     config = run.config()
-    given: dict[str, Any] = {"devices": asked.devices, "strategy": asdict(asked.strategy), "callbacks": None}
+    given: dict[str, Any] = {"devices": asked.devices, "strategy": asdict(asked.strategy), "callbacks": None, "logger": None}
     if asked.strategy.pipeline == 1:
         given["strategy"]["accumulate_grad_batches"] = 1
     given |= {

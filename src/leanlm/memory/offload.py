@@ -4,6 +4,7 @@ What a GPU has goes to pinned memory of its machine instead.
 """
 
 import mmap
+import os
 import tempfile
 import weakref
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from leanlm.common.dtensors import layout, local, place, with_layout
+from leanlm.common.errors import UserError
 from leanlm.memory.malloc import LARGE
 from leanlm.models import kernels
 
@@ -58,6 +60,7 @@ class Scratch:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or tempfile.gettempdir()
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self.size = 0
         self.mapped: dict[int, mmap.mmap] = {}  # address -> what is mapped there
@@ -71,12 +74,25 @@ class Scratch:
         if free:
             part = free.pop()
         else:
-            self.file.truncate(self.size + length)
+            self._claim(length)
             part = mmap.mmap(self.file.fileno(), length, offset=self.size)
             self.size += length
         made = torch.frombuffer(part, dtype=dtype, count=size.numel()).view(size)
         self.mapped[made.data_ptr()] = part
         return made
+
+    def _claim(self, length: int) -> None:
+        """Make the file longer, with room on the disk: the process would be killed when it came to write where none is left."""
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.file.fileno(), self.size, length)
+            else:
+                self.file.truncate(self.size + length)
+        except OSError as error:
+            raise UserError(
+                f"strategy.offload has {self.size:,} bytes in {self.folder}, and there is no room for {length:,} more "
+                f"({error.strerror}): set LEANLM_CACHE to a folder on a larger disk"
+            ) from None
 
     def holds(self, tensor: Tensor) -> bool:
         return tensor.data_ptr() in self.mapped

@@ -74,6 +74,11 @@ def keep_mask(keys: Tensor, elements: int, rate: float, first: int = 0) -> Tenso
     return bits.bitwise_and_(0x7FFFFFFF) >= int(rate * 2**31)
 
 
+def random_words(key: int, counters: Tensor) -> Tensor:
+    """64 random bits for each of the counters (int64), a function of these and of a key of at most 64 bits."""
+    return _splitmix_tensor(counters ^ _signed(_splitmix(key), 64))
+
+
 def _scramble(bits: Tensor, shift: int, factor: int) -> Tensor:
     return bits.bitwise_xor_(_shift_right(bits, shift)).mul_(_signed(factor, 32))
 

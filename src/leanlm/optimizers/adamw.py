@@ -9,7 +9,8 @@ from torch.optim.adamw import adamw
 
 from leanlm.memory.offload import StateStorage
 from leanlm.optimizers import low_bit
-from leanlm.optimizers.base import Optimizer, put_away, rounded
+from leanlm.optimizers.base import Optimizer, put_away
+from leanlm.optimizers.rounding import Rounding
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -21,7 +22,7 @@ class AdamW(Optimizer):
     Args:
         groups: of parameters.
         kind: of `low_bit.BITS`; how the averages are kept.
-        stochastic: this and the next two are attributes of `Optimizer`.
+        rounding: this and the next two are attributes of `Optimizer`.
         copies: see there.
         scratch: see there.
         defaults: lr, betas, eps, weight_decay.
@@ -31,13 +32,13 @@ class AdamW(Optimizer):
         self,
         groups: list[dict[str, Any]],
         kind: str = "fp32",
-        stochastic: bool = False,
+        rounding: Rounding | None = None,
         copies: "DeviceMesh | None" = None,
         scratch: StateStorage | None = None,
         **defaults: Any,
     ) -> None:
         super().__init__(groups, defaults)
-        self.kind, self.stochastic, self.copies, self.scratch = kind, stochastic, copies, scratch
+        self.kind, self.rounding, self.copies, self.scratch = kind, rounding, copies, scratch
         self.sent: list[Any] = []  # rows on their way to the other copies
 
     def update(self) -> None:
@@ -68,7 +69,7 @@ class AdamW(Optimizer):
             first.write(piece, mean)
             second.write(piece, square)
             if wide is not weight:
-                weight.copy_(rounded(wide) if self.stochastic else wide)
+                weight.copy_(wide if self.rounding is None else self.rounding(wide, parameter, owned, piece))
         step += 1
         if owned is not parameter:
             self._send_rows(parameter)

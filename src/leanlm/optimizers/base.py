@@ -8,6 +8,7 @@ from torch import Tensor
 
 from leanlm.common.dtensors import dtensor_like, is_dtensor, local, with_layout
 from leanlm.memory.offload import StateStorage
+from leanlm.optimizers.rounding import Rounding
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -19,13 +20,13 @@ class Optimizer(torch.optim.Optimizer):
     """What AdamW, Muon and both together have in common.
 
     Attributes:
-        stochastic: round bf16 parameters up or down by chance, so that small updates are not lost.
+        rounding: of bf16 parameters by chance; None: to the nearest.
         copies: devices that hold the same parameters, among which state and work are divided by rows (ZeRO-1, Rajbhandari et
             al. 2020, arXiv 1910.02054); None: each does all of it.
         scratch: where the state is between two steps; None: in the device's memory.
     """
 
-    stochastic = False
+    rounding: Rounding | None = None
     copies: "DeviceMesh | None" = None
     scratch: StateStorage | None = None
 
@@ -71,9 +72,3 @@ def put_away(state: dict[str, Tensor], scratch: StateStorage) -> None:
             state[key] = dtensor_like(moved, value, value.shape) if is_dtensor(value) else moved
             mine = moved
         scratch.release(mine)
-
-
-def rounded(numbers: Tensor) -> Tensor:
-    """float32 to bf16, up with the probability of the part that is cut off."""
-    bits = numbers.view(torch.int32)
-    return ((bits + torch.randint_like(bits, 1 << 16)) & -(1 << 16)).view(torch.float32).bfloat16()

@@ -13,6 +13,7 @@ from leanlm.optimizers.adafactor import Adafactor
 from leanlm.optimizers.adamw import AdamW
 from leanlm.optimizers.base import Optimizer
 from leanlm.optimizers.muon import Muon
+from leanlm.optimizers.rounding import Rounding
 from leanlm.optimizers.settings import Optim
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def build(
     optim: Optim,
     copies: "DeviceMesh | None" = None,
     offload: bool = False,
-    stochastic: bool = False,
+    rounding: Rounding | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of named parameters; each of its groups has its peak rate as `peak_lr`.
 
@@ -35,7 +36,7 @@ def build(
         optim: what is asked for.
         copies: devices that hold the same parameters and divide the averages among them (ZeRO-1); None: they are not divided.
         offload: keep the averages in the memory of a GPU's machine, or in a file.
-        stochastic: round bf16 weights up or down by chance.
+        rounding: of bf16 weights by chance; None: to the nearest.
     """
     hidden, groups = _groups(named, optim)
     if optim.name == "sgd":
@@ -47,10 +48,10 @@ def build(
         away = host_memory() if kernels.on_gpu((hidden or groups)[0]["params"][0]) else scratch()
     parts: list[torch.optim.Optimizer] = []  # a middle stage may have matrices only
     if hidden:
-        parts.append(Muon(hidden, stochastic, copies, away, lr=optim.muon_lr, momentum=optim.momentum))
+        parts.append(Muon(hidden, rounding, copies, away, lr=optim.muon_lr, momentum=optim.momentum))
     settings: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
-    if groups and (optim.state != "fp32" or stochastic or away or copies is not None):
-        parts.append(AdamW(groups, optim.state, stochastic, copies, away, **settings))
+    if groups and (optim.state != "fp32" or rounding or away or copies is not None):
+        parts.append(AdamW(groups, optim.state, rounding, copies, away, **settings))
     elif groups:
         parts.append(torch.optim.AdamW(groups, **settings, fused=True))  # fused: no temporary copy of the parameters
     return Combined(parts) if hidden else parts[0]

@@ -10,7 +10,8 @@ from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz  # private
 from leanlm.common.dtensors import is_dtensor, local, local_part, whole
 from leanlm.memory.offload import StateStorage
 from leanlm.models import kernels
-from leanlm.optimizers.base import Optimizer, put_away, rounded
+from leanlm.optimizers.base import Optimizer, put_away
+from leanlm.optimizers.rounding import Rounding
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -29,13 +30,13 @@ class Muon(Optimizer, torch.optim.Muon):
     def __init__(
         self,
         groups: list[dict[str, Any]],
-        stochastic: bool = False,
+        rounding: Rounding | None = None,
         copies: "DeviceMesh | None" = None,
         scratch: StateStorage | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(groups, **settings)
-        self.stochastic, self.copies, self.scratch = stochastic, copies, scratch
+        self.rounding, self.copies, self.scratch = rounding, copies, scratch
 
     def update(self) -> None:
         for group in self.param_groups:
@@ -50,7 +51,7 @@ class Muon(Optimizer, torch.optim.Muon):
                 alike.setdefault((parameter.shape, parameter.dtype), []).append(parameter)
         for matrices in alike.values():
             first = matrices[0]
-            together = kernels.on_gpu(first) and not (is_dtensor(self.owned(first)) or self.stochastic or self.scratch)
+            together = kernels.on_gpu(first) and not (is_dtensor(self.owned(first)) or self.rounding or self.scratch)
             most = max(1, STACK // first.numel()) if together else 1
             yield from (matrices[i : i + most] for i in range(0, len(matrices), most))
 
@@ -63,15 +64,15 @@ class Muon(Optimizer, torch.optim.Muon):
         changes = orthogonal(stack, group["ns_coefficients"], group["ns_steps"], group["eps"])
         del stack
         weights = [local(matrix) for matrix in matrices]
-        rounds = self.stochastic and weights[0].dtype == torch.bfloat16
+        rounds = self.rounding is not None and weights[0].dtype == torch.bfloat16
         numbers = [weight.float() for weight in weights] if rounds else weights
         changes = changes.to(numbers[0].dtype, memory_format=torch.contiguous_format)  # foreach wants what lies alike
         parts = [local_part(change, matrix) for change, matrix in zip(changes, matrices, strict=True)]
         torch._foreach_mul_(numbers, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(numbers, parts, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], shape))
-        if rounds:
-            for weight, wide in zip(weights, numbers, strict=True):
-                weight.copy_(rounded(wide))
+        if rounds and self.rounding is not None:
+            for matrix, weight, wide in zip(matrices, weights, numbers, strict=True):
+                weight.copy_(self.rounding(wide.flatten(), matrix, matrix, slice(0, wide.numel())).view_as(wide))
 
     def _directions(self, matrices: list[Tensor], momentum: float, nesterov: bool) -> list[Tensor]:
         """Add the gradients to the momentum, and return what is to be orthogonalised."""

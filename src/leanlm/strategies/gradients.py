@@ -48,7 +48,12 @@ class StepInBackward:
     """Updates each parameter as soon as its gradient is whole, and frees the gradient.
 
     Of all parameters only the one at hand then has a gradient, and an optimizer leaves the others alone.
+
+    Attributes:
+        updates: False: gradients are only freed.
     """
+
+    updates = True
 
     def __init__(self, parallel: ParallelModel, optimizer: torch.optim.Optimizer) -> None:
         self.parallel, self.optimizer = parallel, optimizer
@@ -59,7 +64,8 @@ class StepInBackward:
     def _update(self, parameter: Tensor) -> None:
         self.squares += _squares(self.parallel, [parameter])
         self.largest = max(self.largest, local(parameter.grad).nbytes)
-        self.optimizer.step()
+        if self.updates:
+            self.optimizer.step()
         parameter.grad = None
 
     def done(self) -> tuple[Tensor, int]:

@@ -10,13 +10,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 
 from leanlm.common.errors import UserError
-from leanlm.common.files import literal
 from leanlm.common.precision import PRECISIONS, STOCHASTIC
+from leanlm.config.arguments import made
 from leanlm.config.callbacks import FIRST_RANK, class_name
 from leanlm.config.schema import Config, Settings
 from leanlm.launch.ranks import local_world_size, rank, world_size
@@ -35,7 +33,7 @@ def model(config: Config, plan: Plan, vocabulary: int) -> Model:
     before = torch.get_default_dtype()
     torch.set_default_dtype(PRECISIONS[config.precision][0])
     try:
-        net = instantiate(config.model, vocabulary=vocabulary, sequence=config.sequence)
+        net = made("model", config.model, vocabulary=vocabulary, sequence=config.sequence)
     finally:
         torch.set_default_dtype(before)
     kernels.choose(net, plan.rnn_kernel)
@@ -70,7 +68,8 @@ def module(settings: Settings, parallel: ParallelModel, training: bool = True) -
         from leanlm.strategies.pipeline import Pipeline
 
         pipeline = Pipeline(parallel, rows, config.sequence)
-    return LanguageModel(parallel, pipeline, config.optim, config.max_steps, config.clip, config.precision == STOCHASTIC)
+    chance = config.seed if config.precision == STOCHASTIC else None
+    return LanguageModel(parallel, pipeline, config.optim, config.max_steps, config.clip, chance)
 
 
 def trainer(
@@ -85,7 +84,7 @@ def trainer(
     config, plan = settings.config, settings.plan
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    made = pl.Trainer(
+    lightning = pl.Trainer(
         accelerator=device(config).type,  # Lightning's "auto" would take what leanlm does not know, such as a Mac's GPU
         devices=local_world_size(),
         num_nodes=world_size() // local_world_size(),
@@ -104,7 +103,7 @@ def trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return without_asking_for_sigterm(made)
+    return without_asking_for_sigterm(lightning)
 
 
 def loggers(config: Config, run_path: Path, step: int) -> list[Logger]:
@@ -122,12 +121,12 @@ def loggers(config: Config, run_path: Path, step: int) -> list[Logger]:
 def callbacks(config: Config) -> list[pl.Callback]:
     """The callbacks of `conf/callbacks`; those that write to loggers where these are."""
     nodes = (config.callbacks or {}).values()
-    return [_made("callback", node, ("needs",)) for node in nodes if rank() == 0 or class_name(node) not in FIRST_RANK]
+    return [_made("callbacks", node, ("needs",)) for node in nodes if rank() == 0 or class_name(node) not in FIRST_RANK]
 
 
-def _made(what: str, node: dict[str, Any], ours: tuple[str, ...]) -> Any:
+def _made(group: str, node: dict[str, Any], ours: tuple[str, ...]) -> Any:
     """What a node's `_target_` makes of its other keys, but for those that are leanlm's own."""
     try:
-        return instantiate(literal({key: value for key, value in node.items() if key not in ours}))
-    except InstantiationException as error:
-        raise UserError(f"the {what} {node['_target_']} could not be set up: {error.__cause__ or error}") from None
+        return made(group, node, ours)
+    except Exception as error:  # whatever it is that a class of others' does not like
+        raise UserError(f"{group}: {node['_target_']} could not be set up: {error}".splitlines()[0]) from None

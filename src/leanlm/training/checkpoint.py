@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import shutil
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from leanlm.common.errors import UserError
-from leanlm.launch.ranks import say
+from leanlm.launch.ranks import on_rank_0, say
 from leanlm.memory import offload
 from leanlm.optimizers.base import owned, put_away
 from leanlm.optimizers.low_bit import convert, empty_like
@@ -53,36 +52,31 @@ def save(
         keep: checkpoints to keep, at least 1.
         average: of the parameters over the steps, if one is kept.
         callbacks: name -> state of each callback that has one.
+
+    Raises:
+        UserError: on all ranks: a number is not finite, or the disk is full; the checkpoints that were there are as before.
     """
+    from leanlm.training import storage
+
     whole = folder / f"step-{state['step']:08d}"
     part = folder / f".writing-{whole.name}"
-    if _rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    _barrier()
     named = list(named)
     tensors = {f"model.{name}": parameter.detach() for name, parameter in named}
     tensors |= {f"optimizer.{name}": value for name, value in _optimizer_state(named, optimizer).items()}
     tensors |= {f"average.{name}": value for name, value in average}
     tensors |= {f"carried.{name}": value for name, value in carried.items()}
     tensors |= {f"rng.{_rank()}": torch.get_rng_state()}
-    import torch.distributed.checkpoint as dcp
 
-    class OneAtATime(dcp.DefaultSavePlanner):
-        """What is offloaded comes back to be written: all of it together is what may not fit."""
+    def begin() -> None:
+        for left in folder.glob(".writing-*"):  # by a run that was killed
+            shutil.rmtree(left)
+        part.mkdir(parents=True)
 
-        def resolve_data(self, write_item: Any) -> Any:
-            offload.release_all()
-            return super().resolve_data(write_item)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # dcp warns that it runs without a process group, which is what we ask for
-        dcp.save(tensors, checkpoint_id=part, planner=OneAtATime(), no_dist=not _distributed())
-    offload.release_all()
-    if _rank() == 0:
+    def end() -> None:
         _write(part / "state.json", {"format": FORMAT, **state})
         if callbacks:
-            torch.save(callbacks, part / CALLBACKS)
+            with open(part / CALLBACKS, "wb") as file:
+                torch.save(callbacks, file)
         files = sorted(file for file in part.iterdir() if file.is_file())
         _write(part / "manifest.json", {file.name: [file.stat().st_size, _digest(file)] for file in files})
         if whole.exists():  # a run that was resumed may reach a step again
@@ -93,7 +87,17 @@ def save(
         kept = [each for each in checkpoints(folder) if each.name <= whole.name][-keep:]
         for other in set(checkpoints(folder)) - set(kept):
             shutil.rmtree(other)
-    _barrier()
+
+    try:
+        failed = on_rank_0(lambda: storage.failure(begin))
+        failed = failed or storage.failure(lambda: storage.save(tensors, part))  # all ranks hear of what fails on one
+        failed = failed or on_rank_0(lambda: storage.failure(end))
+    finally:
+        offload.release_all()
+        if _rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+    if failed:
+        raise UserError(f"no checkpoint of step {state['step']} was written: {failed}; {newest(folder)}")
     return whole
 
 
@@ -117,15 +121,9 @@ def load(
     Returns:
         The carried state and the JSON that `save` was given.
     """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from leanlm.training import storage
 
-    reader = dcp.FileSystemReader(folder)
-    stored = {
-        name: meta
-        for name, meta in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(meta, TensorStorageMetadata)
-    }
+    stored = storage.tensors_in(folder)
     named = list(named)
     parameters = dict(named)
     missing = [name for name in parameters if f"model.{name}" not in stored]
@@ -152,16 +150,7 @@ def load(
         elif kind == "carried" or name == f"rng.{_rank()}":
             tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype)
 
-    class OneAtATime(dcp.DefaultLoadPlanner):
-        """As in `save`."""
-
-        def resolve_tensor(self, read_item: Any) -> Tensor:
-            offload.release_all()
-            return super().resolve_tensor(read_item)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(tensors, storage_reader=reader, planner=OneAtATime(), no_dist=not _distributed())
+    storage.load(tensors, folder)
     offload.release_all()
     for name, parameter in named:
         if parameter is not parameters[name]:
@@ -197,6 +186,12 @@ def callback_states(folder: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         say(f"callbacks begin anew: {file} holds more than numbers, text and tensors: {error}".splitlines()[0])
         return {}
+
+
+def newest(folder: Path) -> str:
+    """Says which checkpoint is the last."""
+    found = checkpoints(folder)
+    return f"the last checkpoint is {found[-1]}" if found else f"there is no checkpoint in {folder}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -261,14 +256,5 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _rank() -> int:
-    return dist.get_rank() if _distributed() else 0
-
-
-def _barrier() -> None:
-    if _distributed():
-        dist.barrier()
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

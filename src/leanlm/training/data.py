@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from leanlm.common.errors import UserError
 from leanlm.config.checks import fits
 from leanlm.config.schema import Config, Settings
@@ -12,6 +14,8 @@ from leanlm.data.tokenizer import Tokenizer
 from leanlm.data.tokens import Tokens, prepare
 from leanlm.launch.ranks import rank
 from leanlm.models.contract import Model
+
+MANY = 1 << 20  # tokens that are looked at together
 
 
 def tokens(settings: Settings) -> Tokens:
@@ -30,6 +34,10 @@ def tokens(settings: Settings) -> Tokens:
         for name in data.get("ignore", [])
         if not made.tokenizer.numbers(name)
     ]
+    left_out = ignored(settings.config, made.tokenizer)
+    for split, numbers in made.splits.items() if left_out else ():
+        if all(np.isin(numbers[first : first + MANY], left_out).all() for first in range(0, len(numbers), MANY)):
+            problems.append(f"data.ignore leaves nothing to count: it names all {len(numbers):,} tokens of the {split} split")
     if problems:
         raise UserError(*problems)
     return made

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from leanlm.common.dtensors import local
+from leanlm.common.errors import UserError
 from leanlm.data.batches import Batch
 from leanlm.models import kernels
 from leanlm.models.head import IGNORE
 from leanlm.optimizers.build import build
+from leanlm.optimizers.rounding import Rounding
 from leanlm.optimizers.settings import Optim, factor
 from leanlm.strategies import gradients
 from leanlm.strategies.parallel_model import ParallelModel
@@ -32,9 +34,10 @@ class LanguageModel(pl.LightningModule):
         optimizer: optimizer and schedule.
         max_steps: optimizer steps in the whole run, for the schedule.
         clip: largest global norm of the gradient; 0: no clipping.
-        stochastic: round weights up or down by chance.
+        chance: a seed: bf16 weights are rounded by chance; None: to the nearest.
 
     Attributes:
+        counts: whether any target of the step at hand does.
         step_nats: loss of this rank's rows in the step at hand, divided by the tokens of the global batch; the sum over
             ranks is the loss of the step.
         grad_norm: global norm of the last step's gradient before clipping.
@@ -42,15 +45,17 @@ class LanguageModel(pl.LightningModule):
     """
 
     def __init__(self, parallel: ParallelModel, pipeline: "Pipeline | None", optimizer: Optim, max_steps: int, clip: float,
-                 stochastic: bool = False) -> None:  # fmt: skip
+                 chance: int | None = None) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = (
             False  # Lightning's order of forward, zero_grad and backward leaves no room for a pipeline
         )
         self.net, self.parallel, self.pipeline, self.plan = parallel.net, parallel, pipeline, parallel.plan
         self.stages = nn.ModuleList(parallel.stages.values())
-        self.optimizer, self.max_steps, self.clip, self.stochastic = optimizer, max_steps, clip, stochastic
+        self.optimizer, self.max_steps, self.clip = optimizer, max_steps, clip
+        self.rounding = None if chance is None else Rounding(chance, parallel.named_parameters())
         self.in_backward: gradients.StepInBackward | None = None
+        self.counts = True
         self.step_nats = torch.zeros(())
         self.grad_norm = torch.zeros(())
         self.gradient_bytes = 0
@@ -60,23 +65,29 @@ class LanguageModel(pl.LightningModule):
         """One micro-batch, from its tokens to its gradient; after the last of a step, the weights are updated.
 
         The loss of a step is the sum over the global batch divided by its tokens, so that it does not matter how it is cut.
+        Where none of them counts, it is 0, and the step changes nothing but carried state.
         """
-        parallel, plan = self.parallel, self.plan
+        parallel, plan, tokens = self.parallel, self.plan, max(1, batch.step_tokens)
+        self.counts = batch.step_tokens > 0
+        if self.in_backward is not None:
+            self.in_backward.updates = self.counts
+        if self.rounding is not None:
+            self.rounding.step = batch.step
         parallel.begin(batch.step, batch.fresh)
         self.set_rate()
         mean = plan.data_parallel_size  # DDP and FSDP2 divide the sum of gradients by it
         if self.pipeline is not None:  # forward and backward of all micro-batches, as its schedule mixes them
-            nats = self.pipeline.step(batch, mean / batch.step_tokens) / mean
+            nats = self.pipeline.step(batch, mean / tokens) / mean
         else:
             with parallel.gradient_sync(batch.micro, self.trainer.strategy):
-                nats = parallel.stage(batch.input, batch.rows, batch.target) / batch.step_tokens
+                nats = parallel.stage(batch.input, batch.rows, batch.target) / tokens
                 self.manual_backward(nats * mean)
         self.step_nats = nats.detach() + (self.step_nats if batch.micro else 0)
         if batch.micro == plan.batches_per_step - 1:
             self.update()
 
     def update(self) -> None:
-        """Clip the gradients, which are whole now, and take the optimizer's step."""
+        """Clip the gradients, which are whole now, and take the optimizer's step; without them, if no target has counted."""
         if self.in_backward is not None:
             self.grad_norm, self.gradient_bytes = self.in_backward.done()
         else:
@@ -84,6 +95,8 @@ class LanguageModel(pl.LightningModule):
             self.gradient_bytes = self.gradient_bytes or held_bytes(parameter.grad for parameter in self.net.parameters())
             self.grad_norm = gradients.clip(self.parallel, self.clip)
         optimizer: Any = self.optimizers()
+        if not self.counts:  # an optimizer leaves alone what has no gradient, and Lightning counts the step
+            optimizer.zero_grad(set_to_none=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=not self.plan.adds_to_buckets)
         self.parallel.advance()
@@ -97,7 +110,7 @@ class LanguageModel(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parallel, plan = self.parallel, self.plan
         copies = parallel.mesh["replicate"] if parallel.mesh is not None and plan.zero1 else None
-        optimizer = build(parallel.named_parameters(), self.optimizer, copies, plan.offloads_optimizer, self.stochastic)
+        optimizer = build(parallel.named_parameters(), self.optimizer, copies, plan.offloads_optimizer, self.rounding)
         if plan.step_in_backward:
             self.in_backward = gradients.StepInBackward(parallel, optimizer)
         return optimizer
@@ -159,6 +172,8 @@ class TokenLoss(Metric):
         self.tokens += tokens
 
     def compute(self) -> dict[str, Tensor]:
+        if not self.tokens:
+            raise UserError("there is no loss: no token of this text is counted (data.ignore)")
         return {"loss": self.nats / self.tokens, "tokens": self.tokens}
 
 

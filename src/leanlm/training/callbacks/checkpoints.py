@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ class Checkpoints(pl.Callback):
         self._restore_handlers()
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        self.record.flush()
+        with suppress(OSError):  # of a full disk the exception may be
+            self.record.flush()
         self._restore_handlers()
 
     def save(

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run, Table
 from leanlm.launch.ranks import comfort
+from leanlm.training.checkpoint import newest
 from leanlm.training.lightning_module import LanguageModel
 
 
@@ -48,12 +49,14 @@ class Record(pl.Callback):
             return
         step = trainer.global_step
         writes = step % self.every == 0 or step == 1 or step == trainer.max_steps
+        if writes or module.grad_norm.device.type == "cpu":  # where to read it is to wait for nothing, each step is looked at
+            self._finite(float(module.grad_norm), "norm of the gradient", step, module)
         loss = float(module.global_loss()) if writes else math.nan  # waits for a GPU: before the clock is read
         now = time.perf_counter()
         self.seconds, self.mark = self.seconds + now - self.mark, now
         self.tokens += batch.step_tokens
         if writes:
-            self._finite(loss, "training", step, module)
+            self._finite(loss, "training loss", step, module)
             seconds, tokens = self.seconds - self.logged[0], self.tokens - self.logged[1]
             self.logged = self.seconds, self.tokens
             rate = trainer.optimizers[0].param_groups[0]["lr"]
@@ -70,7 +73,7 @@ class Record(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, LanguageModel)
         self.validated, self.val_loss = trainer.global_step, float(module.split_loss.compute()["loss"])
-        self._finite(self.val_loss, "validation", trainer.global_step, module)
+        self._finite(self.val_loss, "validation loss", trainer.global_step, module)
         self._write(trainer, trainer.global_step, {"val_loss": self.val_loss})
         self.mark = time.perf_counter()
 
@@ -83,11 +86,12 @@ class Record(pl.Callback):
         if self.table is not None:
             self.table.flush()
 
-    def _finite(self, loss: float, kind: str, step: int, module: LanguageModel) -> None:
-        if not math.isfinite(loss):
+    def _finite(self, value: float, what: str, step: int, module: LanguageModel) -> None:
+        """Of something that is the same on all ranks, so that they stop together."""
+        if not math.isfinite(value):
             raise UserError(
-                f"the {kind} loss is {loss} after step {step}: lower optim.lr (now {module.optimizer.lr:g}) or clip "
-                f"(now {module.clip:g}); the checkpoints so far are in {self.run.checkpoints}"
+                f"the {what} is {value} after step {step}: lower optim.lr (now {module.optimizer.lr:g}) or clip "
+                f"(now {module.clip:g}); {newest(self.run.checkpoints)}"
             )
 
     def _write(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
