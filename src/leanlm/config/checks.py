@@ -3,6 +3,7 @@
 All problems of a command line are reported together, each with its arithmetic and what to write instead.
 """
 
+import os
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,9 +106,14 @@ def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:
     data = config.data = DATA | config.data
     problems = argument_problems("data", data, set(), DATA_KEYS)
     name, vocabulary = data.get("tokenizer"), data.get("vocabulary")
-    if not isinstance(name, str) or (name not in tokenizers.NAMES and not Path(name).expanduser().is_file()):
+    if not isinstance(name, str) or (name not in tokenizers.NAMES and not os.path.isfile(os.path.expanduser(name))):
         choices = ", ".join(tokenizers.NAMES)
         problems.append(f"data.tokenizer={name}: one of {choices}, or the path of a tokenizer.json (no such file)")
+    elif name not in tokenizers.NAMES:
+        try:
+            tokenizers.Subwords.given(name)
+        except UserError as error:
+            problems += error.problems
     if not isinstance(vocabulary, int) or (name == "bpe" and vocabulary < 257):
         problems.append(f"data.vocabulary={vocabulary}: a whole number, at least 257 (256 bytes and a mark) for bpe")
     if problems:
@@ -119,7 +125,9 @@ def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:
     missing = [split for split in ("train", "validation") if split not in corpus.splits]
     if missing:
         return None, [f"{data['_target_']}: the corpus has {', '.join(corpus.splits)}, but no split {' and no '.join(missing)}"]
-    return corpus, []
+    empty = {split: [str(piece.path) for piece in pieces] for split, pieces in corpus.splits.items() if not corpus.size(split)}
+    problems = [f"the {split} split is empty: {', '.join(files[:3]) or 'no file'}" for split, files in empty.items()]
+    return (None if problems else corpus), problems
 
 
 def without_planner(device: dict[str, Any], auto: bool = False) -> list[str]:
