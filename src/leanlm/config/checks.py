@@ -125,9 +125,10 @@ def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:
     missing = [split for split in ("train", "validation") if split not in corpus.splits]
     if missing:
         return None, [f"{data['_target_']}: the corpus has {', '.join(corpus.splits)}, but no split {' and no '.join(missing)}"]
-    empty = {split: [str(piece.path) for piece in pieces] for split, pieces in corpus.splits.items() if not corpus.size(split)}
-    problems = [f"the {split} split is empty: {', '.join(files[:3]) or 'no file'}" for split, files in empty.items()]
-    return (None if problems else corpus), problems
+    empty = [split for split in corpus.splits if not corpus.size(split)]
+    files = {split: ", ".join(str(piece.path) for piece in corpus.splits[split][:3]) or "its folder" for split in empty}
+    problems = [f"the {split} split is empty: put text into {files[split]}, or remove it" for split in empty]
+    return (None if empty else corpus), problems
 
 
 def without_planner(device: dict[str, Any], auto: bool = False) -> list[str]:

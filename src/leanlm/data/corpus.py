@@ -84,9 +84,11 @@ def text(path: str | None = None, validation: float = 0.1) -> Corpus:
         named["train"] = named[None]
     splits = {split: [whole(file) for file in _texts(files) or files] for split, files in named.items() if split and files}
     if not any(piece.size for piece in splits.get("train", [])):
-        missing = "no text to train on (looked for *.txt, *.md, *.py)" if root.exists() else "there is no such file or folder"
-        raise UserError(f"data.path={root}: {missing}")
-    return Corpus(splits if "validation" in splits else splits | _divided(splits["train"], validation))
+        missing = "no text to train on (looked for *.txt, *.md, *.py)" if root.is_dir() else "the file is empty"
+        raise UserError(f"data.path={root}: {missing if root.exists() else 'there is no such file or folder'}")
+    if "validation" not in splits:
+        splits |= _divided(splits["train"], validation)
+    return Corpus({split: splits[split] for split in ("train", "validation", "test") if split in splits})
 
 
 def _files(root: Path, skip: Container[str] = ()) -> list[Path]:
