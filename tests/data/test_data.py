@@ -13,8 +13,10 @@ import pytest
 
 from leanlm.common.errors import UserError
 from leanlm.data import corpus as corpora
+from leanlm.data import text_files
 from leanlm.data import tokenizer as tokenizers
-from leanlm.data.corpus import Corpus, Piece, whole
+from leanlm.data.corpus import Corpus
+from leanlm.data.text_files import Piece, whole
 from leanlm.data.tokens import prepare
 
 TEXT = "The café opened.\nNo tea — only coffee…\n\n  two  spaces\tand a tab\nlast line without an end"
@@ -75,13 +77,13 @@ def test_chunks_do_not_show(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "t.txt").write_text(body)
     files = Corpus({"train": [whole(tmp_path / "t.txt")], "validation": [whole(tmp_path / "t.txt")]})
     whole_text = prepare(files, name, 300).splits["train"].tolist()
-    monkeypatch.setattr(corpora, "CHUNK", 97)
+    monkeypatch.setattr(text_files, "CHUNK", 97)
     monkeypatch.setenv("LEANLM_CACHE", str(tmp_path / "other"))
     assert prepare(files, name, 300).splits["train"].tolist() == whole_text
 
 
 def test_long_lines_are_cut_between_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpora, "CHUNK", 10)
+    monkeypatch.setattr(text_files, "CHUNK", 10)
     (tmp_path / "t.txt").write_text("€äx" * 100)
     chunks = list(Corpus({"train": [whole(tmp_path / "t.txt")]}).chunks("train"))
     assert "".join(chunk.decode() for chunk in chunks) == "€äx" * 100
@@ -117,7 +119,8 @@ def test_survives_being_killed_half_way(tmp_path: Path) -> None:
     file.write_bytes(b"".join(b"%d some words to tokenise\n" % i for i in range(1_500_000)))
     code = f"""
 from pathlib import Path
-from leanlm.data.corpus import Corpus, whole
+from leanlm.data.corpus import Corpus
+from leanlm.data.text_files import whole
 from leanlm.data.tokens import prepare
 file = Path({str(file)!r})
 corpus = Corpus({{"train": [whole(file)], "validation": [whole(file)]}})
@@ -133,6 +136,8 @@ prepare(corpus, "char", 0, lambda what, done, total: print(what, done, flush=Tru
     left = [path.name for path in (tmp_path / "cache" / "tokens").iterdir()]
     assert len(left) == 1
     assert left[0].startswith("."), "only an unfinished folder"
+    os.utime(tmp_path / "cache" / "tokens" / left[0] / "train.bin", (1, 1))
+    os.utime(tmp_path / "cache" / "tokens" / left[0], (1, 1))
     subprocess.run([sys.executable, "-c", code], env=env, check=True, stdout=subprocess.DEVNULL, timeout=120)
     names = sorted(path.name for path in (tmp_path / "cache" / "tokens").iterdir())
     assert not any(name.startswith(".") for name in names), "what was left is gone"
@@ -208,7 +213,8 @@ def test_two_processes_may_prepare_at_once(tmp_path: Path) -> None:
     file.write_bytes(b"some words\n" * 200_000)
     code = f"""
 from pathlib import Path
-from leanlm.data.corpus import Corpus, whole
+from leanlm.data.corpus import Corpus
+from leanlm.data.text_files import whole
 from leanlm.data.tokens import prepare
 file = Path({str(file)!r})
 print(prepare(Corpus({{"train": [whole(file)], "validation": [whole(file)]}}), "word", 0).splits["train"].shape)

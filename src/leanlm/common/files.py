@@ -2,14 +2,18 @@
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from leanlm.common.errors import UserError
+
 PACKAGE = Path(__file__).resolve().parents[1]
 # In an installed package the configuration lies in it (see setup.py), in a clone beside `src`.
 CONF = next((folder for folder in (PACKAGE / "conf", PACKAGE.parents[1] / "conf") if folder.is_dir()), PACKAGE / "conf")
+SET_CACHE = "set LEANLM_CACHE to a folder that can be written and has room"
 
 
 def defaults(file: str) -> dict[str, Any]:
@@ -30,13 +34,42 @@ def literal(value: Any) -> Any:
 
 
 def cache_folder() -> Path:
-    """Where prepared data lives: `LEANLM_CACHE`, or `leanlm` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanlm"
-    return Path(os.environ.get("LEANLM_CACHE") or default).expanduser()
+    """Where prepared data lives: `LEANLM_CACHE`, or `leanlm` in the user's cache folder.
+
+    Raises:
+        UserError: there is neither, since this user has no home folder.
+    """
+    given, base = os.environ.get("LEANLM_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(os.path.expanduser(given or f"{base}/leanlm"))
+    if not given and str(folder).startswith("~"):
+        raise UserError(f"this user has no home folder for prepared data: {SET_CACHE}")
+    return folder
 
 
-def write(path: Path, content: str) -> None:
-    """Replace a file in one go: whoever looks sees the old content or the new."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(content)
-    part.rename(path)
+def writable(folder: Path) -> Path:
+    """A folder in the cache, made if need be.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+        reason = "it is read-only"
+    except OSError as error:
+        reason = str(error.strerror)
+    raise UserError(f"prepared data cannot be kept in {folder} ({reason}): {SET_CACHE}")
+
+
+def write(path: Path, content: str | Iterable[bytes]) -> None:
+    """Replace a file in one go: whoever looks sees the old content or the new. Processes of any number of machines may write
+    the same file at once."""
+    part = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
+    try:
+        with open(part, "wb") as file:
+            file.writelines([content.encode()] if isinstance(content, str) else content)
+        part.rename(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

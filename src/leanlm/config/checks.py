@@ -123,9 +123,14 @@ def _corpus(config: Config) -> tuple[Corpus, list[str]]:
     data = config.data = DATA | config.data
     problems = argument_problems("data", data, set(), DATA_KEYS)
     name, vocabulary = data.get("tokenizer"), data.get("vocabulary")
-    if not isinstance(name, str) or (name not in tokenizers.NAMES and not Path(name).expanduser().is_file()):
+    if not isinstance(name, str) or (name not in tokenizers.NAMES and not os.path.isfile(os.path.expanduser(name))):
         choices = ", ".join(tokenizers.NAMES)
         problems.append(f"data.tokenizer={name}: one of {choices}, or the path of a tokenizer.json (no such file)")
+    elif name not in tokenizers.NAMES:
+        try:
+            tokenizers.Subwords.given(name)
+        except UserError as error:
+            problems += error.problems
     if not isinstance(vocabulary, int) or (name == "bpe" and vocabulary < 257):
         problems.append(f"data.vocabulary={vocabulary}: a whole number, at least 257 (256 bytes and a mark) for bpe")
     if problems:
@@ -136,10 +141,11 @@ def _corpus(config: Config) -> tuple[Corpus, list[str]]:
         return Corpus({}), list(error.problems)
     missing = [split for split in ("train", "validation") if split not in corpus.splits]
     if missing:
-        return corpus, [
-            f"{data['_target_']}: the corpus has {', '.join(corpus.splits)}, but no split {' and no '.join(missing)}"
-        ]
-    return corpus, []
+        lacking = " and no ".join(missing)
+        return corpus, [f"{data['_target_']}: the corpus has {', '.join(corpus.splits)}, but no split {lacking}"]
+    empty = [split for split in corpus.splits if not corpus.size(split)]
+    files = {split: ", ".join(str(piece.path) for piece in corpus.splits[split][:3]) or "its folder" for split in empty}
+    return corpus, [f"the {split} split is empty: put text into {files[split]}, or remove it" for split in empty]
 
 
 def without_planner(device: dict[str, Any], auto: bool = False) -> list[str]:

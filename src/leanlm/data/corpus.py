@@ -4,27 +4,17 @@ To add a data set: write a function that returns a `Corpus` and a YAML file in `
 """
 
 import hashlib
-import lzma
 import os
+import re
 import sysconfig
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from leanlm.common.errors import UserError
-from leanlm.common.files import cache_folder
-
-CHUNK = 1 << 22  # bytes read at a time; a chunk ends at a line end
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Bytes `start` to `stop` of a file."""
-
-    path: Path
-    start: int
-    stop: int
+from leanlm.common.files import cache_folder, writable, write
+from leanlm.data.text_files import Piece, whole
 
 
 @dataclass(frozen=True)
@@ -35,39 +25,17 @@ class Corpus:
 
     def size(self, split: str) -> int:
         """Bytes of text in a split."""
-        return sum(piece.stop - piece.start for piece in self.splits[split])
+        return sum(piece.size for piece in self.splits[split])
 
     def chunks(self, split: str) -> Iterator[bytes]:
-        """The text of a split in chunks that end at a line end, or a piece's end, or (very long lines) between two
-        UTF-8 characters."""
+        """The text of a split, as `Piece.chunks` cuts each of its pieces."""
         for piece in self.splits[split]:
-            with open(piece.path, "rb") as file:
-                file.seek(piece.start)
-                left, rest = piece.stop - piece.start, b""
-                while left:
-                    read = file.read(min(CHUNK, left))
-                    if not read:
-                        raise UserError(f"{piece.path} is shorter than it was a moment ago: {left} bytes are missing")
-                    left -= len(read)
-                    block = rest + read
-                    cut = len(block) if not left else _cut(block)
-                    rest = block[cut:]
-                    if cut:
-                        yield block[:cut]
+            yield from piece.chunks()
 
-
-def _cut(block: bytes) -> int:
-    newline = block.rfind(b"\n")
-    if newline >= 0:
-        return newline + 1
-    cut = len(block)
-    while cut and block[cut - 1] & 0xC0 == 0x80:  # a continuation byte
-        cut -= 1
-    return max(cut - 1, 0)
-
-
-def whole(path: Path) -> Piece:
-    return Piece(path, 0, path.stat().st_size)
+    def origin(self, split: str) -> str:
+        """The name of the file that a split is of, or how many files there are."""
+        names = [piece.path.name for piece in self.splits[split] if piece.size]
+        return names[0] if len(names) == 1 else f"{len(names):,} files"
 
 
 def stdlib(path: str | None = None) -> Corpus:
@@ -79,20 +47,15 @@ def stdlib(path: str | None = None) -> Corpus:
     Args:
         path: another folder of `*.py` files to read instead.
     """
-    root = Path(path or sysconfig.get_paths()["stdlib"]).expanduser()
+    root = Path(os.path.expanduser(path or sysconfig.get_paths()["stdlib"]))
     if not root.is_dir():
         raise UserError(f"data.path={root}: there is no such folder")
     skip = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test", "lib2to3"}
     splits: dict[str, list[Piece]] = {"train": [], "validation": [], "test": []}
-    files = []
-    for folder, inner, names in os.walk(root):
-        inner[:] = [each for each in inner if each not in skip]  # of these nothing is looked at: packages have many files
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    for file in sorted(files, key=lambda file: file.relative_to(root).as_posix()):
-        name = file.relative_to(root)
-        if file.stat().st_size:
-            part = hashlib.sha256(name.as_posix().encode()).digest()[0] % 100
-            splits["validation" if part == 0 else "test" if part == 1 else "train"].append(whole(file))
+    for name in sorted(file.relative_to(root).as_posix() for file in _files(root, skip) if file.suffix == ".py"):
+        if (root / name).stat().st_size:
+            part = hashlib.sha256(name.encode()).digest()[0] % 100
+            splits["validation" if part == 0 else "test" if part == 1 else "train"].append(whole(root / name))
     if not all(splits.values()):
         found = sum(map(len, splits.values()))
         raise UserError(f"data=stdlib: {found} *.py files in {root} are too few to split; try data=text data.path=...")
@@ -103,26 +66,67 @@ def text(path: str | None = None, validation: float = 0.1) -> Corpus:
     """Your own text.
 
     Args:
-        path: a file, or a folder. A folder with files named `train*`, `valid*` and perhaps `test*` is split so;
-            any other folder is its `*.txt`, `*.md` and `*.py` files joined in the order of their names.
-        validation: share of the bytes, from the end, to keep for validation where the names do not say.
+        path: a file, or a folder. What is named for a split in a folder (files or folders called train..., val... or dev...,
+            test...) is that split. Where nothing is named for training, all other `*.txt`, `*.md` and `*.py` files are joined
+            for it, in the order of their names. Packed files count, hidden ones do not.
+        validation: share of the bytes, from the end, to keep for validation where no name says what is.
     """
     if path is None:
         raise UserError("data=text needs data.path=FILE_OR_FOLDER")
-    root = Path(path).expanduser()
-    if root.is_dir():
-        named = {split: sorted(root.glob(f"{split[:5]}*")) for split in ("train", "validation", "test")}
-        if named["train"] and named["validation"]:
-            return Corpus({split: [whole(file) for file in files] for split, files in named.items() if files})
-        files = sorted(file for file in root.rglob("*") if file.suffix in {".txt", ".md", ".py"} and file.is_file())
-    elif root.is_file():
-        files = [root]
-    else:
-        raise UserError(f"data.path={root}: there is no such file or folder")
-    pieces = [whole(file) for file in files if file.stat().st_size]
-    if not pieces:
-        raise UserError(f"data.path={root}: no text in it (looked for *.txt, *.md, *.py)")
-    return _split_at(pieces, 1 - validation)
+    if not 0 < validation < 1:
+        raise UserError(f"data.validation={validation:g}: a share of the bytes, above 0 and below 1 (0.1 is a tenth)")
+    root = Path(os.path.expanduser(path))
+    named: dict[str | None, list[Path]] = {"train": [root] if root.is_file() else [], "validation": [], "test": [], None: []}
+    for file in _files(root):
+        named[next(filter(None, map(_named_for, file.relative_to(root).parts)), None)].append(file)
+    if not named["train"]:
+        named = {split: _texts(files) for split, files in named.items()}
+        named["train"] = named[None]
+    splits = {split: [whole(file) for file in _texts(files) or files] for split, files in named.items() if split and files}
+    if not any(piece.size for piece in splits.get("train", [])):
+        missing = "no text to train on (looked for *.txt, *.md, *.py)" if root.is_dir() else "the file is empty"
+        raise UserError(f"data.path={root}: {missing if root.exists() else 'there is no such file or folder'}")
+    if "validation" not in splits:
+        splits |= _divided(splits["train"], validation)
+    return Corpus({split: splits[split] for split in ("train", "validation", "test") if split in splits})
+
+
+def _files(root: Path, skip: Container[str] = ()) -> list[Path]:
+    """The files below a folder, without what is hidden and what lies in folders called as in `skip`."""
+    found = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [each for each in inner if each not in skip and not each.startswith(".")]  # of these nothing is looked at
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in found if file.is_file())
+
+
+def _named_for(part: str) -> str | None:
+    """The split that a part of a path names: `train.txt`, `validation-00001.txt.gz`, `ptb.valid.txt`, `dev`."""
+    word = r"(?:^|\.)(train|val|dev|eval|test)(?:ing|id|idation|elopment|uation|set|data)*(?:[._-]|\s*\d|$)"
+    found = re.search(word, part.lower())
+    if found is None or part.endswith(".py"):  # train.py is code
+        return None
+    return found[1] if found[1] in ("train", "test") else "validation"
+
+
+def _texts(files: list[Path]) -> list[Path]:
+    return [file for file in files if re.search(r"\.(txt|md|py)(\.(gz|xz|bz2|zst))?$", file.name.lower())]
+
+
+def _divided(pieces: list[Piece], validation: float) -> dict[str, list[Piece]]:
+    """Training and validation text: pieces cut at a share of their bytes, moved to the next line end."""
+    rest = sum(piece.size for piece in pieces)
+    place = int((1 - validation) * rest)
+    for i, piece in enumerate(pieces):
+        if place < piece.size:
+            cut = piece.boundary(piece.start + place, room=(rest - place) // 2)
+            train, held = [*pieces[:i], replace(piece, stop=cut)], [replace(piece, start=cut), *pieces[i + 1 :]]
+            if all(any(each.size for each in part) for part in (train, held)):
+                return {"train": train, "validation": held}
+            break
+        place, rest = place - piece.size, rest - piece.size
+    size = sum(piece.size for piece in pieces)
+    raise UserError(f"data.validation={validation:g} of {size:,} bytes leaves one of two splits empty: take another share")
 
 
 def tinyshakespeare(path: str | None = None) -> Corpus:
@@ -136,27 +140,6 @@ def wikitext2(path: str | None = None) -> Corpus:
     """WikiText-2 (Merity et al. 2016), the tokenised version with `<unk>`, as papers use it."""
     names = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
     return Corpus({split: [whole(_fetch(path, "wikitext-2", name, WIKITEXT2))] for split, name in names.items()})
-
-
-def _split_at(pieces: list[Piece], share: float) -> Corpus:
-    """Cut a list of pieces at `share` of its bytes, moved to the next line end."""
-    target = int(share * sum(piece.stop - piece.start for piece in pieces))
-    train: list[Piece] = []
-    for i, piece in enumerate(pieces):
-        if target < piece.stop - piece.start:
-            with open(piece.path, "rb") as file:
-                file.seek(piece.start + target)
-                file.readline(CHUNK)
-                cut = min(file.tell(), piece.stop)
-            head = [Piece(piece.path, piece.start, cut)] if cut > piece.start else []
-            tail = [Piece(piece.path, cut, piece.stop)] if cut < piece.stop else []
-            validation = tail + pieces[i + 1 :]
-            if not validation:
-                raise UserError(f"data.validation={1 - share:g} leaves no text for validation: take a larger share")
-            return Corpus({"train": train + head, "validation": validation})
-        train.append(piece)
-        target -= piece.stop - piece.start
-    raise UserError(f"data.validation={1 - share:g} leaves no text for validation: it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -184,21 +167,18 @@ def _fetch(path: str | None, corpus: str, name: str, source: Download) -> Path:
 
     Raises UserError when the bytes are not those that published results were measured on.
     """
-    kept = cache_folder() / "downloads" / corpus / name
     if path is None and "LEANLM_DATA" in os.environ:
         path = str(Path(os.environ["LEANLM_DATA"]) / corpus)
     if path is not None:
-        given = Path(path).expanduser()
+        given = Path(os.path.expanduser(path))
         given = given / name if given.is_dir() else given
         packed = given.with_name(given.name + ".xz")
-        if given.is_file():
-            _check(given.read_bytes(), name, source, str(given))
-            return given
-        if not packed.is_file():
+        if not given.is_file() and not packed.is_file():
             raise UserError(f"data={corpus}: neither {given} nor {packed.name} beside it exists; set data.path")
-        if not kept.is_file():
-            _keep(kept, lzma.decompress(packed.read_bytes()), name, source, str(packed))
-        return kept
+        file = whole(given if given.is_file() else packed).path
+        _check(file.read_bytes(), name, source, str(given))
+        return file
+    kept = cache_folder() / "downloads" / corpus / name
     if not kept.is_file():
         url = f"{source.url}/{name}"
         try:
@@ -208,7 +188,8 @@ def _fetch(path: str | None, corpus: str, name: str, source: Download) -> Path:
             raise UserError(
                 f"data={corpus}: {name} could not be downloaded ({error}); set data.path or LEANLM_DATA to a copy"
             ) from None
-        _keep(kept, content, name, source, url)
+        _check(content, name, source, url)
+        write(writable(kept.parent) / name, [content])
     return kept
 
 
@@ -216,11 +197,3 @@ def _check(content: bytes, name: str, source: Download, origin: str) -> None:
     digest = hashlib.sha256(content).hexdigest()
     if digest != source.sha256[name]:
         raise UserError(f"{origin} is not the published file: sha256 {digest}, expected {source.sha256[name]}")
-
-
-def _keep(kept: Path, content: bytes, name: str, source: Download, origin: str) -> None:
-    _check(content, name, source, origin)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_name(f".{kept.name}.{os.getpid()}")
-    part.write_bytes(content)
-    part.rename(kept)

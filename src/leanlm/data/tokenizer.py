@@ -5,10 +5,12 @@ probability (a line end, or an end-of-text mark).
 """
 
 import json
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,9 @@ from numpy.typing import NDArray
 from leanlm.common.errors import UserError
 
 NAMES = ("byte", "char", "word", "bpe")
+PIECE, OVERLAP = 1 << 16, 1 << 12  # characters that the tokenizers library gets at a time, and that two pieces share
+OF_A_LINE = re.compile(rf"(?s).{{{PIECE}}}\S*|.+")  # all of it, unless it is very long
+ALIKE = 8  # tokens before a place, and from it on, that tell that two pieces agree there
 
 
 class Tokenizer(Protocol):
@@ -52,7 +57,7 @@ class Characters:
     def __init__(self, characters: str) -> None:
         self.characters = characters
         self.vocabulary = len(characters)
-        self.start = max(characters.find("\n"), 0)
+        self.start = max(characters.find("\n"), characters.find("\r"), 0)
         self.table = np.full(0x110000, -1, np.int32)  # code point -> token
         self.table[[ord(c) for c in characters]] = np.arange(len(characters))
 
@@ -60,7 +65,7 @@ class Characters:
     def train(cls, chunks: Iterable[bytes]) -> "Characters":
         seen: set[str] = set()
         for chunk in chunks:
-            seen.update(chunk.decode("utf-8", "replace"))
+            seen.update(chunk.decode())
         return cls("".join(sorted(seen)))
 
     def encode(self, text: bytes) -> NDArray[np.integer]:
@@ -111,7 +116,7 @@ class Words:
 
 
 def _words(chunk: bytes) -> Iterator[str]:
-    lines = chunk.decode("utf-8", "replace").split("\n")
+    lines = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n").decode("utf-8", "replace").split("\n")
     for line in lines[:-1]:
         yield from line.split()
         yield "<eos>"
@@ -119,16 +124,27 @@ def _words(chunk: bytes) -> Iterator[str]:
 
 
 class Subwords:
-    """A model of the `tokenizers` library: byte-level BPE trained on the corpus, or a given `tokenizer.json`."""
+    """A model of the `tokenizers` library: byte-level BPE trained on the corpus, or a given `tokenizer.json`.
+
+    What the file says of sequences (truncation, padding, marks at the ends) is not for a text, and left out.
+    """
 
     def __init__(self, model: str) -> None:
         from tokenizers import Tokenizer as Model
 
-        self.model = Model.from_str(model)
-        self.vocabulary = self.model.get_vocab_size()
+        self.model = Model.from_str(json.dumps(json.loads(model) | dict.fromkeys(("truncation", "padding", "post_processor"))))
+        self.vocabulary = 1 + max(self.model.get_vocab().values())  # there may be holes
         marks = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]", "<eos>", "\n", "Ċ", "<0x0A>")
         numbers = [self.model.token_to_id(mark) for mark in marks]
         self.start: int = next((number for number in numbers if number is not None), 0)
+
+    @classmethod
+    def given(cls, path: str) -> "Subwords":
+        """That of a `tokenizer.json`. Raises UserError if it is none."""
+        try:
+            return cls(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises no other
+            raise UserError(f"data.tokenizer={path}: not a tokenizer.json of the tokenizers library: {error}") from None
 
     @classmethod
     def train(cls, chunks: Iterable[bytes], vocabulary: int) -> "Subwords":
@@ -144,14 +160,36 @@ class Subwords:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        lines = (line for chunk in chunks for line in chunk.decode("utf-8", "replace").splitlines(keepends=True))
-        model.train_from_iterator(lines, trainer)
+        lines = (line for chunk in chunks for line in chunk.decode().splitlines(keepends=True))
+        parts = (part for line in lines for part in OF_A_LINE.findall(line))
+        model.train_from_iterator(parts, trainer)
         return cls(model.to_str())
 
     def encode(self, text: bytes) -> NDArray[np.integer]:
-        lines = text.decode("utf-8", "replace").splitlines(keepends=True)
-        encoded = self.model.encode_batch_fast(lines, add_special_tokens=False)
-        return np.array([token for line in encoded for token in line.ids], np.int32)
+        return np.array(self.model.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids, np.int32)
+
+    def encode_all(self, chunks: Iterable[bytes]) -> Iterator[NDArray[np.integer]]:
+        """Tokens of a text that comes in chunks: those that `encode` makes of it in one piece.
+
+        Pieces of it overlap. Near its ends a piece may have other tokens than the whole text has there, so in the middle of
+        each overlap a place is looked for around which both pieces have the same tokens.
+        """
+        left, before, first = None, "", 0  # the last piece, its text, and its first token that has not been given yet
+        for block in _blocks(chunks):
+            text = before[-OVERLAP:] + block
+            pieces = [text[at : at + PIECE + OVERLAP] for at in range(0, max(1, len(text) - OVERLAP), PIECE)]
+            for piece, right in zip(pieces, self.model.encode_batch(pieces, add_special_tokens=False), strict=True):
+                if left is not None:
+                    shared = len(before[-OVERLAP:])
+                    stop, start = _meeting(left, right, len(before) - shared, shared)
+                    if start is None:  # such as a very long run of one character: cut there
+                        piece, start = piece[shared:], 0
+                        right = self.model.encode(piece, add_special_tokens=False)
+                    yield np.array(left.ids[first:stop], np.int32)
+                    first = start
+                left, before = right, piece
+        if left is not None:
+            yield np.array(left.ids[first:], np.int32)
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self.model.decode(list(tokens), skip_special_tokens=False)
@@ -164,6 +202,41 @@ class Subwords:
         return {"kind": "subword", "model": self.model.to_str()}
 
 
+def _blocks(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The same text in blocks of a few pieces: enough for some cores, little enough for memory."""
+    text = ""
+    for chunk in chunks:
+        text += chunk.decode()
+        while len(text) >= 16 * PIECE:
+            yield text[: 16 * PIECE]
+            text = text[16 * PIECE :]
+    if text:
+        yield text
+
+
+def _meeting(left: Any, right: Any, shift: int, shared: int) -> tuple[int, int | None]:
+    """Where one encoding goes on as another does: (first token of `left` not to use, first token of `right` to use), the latter
+    None if nowhere. The last `shared` characters of `left`, from number `shift` on, are the first ones of `right`."""
+
+    def around(encoding: Any, ids: list[int], token: int, origin: int) -> list[tuple[int, int]]:
+        near = range(max(0, token - ALIKE), min(len(ids), token + ALIKE))
+        return [(ids[k], encoding.token_to_chars(k)[0] - origin) for k in near]
+
+    left_ids, right_ids = left.ids, right.ids
+    for place in range(shared // 2, shared - shared // 4, max(1, shared // 256)):
+        i, j = left.char_to_token(shift + place), right.char_to_token(place)
+        if i is not None and j is not None:
+            alike = around(left, left_ids, i, shift)
+            if len(alike) == 2 * ALIKE and alike == around(right, right_ids, j, 0):
+                return i, j
+    return len(left_ids), None
+
+
+def encoded(tokenizer: Tokenizer, chunks: Iterable[bytes]) -> Iterator[NDArray[np.integer]]:
+    """Tokens of a text that comes in chunks, each of whole words."""
+    return tokenizer.encode_all(chunks) if isinstance(tokenizer, Subwords) else map(tokenizer.encode, chunks)
+
+
 def train(name: str, vocabulary: int, chunks: Callable[[str | None], Iterable[bytes]]) -> Tokenizer:
     """Make the tokenizer `name`; `chunks(split)` reads a split's text, `chunks(None)` all splits."""
     if name == "byte":
@@ -174,7 +247,7 @@ def train(name: str, vocabulary: int, chunks: Callable[[str | None], Iterable[by
         return Words.train(chunks("train"))
     if name == "bpe":
         return Subwords.train(chunks("train"), vocabulary)
-    return Subwords(Path(name).expanduser().read_text())
+    return Subwords.given(name)
 
 
 def restore(state: dict) -> Tokenizer:

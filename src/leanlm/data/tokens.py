@@ -9,18 +9,22 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from leanlm.common.files import cache_folder, write
+from leanlm.common.errors import UserError
+from leanlm.common.files import SET_CACHE, cache_folder, writable, write
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.corpus import Corpus
 from leanlm.data.tokenizer import Tokenizer
 
 FORMAT = 1  # of the folder; part of the fingerprint
+IN_ONE_PIECE = "in one piece"  # how text is given to the tokenizers library; part of the fingerprint
+ABANDONED = 3600  # seconds in which a preparation that lives has written something
 
 Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 
@@ -40,6 +44,14 @@ class Tokens:
     tokenizer: Tokenizer
     splits: dict[str, NDArray[np.unsignedinteger]]
     bytes: dict[str, int]
+
+    def describe(self, corpus: Corpus) -> str:
+        """What was found, in a line."""
+        found = (
+            f"{name} {len(numbers):,} tokens ({self.bytes[name]:,} bytes, {corpus.origin(name)})"
+            for name, numbers in self.splits.items()
+        )
+        return f"{', '.join(found)}; {self.tokenizer.vocabulary:,} token types"
 
 
 def prepare(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, progress: Progress | None = None) -> Tokens:
@@ -63,16 +75,9 @@ def prepare(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, progres
     fingerprint = _fingerprint(corpus, tokenizer, vocabulary, report)
     folder = root / fingerprint
     if not folder.is_dir():
-        _sweep(root)
-        part = root / f".{fingerprint}.{os.getpid()}"
-        part.mkdir(parents=True)
-        _write(corpus, tokenizer, vocabulary, part, report)
-        try:
-            part.rename(folder)
-        except OSError:  # another process was quicker, with the same content
-            shutil.rmtree(part)
-    known.parent.mkdir(exist_ok=True)
-    write(known, fingerprint)
+        _make(corpus, tokenizer, vocabulary, folder, report)
+    with suppress(OSError, UserError):  # a cache that holds the tokens may be read-only
+        write(writable(known.parent) / key, fingerprint)
     return load(folder)
 
 
@@ -85,22 +90,45 @@ def load(folder: Path) -> Tokens:
     return Tokens(folder.name, tokenizers.restore(meta["tokenizer"]), splits, meta["bytes"])
 
 
-def _write(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, folder: Path, report: Progress) -> None:
+def _make(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, folder: Path, report: Progress) -> None:
+    """Prepare a folder, unless another process is quicker."""
+
     def chunks(split: str | None) -> Iterator[bytes]:
         names = corpus.splits if split is None else [split]
         total = sum(map(corpus.size, names))
         return _reported("reading the vocabulary", (c for name in names for c in corpus.chunks(name)), total, report)
 
+    root = writable(folder.parent)
     made = tokenizers.train(tokenizer, vocabulary, chunks) if isinstance(tokenizer, str) else tokenizer
-    dtype = np.dtype(np.uint8 if made.vocabulary <= 1 << 8 else np.uint16 if made.vocabulary <= 1 << 16 else np.uint32)
+    part = root / f".{folder.name}.{os.urandom(6).hex()}"
+    part.mkdir()
+    try:
+        _sweep(root, part.stat().st_mtime)
+        _write(corpus, made, part, report)
+        if not folder.is_dir():
+            part.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another process was quicker, with the same content
+            raise UserError(f"prepared data cannot be kept in {root} ({error.strerror or error}): {SET_CACHE}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Progress) -> None:
+    size = tokenizer.vocabulary
+    dtype = np.dtype(np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.uint32)
     for name in corpus.splits:
         with open(folder / f"{name}.bin", "wb") as file:
-            for chunk in _reported(f"tokenising {name}", corpus.chunks(name), corpus.size(name), report):
-                made.encode(chunk).astype(dtype).tofile(file)
+            for numbers in tokenizers.encoded(
+                tokenizer, _reported(f"tokenising {name}", corpus.chunks(name), corpus.size(name), report)
+            ):
+                file.write(numbers.astype(dtype).data)
+            if not file.tell():
+                raise UserError(f"the {name} split ({corpus.origin(name)}) has no tokens: it holds nothing but white space")
             file.flush()
             os.fsync(file.fileno())
     sizes = {name: corpus.size(name) for name in corpus.splits}
-    meta = {"tokenizer": made.state(), "dtype": dtype.name, "bytes": sizes}
+    meta = {"tokenizer": tokenizer.state(), "dtype": dtype.name, "bytes": sizes}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
@@ -116,15 +144,17 @@ def _reported(what: str, chunks: Iterable[bytes], total: int, report: Progress) 
 def _tokenizer_key(tokenizer: str | Tokenizer, vocabulary: int) -> list:
     if not isinstance(tokenizer, str):
         return [hashlib.sha256(json.dumps(tokenizer.state()).encode()).hexdigest()]
+    if tokenizer == "bpe":
+        return [tokenizer, vocabulary, IN_ONE_PIECE]
     if tokenizer in tokenizers.NAMES:
-        return [tokenizer, vocabulary if tokenizer == "bpe" else None]
-    return [hashlib.sha256(Path(tokenizer).expanduser().read_bytes()).hexdigest()]
+        return [tokenizer, None]
+    return [hashlib.sha256(Path(os.path.expanduser(tokenizer)).read_bytes()).hexdigest(), IN_ONE_PIECE]
 
 
 def _fingerprint_key(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int) -> str:
-    """Names the same files, unchanged as far as size and time tell; spares reading them again."""
+    """Names the same files, unchanged as far as size and times tell; spares reading them again."""
     files = [
-        (name, str(piece.path.resolve()), piece.start, piece.stop, stat.st_size, stat.st_mtime_ns)
+        (name, str(piece.path.resolve()), piece.start, piece.stop, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         for name, pieces in corpus.splits.items()
         for piece in pieces
         for stat in [piece.path.stat()]
@@ -142,9 +172,10 @@ def _fingerprint(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, re
     return digest.hexdigest()[:24]
 
 
-def _sweep(root: Path) -> None:
-    """Remove what preparations that no longer run have left."""
+def _sweep(root: Path, now: float) -> None:
+    """Remove what preparations have left that were killed, on whatever machine: nothing in it has changed for long. `now`: by
+    the clock of the file system."""
     for part in root.glob(".*.*"):
-        pid = part.name.rpartition(".")[2]
-        if part.is_dir() and not (pid.isdigit() and Path("/proc", pid).exists()):
-            shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):  # another process removes it, or renames it
+            if now - max(each.stat().st_mtime for each in (part, *part.iterdir())) > ABANDONED:
+                shutil.rmtree(part)

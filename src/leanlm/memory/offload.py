@@ -115,11 +115,9 @@ class Scratch:
 @cache
 def scratch() -> Scratch:
     """This process's file, in the folder of prepared data."""
-    from leanlm.common.files import cache_folder
+    from leanlm.common.files import cache_folder, writable
 
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    return Scratch(folder)
+    return Scratch(writable(cache_folder()))
 
 
 @cache

@@ -116,9 +116,9 @@ def announce(settings: Settings, tokens: Tokens, module: LanguageModel, run: Run
     """Say what is going to be trained, on what, and how."""
     asked = settings.config
     say(
-        f"{type(module.net).__name__}, {module.parallel.parameters:,} parameters, {len(tokens.splits['train']):,} training "
-        f"tokens of {tokens.tokenizer.vocabulary:,} types\nplan: {settings.describe()}; global batch {asked.global_batch} x "
-        f"{asked.sequence} tokens, {asked.max_steps:,} steps, in {run.path}"
+        f"text: {tokens.describe(settings.corpus)}\n{type(module.net).__name__}, {module.parallel.parameters:,} parameters\n"
+        f"plan: {settings.describe()}; global batch {asked.global_batch} x {asked.sequence} tokens, {asked.max_steps:,} steps, "
+        f"in {run.path}"
     )
     if module.pipeline is not None:
         say(module.pipeline.describe())

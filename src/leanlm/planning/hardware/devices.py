@@ -3,13 +3,14 @@
 import json
 import math
 import platform
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from leanlm.common.errors import UserError
-from leanlm.common.files import cache_folder, write
+from leanlm.common.files import cache_folder, writable, write
 from leanlm.common.machine import cores, memory_limit
 from leanlm.config.device_sheets import size
 from leanlm.planning.constants import SLICE
@@ -180,8 +181,8 @@ def this_machine(again: bool = False) -> Device:
     stored = json.loads(file.read_text()) if file.is_file() else {}
     if again or key not in stored:
         stored[key] = measured()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, json.dumps(stored, indent=1))
+        with suppress(OSError, UserError):  # where nothing can be written, each process measures
+            write(writable(file.parent) / file.name, json.dumps(stored, indent=1))
     rates = stored[key]
     return Device(
         name=f"this machine ({cores()} cores)",
