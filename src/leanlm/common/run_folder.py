@@ -1,9 +1,12 @@
 """The folder of a run: what it always holds, and how to read it again."""
 
 import csv
+import errno
 import json
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from leanlm.common.files import write
 
 COLUMNS = ("step", "train_loss", "grad_norm", "lr", "tokens_per_second", "mfu", "val_loss")
 ROOT = Path("runs")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: there is no room
 TOGETHER = 64  # rows of metrics.csv that are written together
 
 
@@ -71,6 +75,17 @@ class Run:
         if not self.result.is_file():
             raise UserError(f"{self.path} has no result.json: the run has not ended")
         return json.loads(self.result.read_text())
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Within it, a disk on which no room is left for the run at `path` ends in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"{error.filename or path}: {error.strerror}: make room, then resume the run") from None
 
 
 def literal(value: Any) -> Any:
