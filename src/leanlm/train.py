@@ -6,8 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from leanlm.common.errors import full_disk
-from leanlm.common.run_folder import Run
+from leanlm.common.run_folder import Run, full_disk
 from leanlm.config import command_line
 from leanlm.config.checks import check
 from leanlm.config.resume import goes_on

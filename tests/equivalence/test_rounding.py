@@ -25,7 +25,7 @@ class SameBits(pl.Callback):
         for name, bits in (pair for pairs in of_ranks(mine) for pair in pairs):
             found.setdefault(name, []).append(bits)
         several = {name: bits for name, bits in found.items() if len(bits) > 1}
-        assert several, "some weight has copies"
+        assert several or len(of_ranks(0)) == 1, "some weight has copies"
         assert [name for name, bits in several.items() if any(other != bits[0] for other in bits)] == []
 
 
@@ -35,14 +35,16 @@ def asked(model: str, text: Path, plan: dict, steps: int) -> list[str]:
 
 @pytest.mark.timeout(420)
 def test_copies_of_a_weight_keep_the_same_bits(text: Path, tmp_path: Path) -> None:
-    plans = {
-        "ddp": {"replicate": 2},
-        "zero1": {"replicate": 2, "zero1": "true"},
-        "tied": {"pipeline": 2, "accumulate_grad_batches": 2},
+    """Of weights tied over a pipeline whose ends differ, and of a run that one process began."""
+    watched, ddp = "+callbacks.same._target_=test_rounding.SameBits", ["strategy.replicate=2", "max_steps=6"]
+    run_all({tmp_path / name: [*asked("muon", text, {}, 2), watched] for name in ("ddp", "zero1")})
+    tied = asked("muon", text, {"pipeline": 2, "accumulate_grad_batches": 2}, 6)
+    jobs = {
+        tmp_path / "tied": [*tied, watched, "model.depth=3"],
+        tmp_path / "ddp": [f"resume={tmp_path / 'ddp'}", *ddp],
+        tmp_path / "zero1": [f"resume={tmp_path / 'zero1'}", *ddp, "strategy.zero1=true"],
     }
-    watched = "+callbacks.same._target_=test_rounding.SameBits"
-    run_all({tmp_path / name: [*asked("muon", text, plan, 4), watched] for name, plan in plans.items()}, 2)
-    run_all({tmp_path / name: [f"resume={tmp_path / name}", "max_steps=6"] for name in plans}, 2)
+    run_all(jobs, 2)
 
 
 @pytest.mark.timeout(420)

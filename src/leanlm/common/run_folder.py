@@ -1,6 +1,7 @@
 """The folder of a run: what it always holds, and how to read it again."""
 
 import csv
+import errno
 import json
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from leanlm.common.files import literal, write
 
 COLUMNS = ("step", "train_loss", "grad_norm", "lr", "tokens_per_second", "mfu", "val_loss")
 ROOT = Path("runs")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: there is no room
 TOGETHER = 64  # rows of metrics.csv that are written together
 
 
@@ -113,6 +115,17 @@ def claim(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"the folder {path} cannot be made: {error.strerror}") from None
     raise AssertionError
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Within it, a disk on which no room is left for the run at `path` ends in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"{error.filename or path}: {error.strerror}: make room, then resume the run") from None
 
 
 class Table:

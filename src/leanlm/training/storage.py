@@ -7,8 +7,7 @@ checkpoint.py imports it with the first checkpoint: torch's module takes its tim
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
-from leanlm.common.errors import FULL, UserError
+from leanlm.common.errors import UserError
+from leanlm.common.run_folder import FULL
 from leanlm.memory import offload
 
 # What `.metadata` names (torch 2.11 to 2.13), beside the types of numbers and the path where it was written.
@@ -28,9 +28,9 @@ KNOWN = {
     for each in (
         metadata.Metadata, metadata.MetadataIndex, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata,
         metadata.ChunkStorageMetadata, metadata.TensorProperties, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING,
-        filesystem._StorageInfo, torch.Size, torch.serialization._get_layout,
+        filesystem._StorageInfo, torch.Size,
     )
-}  # fmt: skip
+} | {"torch.serialization._get_layout": lambda name: torch.strided}  # fmt: skip
 
 
 class Writer(dcp.FileSystemWriter):
@@ -95,8 +95,7 @@ class ReadsTensors(dcp.DefaultLoadPlanner):
 
 def save(tensors: dict[str, Tensor], folder: Path) -> None:
     """Write this rank's tensors by their global names. All ranks must call it."""
-    with _quiet():
-        dcp.save(tensors, storage_writer=Writer(folder), planner=WritesFinite(), no_dist=not dist.is_initialized())
+    dcp.save(tensors, storage_writer=Writer(folder), planner=WritesFinite(), no_dist=not dist.is_initialized())
 
 
 def load(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -105,12 +104,8 @@ def load(tensors: dict[str, Tensor], folder: Path) -> None:
     Raises:
         UserError: on all ranks: the files do not hold them.
     """
-    reason = None
-    with _quiet():
-        reason = failure(
-            lambda: dcp.load(tensors, storage_reader=Reader(folder), planner=ReadsTensors(), no_dist=not dist.is_initialized())
-        )
-    if reason:
+    alone = not dist.is_initialized()
+    if reason := failure(lambda: dcp.load(tensors, storage_reader=Reader(folder), planner=ReadsTensors(), no_dist=alone)):
         raise UserError(f"{folder} cannot be read: {reason}")
 
 
@@ -123,7 +118,9 @@ def tensors_in(folder: Path) -> dict[str, metadata.TensorStorageMetadata]:
 def failure(action: Callable[[], None]) -> str | None:
     """What has kept an action from being done, that a user can mend; None: it is done."""
     try:
-        action()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # dcp warns that it runs without a process group, which is what we ask for
+            action()
     except BaseException as error:  # torch's CheckpointException, with what has failed on each rank, is no Exception
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         first = min(causes, key=lambda cause: not isinstance(cause, UserError | OSError))
@@ -133,10 +130,3 @@ def failure(action: Callable[[], None]) -> str | None:
             return str(first)
         raise first from None
     return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # dcp warns that it runs without a process group, which is what we ask for
-        yield
