@@ -36,7 +36,10 @@ SLOW = {
     ("gpt2", "pipeline=2 accumulate_grad_batches=4 schedule=interleaved recompute=blocks", 2),
     ("gpt2", "tensor=2", 2),
 }
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(torch.__version__ < "2.13", reason="refused: torch cannot compile attention in float64"),
+]
 
 
 def depth(plan: str) -> int:

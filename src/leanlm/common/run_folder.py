@@ -84,7 +84,7 @@ class Run:
     def create(self, config: DictConfig | dict[str, Any]) -> None:
         """Make the folder and write down the configuration."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(literal(config))))
+        write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(literal(config)), resolve=True))
 
     def rows(self) -> list[dict[str, float]]:
         """The rows of `metrics.csv`, without empty fields. A last one without its line end was cut while it was written."""

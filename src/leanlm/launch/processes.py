@@ -92,10 +92,11 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what happened, once
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(PATIENCE)  # torch 2.11 does not read it, and waits 30 s
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=restarts, monitor_interval=0.1,
-        start_method=START_METHOD, shutdown_timeout=PATIENCE,
+        start_method=START_METHOD,
     )  # fmt: skip
     handlers = {number: signal.getsignal(number) for number in named("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")}
     try:
