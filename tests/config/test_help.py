@@ -13,6 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from leanlm.common.errors import UserError
 from leanlm.common.files import CONF
 from leanlm.config import words
 from leanlm.config.arguments import leaves
@@ -114,6 +115,9 @@ def test_from_the_shell_in_time() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == help_text("train", []) + "\n"
     assert spent.children_user - begin.children_user < 4
+    for wrong in ("seed=${nothing}", "model=1"):
+        with pytest.raises(UserError):
+            help_text("train", [wrong])
     wrong = subprocess.run(
         [sys.executable, "-m", "leanlm.train", "--help", "modle=x"], capture_output=True, text=True, timeout=100
     )

@@ -85,6 +85,14 @@ def test_commas_in_a_sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     }  # fmt: skip
 
 
+def test_only_the_time_is_filled_into_a_path() -> None:
+    parser = OverridesParser.create()
+    for key in ("hydra.sweep.dir", "run_dir"):
+        (time, text) = words.read([f"{key}=a b/${{now:%Y}}", f"{key}=a b/${{c}}"])
+        assert parser.parse_override(time).value() == "a b/${now:%Y}"
+        assert parser.parse_override(text).value() == "a b/\\${c}"
+
+
 def test_what_is_printed_can_be_pasted() -> None:
     for text in ODD:
         _, _, module, word = shlex.split(words.pasted("leanlm.train", f"resume={text}"))
@@ -119,6 +127,7 @@ def test_groups_that_are_left_out(text: Path) -> None:
         ("sample_tokens=${nothing}", "Interpolation key 'nothing' not found"),
         ("just a word", "just a word: not of the form key=value"),
         ("=3", "=3: not of the form key=value"),
+        ("model=interval(1,2)", "there is no model of that name"),
     ],
 )
 def test_one_line_for_what_hydra_takes_badly(wrong: str, says: str) -> None:

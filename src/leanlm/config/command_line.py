@@ -112,7 +112,10 @@ def command_line(arguments: list[str], name: str, schema: type) -> list[str]:
     if asked.help or asked.hydra_help or asked.info or asked.cfg or asked.shell_completion:
         return []
     parsed = _parsed(asked.overrides)
-    jobs = sweeps.jobs(parsed) if asked.multirun else [asked.overrides]
+    try:
+        jobs = sweeps.jobs(parsed) if asked.multirun else [asked.overrides]
+    except HydraException as error:  # a kind of sweep that has to know Hydra's folders, as glob(*) has
+        raise UserError(str(error).splitlines()[0]) from None
     problems: list[str] = []
     if len(jobs) > 1 and any(override.key_or_group == "run_dir" and not override.is_sweep_override() for override in parsed):
         problems.append(f"run_dir names one folder, and this sweep has {len(jobs)} jobs: set hydra.sweep.dir instead")
@@ -169,7 +172,8 @@ def _sweep_folder(name: str, job: list[str]) -> tuple[Path, bool]:
     """The folder of a sweep, and whether somebody has named it; otherwise its name is made of the time."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         sweep = compose(name, job, return_hydra_config=True).hydra.sweep
-    return Path(sweep.dir), not OmegaConf.is_interpolation(sweep, "dir")
+    as_written: Any = OmegaConf.to_container(sweep, resolve=False)
+    return Path(sweep.dir), words.NOW not in as_written["dir"]
 
 
 def _claim_sweep(name: str, overrides: list[str]) -> list[str]:

@@ -33,10 +33,11 @@ def help_text(name: str, overrides: list[str]) -> str:
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose(name, overrides, return_hydra_config=True)
+        choices = config.hydra.runtime.choices
+        config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        leaves(config)  # so that a value that leads nowhere is met here
     except words.REFUSALS as error:
         raise UserError(str(error).splitlines()[0]) from None
-    choices = config.hydra.runtime.choices
-    config = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     groups = [str(key) for key in {**config, **choices} if "/" not in str(key) and (CONF / str(key)).is_dir()]
     file = CONF / f"{name}.yaml"
     alone = OmegaConf.masked_copy(config, [str(key) for key in config if key not in groups])

@@ -23,6 +23,7 @@ TEXTS = {"prompt", "sample", "text"}
 PATHS = {"run", "resume", "run_dir", "picture", "data.path", "data.tokenizer", "hydra.sweep.dir", "hydra.run.dir"}
 NEVER_NULL = {"prompt", "sample"}  # there null is a text as any other
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError)  # by which Hydra and OmegaConf refuse an override
+NOW = "${now:"  # of the text of a path Hydra makes the time of this
 SEARCHED = "hydra.searchpath"  # Hydra's key of folders that it searches beside `conf/`
 
 
@@ -59,10 +60,10 @@ def _read(override: str, multirun: bool, groups: list[Path]) -> str:
         return override
     if name in TEXTS:
         return f"{key}={quoted(value)}"
-    if name.startswith("hydra.") and name in PATHS:  # where ${now:%H-%M} stays what Hydra makes of it
+    if name in PATHS and NOW in value:
         return f"{key}={_in_quotes(os.path.expanduser(value))}"
     if name in PATHS:
-        several = multirun and not os.path.exists(os.path.expanduser(value))
+        several = multirun and not name.startswith("hydra.") and not os.path.exists(os.path.expanduser(value))
         if several and re.match(r"(choice|shuffle|sort|tag)\(", value):
             return override
         parts = value.split(",") if several else [value]

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from leanlm.common.errors import UserError
-from leanlm.launch.ranks import launched, set_threads
+from leanlm.launch.ranks import drop_output, launched, set_threads
 from leanlm.launch.signals import named, stopping
 
 START_METHOD = "spawn"  # fresh processes; a fork of one that has used CUDA or OpenMP may hang
@@ -36,7 +36,10 @@ def ended_by_closed_pipes() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # of a run that has survived it
+            drop_output()
         signal.signal(signal.SIGPIPE, before)
 
 

@@ -73,13 +73,18 @@ def _tasks_of_node(listed: str, node: int) -> int:
     return counts[node]
 
 
+def drop_output() -> None:
+    """What is printed from here on goes nowhere, since nobody reads it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(text: str) -> None:
     """Print, once for all ranks. Where nobody reads it any more, the process is told to stop, as a run does in good order."""
     if rank() == 0:
         try:
             print(text, flush=True)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_output()
             signal.raise_signal(signal.SIGTERM)
 
 
