@@ -113,7 +113,6 @@ def measure(overrides: list[str], common: list[str], folder: Path) -> dict[str, 
     """Train in this process, on a GPU that it has given back before."""
     import torch
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
 
     from leanlm.common.files import CONF
     from leanlm.config.checks import check
@@ -125,7 +124,7 @@ def measure(overrides: list[str], common: list[str], folder: Path) -> dict[str, 
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("train", overrides=[*overrides, *common])
-        result = fit(check(config), OmegaConf.to_container(config, resolve=True), path)
+        result = fit(check(config), path)
     except Exception as error:
         return {"failed": repr(error)[-1500:]}
     with open(path / "metrics.csv") as file:

@@ -40,7 +40,6 @@ def configure(*overrides: str):
 
 def leanlm(steps: int, folder: Path, *overrides: str) -> list[float]:
     """Milliseconds of each step of a whole run: progress, records, loggers and all."""
-    from omegaconf import OmegaConf
 
     import leanlm.training.fit as module
     from leanlm.config.checks import check
@@ -65,7 +64,7 @@ def leanlm(steps: int, folder: Path, *overrides: str) -> list[float]:
 
     module.Record = Timed
     config = configure(f"max_steps={steps}", *overrides)
-    module.fit(check(config), OmegaConf.to_container(config), folder / "run")
+    module.fit(check(config), folder / "run")
     return times
 
 
@@ -148,8 +147,10 @@ def prepare_nanogpt(checkout: Path, folder: Path) -> Path:
 
     copy = folder / "nanogpt"
     shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git"))
-    shutil.copy(tinyshakespeare().splits["train"][0].path, copy / "data" / "shakespeare_char" / "input.txt")
-    subprocess.run([sys.executable, "prepare.py"], cwd=copy / "data" / "shakespeare_char", check=True, capture_output=True)
+    data = copy / "data" / "shakespeare_char"
+    shutil.copy(tinyshakespeare().splits["train"][0].path, data / "input.txt")
+    (data / "requests.py").touch()  # prepare.py imports it to download what is there already
+    subprocess.run([sys.executable, "prepare.py"], cwd=data, check=True, capture_output=True)
     return copy
 
 

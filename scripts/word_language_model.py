@@ -76,7 +76,6 @@ def leanlm(folder: Path, batches: int, name: str) -> tuple[float, int]:
 def worker(run: Path, batches: int, name: str) -> None:
     """A run of leanlm without the validation at its end (the example is stopped before its own)."""
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
 
     import leanlm.training.callbacks.record as record
     import leanlm.training.fit as module
@@ -97,7 +96,7 @@ def worker(run: Path, batches: int, name: str) -> None:
 
     record.validate_now = stop
     try:
-        module.fit(settings, OmegaConf.to_container(config), run)
+        module.fit(settings, run)
     except Stop:
         (run / "rows.json").write_text(json.dumps(Run(run).rows()))
 

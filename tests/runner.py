@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import composed
-from omegaconf import OmegaConf
 
 from leanlm.common.run_folder import Run
 from leanlm.config.checks import check
@@ -52,7 +51,7 @@ def _work(jobs: dict[Path, list[str]], compiler: str) -> None:
             checked = check(config)
             # torch keeps graphs by code: those of two stages count as one made anew
             with dynamo.patch(error_on_recompile=checked.plan.stages == checked.plan.pipeline):
-                fit(checked, OmegaConf.to_container(config, resolve=True), path)
+                fit(checked, path)
 
 
 def losses(path: Path) -> list[float]:

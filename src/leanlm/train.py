@@ -45,7 +45,7 @@ def work(settings: Settings, path: Path) -> dict[str, Any]:
             from leanlm.planning import auto
 
             settings = auto.agreed(settings)
-        return fit(settings, settings.as_run(), path)
+        return fit(settings, path)
 
 
 def job(config: DictConfig) -> float:

@@ -91,6 +91,7 @@ def test_values_that_do_not_work_are_collected(text: Path) -> None:
         (["model=lstm", "model.cutoffs=[20]", "model.tied=true"], "nothing can be shared"),
         (["model=lstm", "model.width=12", "model.cutoffs=[20,30]"], "12 / 4**2 numbers, fewer than 1"),
         (["logger.tensorboard.needs=nosuchpackage"], "pip install nosuchpackage"),
+        (["sequence=16", "val_overlap=16"], "of windows of sequence=16 tokens none would be counted"),
     ],
 )
 def test_one_line_for_one_mistake(wrong: list[str], says: str) -> None:
@@ -247,3 +248,14 @@ def test_latest_is_the_newest_run_that_has_a_checkpoint(tmp_path: Path, monkeypa
         (tmp_path / "runs" / name / "config.yaml").touch()
         os.utime(tmp_path / "runs" / name / "config.yaml", (number, number))
     assert Run.find("latest").path == Path("runs/second")
+
+
+def test_a_resumed_run_has_the_devices_of_its_plan(tmp_path: Path) -> None:
+    Run(tmp_path).create(composed("strategy=ddp", "devices=2"))
+    for given, devices in (
+        ([], 2),
+        (["strategy=single"], None),
+        (["strategy=single", "devices=1"], 1),
+        (["strategy.zero1=true"], 2),
+    ):
+        assert composed(f"resume={tmp_path}", *given).devices == devices

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import composed
-from omegaconf import OmegaConf
 from reference import MODELS, STEPS, overrides, plain_loop, settings
 from runner import final_weights, losses, run_all
 from test_memory import TECHNIQUES, fits
@@ -49,7 +48,7 @@ def test_same_curve_and_weights_as_on_a_cpu(model: str, text: Path, tmp_path: Pa
 
 def run(arguments: list[str], path: Path) -> None:
     config = composed(*arguments)
-    fit(check(config), OmegaConf.to_container(config, resolve=True), path)
+    fit(check(config), path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])

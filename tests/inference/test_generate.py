@@ -1,14 +1,15 @@
 """Generation with a state or a cache against reading everything anew; and a sentence's probability by the chain rule."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import composed
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
+from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run
 from leanlm.config.checks import check
 from leanlm.inference.evaluation import Evaluate, evaluate
@@ -101,7 +102,7 @@ def run(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytest.Tem
         *MODELS[request.param], "data=text", f"data.path={text}", "data.tokenizer=char", "global_batch=4", "sequence=16",
         "max_steps=30", "device=cpu", "logger=csv", "precision=fp64", "val_lanes=3", "optim.lr=0.01",
     )  # fmt: skip
-    fit(check(config), OmegaConf.to_container(config, resolve=True), path)
+    fit(check(config), path)
     return Run(path)
 
 
@@ -120,6 +121,29 @@ def test_a_sentence_by_the_chain_rule(run: Run) -> None:
     assert found["tokens"] == len(sentence)
 
 
+def test_a_run_is_scored_with_its_own_tokenizer_from_anywhere(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training text with a new character would give all others another number; and a sentence needs no text at all."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(text.read_text())
+    config = composed(*MODELS["modern"], "data=text", "data.path=text.txt", "data.tokenizer=char", "global_batch=4",
+                      "sequence=16", "max_steps=3", "device=cpu", "logger=csv", "precision=fp64")  # fmt: skip
+    loss = fit(check(config), tmp_path / "run")["loss"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    asked = Evaluate(run=str(tmp_path / "run"))
+    assert evaluate(asked)["loss"] == pytest.approx(loss, abs=1e-12)
+    written = text.read_text()
+    (tmp_path / "text.txt").write_text("!" + written[1:])  # as many bytes, so that validation begins at the same
+    assert evaluate(asked)["loss"] == pytest.approx(loss, abs=1e-12)
+    (tmp_path / "text.txt").write_text(written[:-3] + "!!\n")
+    with pytest.raises(UserError, match="'!' is not among the 20"):
+        evaluate(asked)
+    (tmp_path / "text.txt").unlink()
+    assert evaluate(replace(asked, text="the cat"))["tokens"] == 7
+
+
 def test_a_sample_comes_last_and_may_fail(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -133,11 +157,11 @@ def test_a_sample_comes_last_and_may_fail(
     monkeypatch.setattr("leanlm.training.fit.generate", fails)
     config = composed(*MODELS["lstm"], "data=text", f"data.path={text}", "data.tokenizer=char", "global_batch=4", "sequence=16",
                       "max_steps=2", "device=cpu", "logger=csv")  # fmt: skip
-    result = fit(check(config), OmegaConf.to_container(config, resolve=True), tmp_path)
+    result = fit(check(config), tmp_path)
     assert {"metrics.csv", "loss.png", "result.json"} <= {*there}
     assert Run(tmp_path).results()["loss"] == result["loss"]
     said = capsys.readouterr().out
-    assert "no sample could be made: RuntimeError: no memory\n" in said
+    assert "the sample failed: RuntimeError: no memory\n" in said
     assert "for this" not in said
 
 

@@ -13,7 +13,7 @@ from runner import losses, run_all
 from shell import start
 
 from leanlm.common.files import CONF
-from leanlm.launch.ranks import adopt_slurm
+from leanlm.launch.ranks import _tasks_of_node, adopt_slurm
 
 SMALL = [
     "model=small", "model.width=16", "data=text", "data.tokenizer=char", "global_batch=8", "sequence=12", "max_steps=6",
@@ -64,7 +64,8 @@ def slurm(task: int, tasks: int, node: int, per_node: int) -> dict[str, str]:
     return {
         "SLURM_JOB_ID": "4321", "SLURM_JOB_NAME": "leanlm", "SLURM_NTASKS": str(tasks), "SLURM_NTASKS_PER_NODE": str(per_node),
         "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task % per_node), "SLURM_NODEID": str(node),
-        "SLURM_NODELIST": "127.0.0.1", "SLURM_NNODES": str(tasks // per_node),
+        "SLURM_NODELIST": "127.0.0.1", "SLURM_NNODES": str(tasks // per_node), "SLURM_STEP_NUM_TASKS": str(tasks),
+        "SLURM_STEP_TASKS_PER_NODE": f"{per_node}(x{tasks // per_node})",
     }  # fmt: skip
 
 
@@ -74,6 +75,17 @@ def test_tasks_of_srun_find_each_other(text: Path, alone: Path, tmp_path: Path) 
     for done in [task.wait(timeout=120) for task in tasks]:
         assert done.returncode == 0, done.stderr
     assert max(abs(a - b) for a, b in zip(losses(tmp_path / "run"), losses(alone), strict=True)) < 1e-9
+
+
+def test_a_batch_script_waits_for_no_other_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sbatch starts knows how many tasks were asked for, but srun has not started them."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for key, value in slurm(0, 8, 0, 4).items():
+        if "STEP" not in key:
+            monkeypatch.setenv(key, value)
+    adopt_slurm()
+    assert "LOCAL_RANK" not in os.environ
+    assert [_tasks_of_node("2(x3),1", node) for node in range(4)] == [2, 2, 2, 1]
 
 
 def test_lightning_reads_the_same_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from leanlm.planning import report
 from leanlm.planning import search as searching
 from leanlm.planning.auto import choose
 from leanlm.planning.candidates import Estimate, families, meshes
+from leanlm.planning.choice import Choice
 from leanlm.planning.hardware.devices import Device
 from leanlm.planning.predict import predict
 from leanlm.planning.report import reason
@@ -141,6 +142,14 @@ def test_a_table_of_six_plans_fits_80_columns(text: Path, capsys: pytest.Capture
     for name, cell in (("weights", "153,600"), ("tokens/s", "1,234,567"), ("exactness", "bitwise")):
         (line,) = (line for line in lines if name in line)
         assert line.split() == [name, *[cell] * 6]
+
+
+def test_a_command_writes_every_key_of_a_plan(text: Path) -> None:
+    """The run is the plan that was predicted."""
+    plan = replace(Plan(), shard=2, accumulate_grad_batches=2, reshard_after_forward=False, reduce_every_micro_batch=False)
+    for asked in (plan, replace(Plan(), pipeline=2, schedule="interleaved", stages_per_device=3, accumulate_grad_batches=2)):
+        written = report.arguments(Choice(**asked.asdict())).split()
+        assert check(composed("data=text", f"data.path={text}", *MODEL, "strategy=single", *written)).plan == asked
 
 
 class _Answers:

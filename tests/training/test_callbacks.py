@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import composed
-from omegaconf import OmegaConf
 from runner import losses, run_all
 
 from leanlm.common.errors import UserError
@@ -104,7 +103,7 @@ def test_best_is_the_lowest_and_early_stopping_ends_a_run_that_gets_worse(text: 
     stop = ["callbacks=[early_stopping,best]", "callbacks.early_stopping.patience=2", "max_steps=200", "optim.lr=0.5",
             "optim.warmup=40", "optim.schedule=constant", "clip=0", "checkpoint_every=50"]  # fmt: skip
     config = composed(*asked(text, *stop))
-    result = fit(check(config), OmegaConf.to_container(config, resolve=True), tmp_path / "run")
+    result = fit(check(config), tmp_path / "run")
     found = validation(tmp_path / "run")
     best = min(range(len(found)), key=found.__getitem__)
     assert result["steps"] < 200
@@ -119,7 +118,7 @@ def test_best_is_the_lowest_and_early_stopping_ends_a_run_that_gets_worse(text: 
 
 def test_the_profiler_names_the_costliest_operations(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config = composed(*asked(text, "callbacks=profiler", "callbacks.profiler.skip=1", "callbacks.profiler.steps=2"))
-    fit(check(config), OmegaConf.to_container(config, resolve=True), tmp_path)
+    fit(check(config), tmp_path)
     trace = json.loads((tmp_path / "profile" / "rank-0.json").read_text())
     products = [each for each in trace["traceEvents"] if each.get("name") in ("aten::addmm", "aten::mm")]
     assert len(products) > 2 * 4 * 6 * 2  # steps, blocks, matrices, and twice in backward
@@ -158,7 +157,7 @@ def test_a_callback_of_ones_own(text: Path, tmp_path: Path, monkeypatch: pytest.
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     config = composed(*asked(text, "+callbacks.count._target_=mine.Count", "+callbacks.count.by=3"))
-    fit(check(config), OmegaConf.to_container(config, resolve=True), tmp_path / "run")
+    fit(check(config), tmp_path / "run")
     assert (tmp_path / "run" / "count").read_text() == str(3 * STEPS)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import composed
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -115,7 +114,7 @@ def counted(arguments: list[str], path: Path) -> list[str]:
         patch.setattr(chunks, "logits_memory", lambda device: 1 << 20)
         config = composed(*arguments)
         with Moves(waits), waits:
-            fit(check(config), OmegaConf.to_container(config, resolve=True), path)
+            fit(check(config), path)
     assert waits.steps == {2, 3, 4}
     return waits.found
 
@@ -139,7 +138,7 @@ def several(arguments: list[str], path: Path) -> tuple[list[str], list[str]]:
         patch.setattr(Record, "on_train_batch_end", kill_at_3)
         config = composed(*arguments)
         with pytest.raises(Stopped) as stopped:
-            fit(check(config), OmegaConf.to_container(config, resolve=True), path / "stopped")
+            fit(check(config), path / "stopped")
         return found, of_ranks(stopped.value.message)
 
 

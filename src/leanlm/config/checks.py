@@ -22,6 +22,7 @@ from leanlm.config.schema import ALLOWED, Config, Settings
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.corpus import Corpus
 from leanlm.launch.ranks import launched, world_size
+from leanlm.launch.supervisor import ATTEMPT
 from leanlm.strategies.checks import of_run, on_gpus, resolve
 
 PLANNER, WHERE = "leanlm.planning", "src/leanlm/planning"
@@ -32,8 +33,11 @@ DATA = {"tokenizer": "byte", "vocabulary": 8192, "ignore": []}  # what a data se
 DATA_KEYS = {"_target_", *DATA}  # the rest of the group goes to the corpus function
 
 
-def check(config: DictConfig) -> Settings:
-    """Raise UserError with every problem of a configuration, or return it ready for use."""
+def check(config: DictConfig, needs_text: bool = True) -> Settings:
+    """Raise UserError with every problem of a configuration, or return it ready for use.
+
+    `needs_text`: whether its corpus has to be there.
+    """
     problems, checked = typed(config)
     if problems:
         raise UserError(*problems)
@@ -48,11 +52,11 @@ def check(config: DictConfig) -> Settings:
     problems += of_run(plan, checked.optim, checked.precision, checked.clip)
     if not problems:
         problems += model_problems(checked, plan) + on_gpus(plan, checked.device["accelerator"])
-    corpus, found = _corpus(checked)
+    corpus, found = _corpus(checked) if needs_text else (Corpus({}), [])
     problems += _folder(checked) + found
-    if corpus is not None and not problems:
+    if needs_text and not problems:
         problems += fits(checked, {split: corpus.size(split) for split in corpus.splits}, at_most=True)
-    if problems or corpus is None:
+    if problems:
         raise UserError(*problems)
     return Settings(checked, replace(plan, compile=settle_compile(checked, plan)), corpus, devices)
 
@@ -89,6 +93,8 @@ def _values(config: Config, devices: int | None) -> list[str]:
 
 def _folder(config: Config) -> list[str]:
     path, resumed = config.run_dir, config.resume
+    if ATTEMPT in os.environ:  # it is planned again after memory has ended
+        return []
     if not path or not Path(path, "config.yaml").is_file() or (resumed and Path(path).resolve() == Path(resumed).resolve()):
         return []
     return [f"run_dir={path} holds a run already: write resume={path} to continue it, or another run_dir"]
@@ -99,10 +105,15 @@ def _model(config: Config) -> list[str]:
     if problems:
         return problems
     arguments = dict(config.model)
-    return [f"model: {problem}" for problem in resolve_name(arguments.pop("_target_")).problems(**arguments)]
+    kind = resolve_name(arguments.pop("_target_"))
+    problems = [f"model: {problem}" for problem in kind.problems(**arguments)]
+    overlap, window = config.val_overlap, config.sequence
+    if not kind.carries_state and overlap >= window:
+        problems.append(f"val_overlap={overlap}: of windows of sequence={window} tokens none would be counted; write less")
+    return problems
 
 
-def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:
+def _corpus(config: Config) -> tuple[Corpus, list[str]]:
     data = config.data = DATA | config.data
     problems = argument_problems("data", data, set(), DATA_KEYS)
     name, vocabulary = data.get("tokenizer"), data.get("vocabulary")
@@ -117,18 +128,19 @@ def _corpus(config: Config) -> tuple[Corpus | None, list[str]]:
     if not isinstance(vocabulary, int) or (name == "bpe" and vocabulary < 257):
         problems.append(f"data.vocabulary={vocabulary}: a whole number, at least 257 (256 bytes and a mark) for bpe")
     if problems:
-        return None, problems
+        return Corpus({}), problems
     try:
         corpus = resolve_name(data["_target_"])(**{key: value for key, value in data.items() if key not in DATA_KEYS})
     except UserError as error:
-        return None, list(error.problems)
+        return Corpus({}), list(error.problems)
     missing = [split for split in ("train", "validation") if split not in corpus.splits]
     if missing:
-        return None, [f"{data['_target_']}: the corpus has {', '.join(corpus.splits)}, but no split {' and no '.join(missing)}"]
+        return corpus, [
+            f"{data['_target_']}: the corpus has {', '.join(corpus.splits)}, but no split {' and no '.join(missing)}"
+        ]
     empty = [split for split in corpus.splits if not corpus.size(split)]
     files = {split: ", ".join(str(piece.path) for piece in corpus.splits[split][:3]) or "its folder" for split in empty}
-    problems = [f"the {split} split is empty: put text into {files[split]}, or remove it" for split in empty]
-    return (None if empty else corpus), problems
+    return corpus, [f"the {split} split is empty: put text into {files[split]}, or remove it" for split in empty]
 
 
 def without_planner(device: dict[str, Any], auto: bool = False) -> list[str]:

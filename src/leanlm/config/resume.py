@@ -36,6 +36,8 @@ def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
     if refused:
         instead = f"would make another run of {run.path}, not continue it: leave it out, or start a new run"
         raise UserError(*(f"{key}=... {instead}" for key in refused))
+    if "strategy" in given and "devices" not in given:
+        merged.devices = None  # another plan brings its own
     for key in given:
         if key != "resume" and not key.startswith("hydra."):
             OmegaConf.update(merged, key, OmegaConf.select(config, key), merge=False, force_add=True)

@@ -1,10 +1,12 @@
 """The typed schema of a run."""
 
+import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from leanlm.common.files import defaults
 from leanlm.data.corpus import Corpus
+from leanlm.data.tokenizer import NAMES
 from leanlm.optimizers.settings import Optim
 from leanlm.strategies.plan import Plan
 
@@ -64,12 +66,21 @@ class Settings:
     def as_run(self) -> dict[str, Any]:
         """The configuration as the run's folder keeps it: what has become of `auto` holds wherever the run is resumed."""
         chosen = self.config.strategy.auto and not self.plan.auto
-        return asdict(replace(self.config, strategy=self.plan) if chosen else self.config)
+        data = {key: absolute(value) for key, value in self.config.data.items()}
+        return asdict(replace(self.config, data=data, strategy=self.plan if chosen else self.config.strategy))
 
     def describe(self) -> str:
         """One line: the plan, the number types, the exactness."""
         state = [] if self.config.optim.state == "fp32" else [f"optim.state={self.config.optim.state}"]
         return ", ".join([self.plan.describe(), *state, self.config.precision]) + f" ({self.exactness})"
+
+
+def absolute(value: Any) -> Any:
+    """The whole path of a file or folder that is there, so that a run can be used from elsewhere; any other value as it is."""
+    if not isinstance(value, str) or value in NAMES:
+        return value
+    path = os.path.expanduser(value)
+    return os.path.abspath(path) if os.path.exists(path) else value
 
 
 def exactness(plan: Plan, precision: str, state: str) -> str:

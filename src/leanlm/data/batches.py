@@ -170,8 +170,8 @@ class WholeSplit:
 
     def __len__(self) -> int:
         """Batches of each rank."""
-        stride = self.length - self.overlap
-        lanes = 1 + max(0, -(-(len(self.tokens) - self.length) // stride))
+        beyond = len(self.tokens) - self.length  # the first lane
+        lanes = 1 if beyond <= 0 else 1 + -(-beyond // (self.length - self.overlap))
         groups = -(-lanes // (self.rows * self.replicas))
         return groups * -(-self.length // self.sequence)
 

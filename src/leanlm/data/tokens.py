@@ -54,7 +54,7 @@ class Tokens:
         return f"{', '.join(found)}; {self.tokenizer.vocabulary:,} token types"
 
 
-def prepare(corpus: Corpus, tokenizer: str, vocabulary: int, progress: Progress | None = None) -> Tokens:
+def prepare(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, progress: Progress | None = None) -> Tokens:
     """The tokens of a corpus, prepared now unless a folder with the same fingerprint exists.
 
     Memory does not grow with the text: it is read, tokenised and written in chunks of a few MB. (A word vocabulary and
@@ -62,7 +62,7 @@ def prepare(corpus: Corpus, tokenizer: str, vocabulary: int, progress: Progress 
 
     Args:
         corpus: the text.
-        tokenizer: one of byte, char, word, bpe, or the path of a `tokenizer.json`.
+        tokenizer: one of byte, char, word, bpe, or the path of a `tokenizer.json`; or one that was made for another text.
         vocabulary: size of the vocabulary that bpe trains; others ignore it.
         progress: called as work goes on.
     """
@@ -90,7 +90,7 @@ def load(folder: Path) -> Tokens:
     return Tokens(folder.name, tokenizers.restore(meta["tokenizer"]), splits, meta["bytes"])
 
 
-def _make(corpus: Corpus, tokenizer: str, vocabulary: int, folder: Path, report: Progress) -> None:
+def _make(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, folder: Path, report: Progress) -> None:
     """Prepare a folder, unless another process is quicker."""
 
     def chunks(split: str | None) -> Iterator[bytes]:
@@ -99,10 +99,10 @@ def _make(corpus: Corpus, tokenizer: str, vocabulary: int, folder: Path, report:
         return _reported("reading the vocabulary", (c for name in names for c in corpus.chunks(name)), total, report)
 
     root = writable(folder.parent)
-    made = tokenizers.train(tokenizer, vocabulary, chunks)
+    made = tokenizers.train(tokenizer, vocabulary, chunks) if isinstance(tokenizer, str) else tokenizer
     part = root / f".{folder.name}.{os.urandom(6).hex()}"
-    part.mkdir()
     try:
+        part.mkdir()
         _sweep(root, part.stat().st_mtime)
         _write(corpus, made, part, report)
         if not folder.is_dir():
@@ -141,15 +141,19 @@ def _reported(what: str, chunks: Iterable[bytes], total: int, report: Progress) 
         report(what, done, total)
 
 
-def _tokenizer_key(tokenizer: str, vocabulary: int) -> list:
+def _tokenizer_key(tokenizer: str | Tokenizer, vocabulary: int) -> list:
     if tokenizer == "bpe":
         return [tokenizer, vocabulary, IN_ONE_PIECE]
     if tokenizer in tokenizers.NAMES:
         return [tokenizer, None]
-    return [hashlib.sha256(Path(os.path.expanduser(tokenizer)).read_bytes()).hexdigest(), IN_ONE_PIECE]
+    if isinstance(tokenizer, str):
+        content = Path(os.path.expanduser(tokenizer)).read_bytes()
+    else:
+        content = json.dumps(tokenizer.state()).encode()
+    return [hashlib.sha256(content).hexdigest(), IN_ONE_PIECE]
 
 
-def _fingerprint_key(corpus: Corpus, tokenizer: str, vocabulary: int) -> str:
+def _fingerprint_key(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int) -> str:
     """Names the same files, unchanged as far as size and times tell; spares reading them again."""
     files = [
         (name, str(piece.path.resolve()), piece.start, piece.stop, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
@@ -161,7 +165,7 @@ def _fingerprint_key(corpus: Corpus, tokenizer: str, vocabulary: int) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
-def _fingerprint(corpus: Corpus, tokenizer: str, vocabulary: int, report: Progress) -> str:
+def _fingerprint(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, report: Progress) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, _tokenizer_key(tokenizer, vocabulary)]).encode())
     for name in corpus.splits:
         digest.update(f"\0{name}\0{corpus.size(name)}\0".encode())

@@ -16,7 +16,7 @@ from leanlm.config.checks import check
 from leanlm.config.schema import Settings
 from leanlm.inference.restoring import restore, tokenizer_of
 from leanlm.launch.processes import launch
-from leanlm.launch.ranks import process_group, rank
+from leanlm.launch.ranks import on_rank_0_first, process_group, rank
 from leanlm.strategies.checks import resolve
 from leanlm.strategies.plan import Plan
 
@@ -64,7 +64,7 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
     data_parallel_size = max(1, plan.data_parallel_size)
     # only the rows in a forward pass: the figures do not depend on it
     config.global_batch = -(-rows // data_parallel_size) * data_parallel_size * max(1, plan.accumulate_grad_batches)
-    settings = check(config)
+    settings = check(config, needs_text=asked.text is None)
     if asked.text is None and asked.split not in settings.corpus.splits:
         raise UserError(f"split={asked.split}: the data has {', '.join(settings.corpus.splits)}")
     if asked.text is not None and not settings.plan.splits_model:
@@ -86,8 +86,7 @@ def _work(settings: Settings, path: Path, split: str, text: str | None, which: s
     with process_group(settings.config.device["accelerator"]):
         tokenizer, parallel = restore(settings.config, settings.plan, Run(path), which)
         if text is None:
-            prepared = data.tokens(settings)
-            numbers, size = prepared.splits[split], prepared.bytes[split]
+            numbers, size = on_rank_0_first(lambda: data.split_of(settings, split, tokenizer))
         else:
             numbers, size = np.asarray(tokenizer.encode(text.encode())), len(text.encode())
             if not len(numbers):

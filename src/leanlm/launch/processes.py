@@ -7,6 +7,7 @@ to its workers. Under torchrun the workers exist already, and the function simpl
 
 import atexit
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -17,9 +18,10 @@ from typing import Any, NoReturn
 
 from leanlm.common.errors import UserError
 from leanlm.launch.ranks import launched, set_threads
+from leanlm.launch.signals import named, stopping
 
 START_METHOD = "spawn"  # fresh processes; a fork of one that has used CUDA or OpenMP may hang
-GRACE = 8  # seconds from telling the workers to stop until they are killed
+PATIENCE = 3600  # seconds that workers have to end their step and save it, once they are told to stop
 
 
 class Stopped(Exception):
@@ -68,24 +70,25 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what happened, once
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(GRACE)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=restarts, monitor_interval=0.1,
-        start_method=START_METHOD,
+        start_method=START_METHOD, shutdown_timeout=PATIENCE,
     )  # fmt: skip
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    handlers = {number: signal.getsignal(number) for number in named("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")}
     try:
         return elastic_launch(config, _worker)(function, arguments)[0]
     except errors.ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode - 128 in (signal.SIGTERM, signal.SIGINT):
+        if failure.exitcode - 128 in stopping():
             raise Stopped(failure.exitcode - 128, "") from None
         text = _explain(failure)
         if _USER_ERROR in text:
             raise UserError(*text.rpartition(_USER_ERROR)[2].strip().splitlines()) from None
         raise WorkerFailed(f"rank {rank} of {processes} failed, the others were ended\n{text}") from None
     except SignalException as error:
+        for worker in multiprocessing.active_children():  # a second signal has ended the agent's patience with them
+            worker.kill()
         raise Stopped(int(error.sigval), "") from None
     finally:
         for number, handler in handlers.items():  # the agent keeps its own

@@ -45,27 +45,45 @@ def adopt_slurm() -> None:
     The address and the port are those that Lightning's SLURMEnvironment takes: the first node, and a port made of the job's
     number.
     """
-    if launched() or int(os.environ.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in os.environ:
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # of srun; a batch script has not been started by it
+    if launched() or tasks < 2:
         return
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
     slurm = SLURMEnvironment(auto_requeue=False)
-    tasks = os.environ["SLURM_NTASKS_PER_NODE"]
     os.environ |= {
         "MASTER_ADDR": slurm.main_address,
         "MASTER_PORT": str(slurm.main_port),
-        "WORLD_SIZE": str(slurm.world_size()),
+        "WORLD_SIZE": str(tasks),
         "RANK": str(slurm.global_rank()),
         "LOCAL_RANK": str(slurm.local_rank()),
         "GROUP_RANK": str(slurm.node_rank()),
-        "LOCAL_WORLD_SIZE": tasks,
+        "LOCAL_WORLD_SIZE": str(_tasks_of_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], slurm.node_rank())),
     }
+
+
+def _tasks_of_node(listed: str, node: int) -> int:
+    """Of SLURM's list of the tasks of each node, such as `2(x3),1`."""
+    counts: list[int] = []
+    for part in listed.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    return counts[node]
 
 
 def say(text: str) -> None:
     """Print, once for all ranks."""
     if rank() == 0:
         print(text, flush=True)
+
+
+@contextmanager
+def comfort(what: str) -> Iterator[None]:
+    """For what a run can do without: should it fail, a line says so and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        say(f"{what} failed: {type(error).__name__}: {error}".splitlines()[0])
 
 
 @contextmanager

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-OUT_OF_MEMORY = 128 + signal.SIGKILL  # exit status of a run whose memory ended, whoever noticed
+from leanlm.launch.signals import KILLED, stopping
+
+OUT_OF_MEMORY = 128 + KILLED  # exit status of a run whose memory ended, whoever noticed
 PREDICTED, ATTEMPT = "LEANLM_PREDICTED", "LEANLM_ATTEMPT"  # as JSON; which time it is planned, from 0
 SIZE = 8 << 20  # bytes of this process, without the pages of libraries (measured: 7.2 MiB)
 TRAIN = (sys.executable, "-m", "leanlm.train")
@@ -39,10 +41,10 @@ def main() -> None:
     run, again, resume, checkpoints = json.loads(sys.argv[1])
     attempt = os.environ.pop(ATTEMPT)
     child = subprocess.Popen([*TRAIN, *run])
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in stopping():
         signal.signal(number, lambda number, _: child.send_signal(number))
     status = child.wait()
-    if status not in (-signal.SIGKILL, OUT_OF_MEMORY) or again is None:
+    if status not in (-KILLED, OUT_OF_MEMORY) or again is None:
         sys.exit(status if status >= 0 else 128 - status)
     print("memory ended: planning for less; the curve goes on from the last checkpoint", flush=True)
     overrides = resume if any(Path(checkpoints).glob("step-*")) else again

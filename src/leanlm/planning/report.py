@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from leanlm.planning.choice import Choice
 from leanlm.planning.hardware.devices import MARGIN, Device
 from leanlm.reporting.pictures import new_figure
-from leanlm.strategies.plan import AXES, LEVERS, Plan
+from leanlm.strategies.plan import Plan
 
 if TYPE_CHECKING:  # which have imported Lightning, when there is something to report
     from leanlm.planning.predict import Prediction
@@ -32,11 +32,10 @@ FREES = {  # part -> what makes it smaller
 
 def arguments(choice: Choice) -> str:
     """The overrides that write a plan, and what was chosen with it."""
-    keys = ("accumulate_grad_batches", *AXES, "schedule", "stage_blocks", *LEVERS)
     written = [
         f"strategy.{key}={str(value).lower().replace(' ', '') if isinstance(value, bool | list) else value}"
-        for key in keys
-        if (value := getattr(choice, key)) != getattr(Plan, key)
+        for key, value in choice.asdict().items()
+        if key != "auto" and value != getattr(Plan, key)
     ]
     return " ".join([*written, *choice.changed])
 

@@ -1,5 +1,6 @@
 """Configuration to objects, the same way for training, evaluation and generation."""
 
+import hashlib
 import logging
 import os
 import warnings
@@ -84,7 +85,7 @@ def trainer(
     warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     made = pl.Trainer(
-        accelerator=config.device["accelerator"],
+        accelerator=device(config).type,  # Lightning's "auto" would take what leanlm does not know, such as a Mac's GPU
         devices=local_world_size(),
         num_nodes=world_size() // local_world_size(),
         strategy=strategy(plan),
@@ -105,11 +106,16 @@ def trainer(
     return without_asking_for_sigterm(made)
 
 
-def loggers(config: Config, run_path: str) -> list[Logger]:
-    """The loggers of `conf/logger`, for the run's folder; only rank 0 has any."""
+def loggers(config: Config, run_path: Path, step: int) -> list[Logger]:
+    """The loggers of `conf/logger`, for the run's folder and the step from which it goes on; only rank 0 has any."""
     if rank() != 0:
         return []
-    return [_made("logger", {**node, node["into"]: run_path}, ("needs", "into")) for node in (config.logger or {}).values()]
+    name = hashlib.sha256(str(run_path.resolve()).encode()).hexdigest()[:16]
+    given = {"into": str(run_path), "step_into": step + 1 if step else None, "name_into": name}
+    return [
+        _made("logger", {**node, **{node[key]: value for key, value in given.items() if key in node}}, ("needs", *given))
+        for node in (config.logger or {}).values()
+    ]
 
 
 def callbacks(config: Config) -> list[pl.Callback]:

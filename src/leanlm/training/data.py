@@ -6,6 +6,7 @@ from leanlm.common.errors import UserError
 from leanlm.config.checks import fits
 from leanlm.config.schema import Config, Settings
 from leanlm.data.batches import GlobalBatches, Lanes, WholeSplit, Windows
+from leanlm.data.corpus import Corpus
 from leanlm.data.preparation_bar import PreparationBar
 from leanlm.data.tokenizer import Tokenizer
 from leanlm.data.tokens import Tokens, prepare
@@ -32,6 +33,18 @@ def tokens(settings: Settings) -> Tokens:
     if problems:
         raise UserError(*problems)
     return made
+
+
+def split_of(settings: Settings, split: str, tokenizer: Tokenizer) -> tuple[Any, int]:
+    """Numbers `[tokens]` and bytes of one split of the configured text, by a run's own tokenizer: one that is made of the text
+    as it is today may have other numbers.
+
+    Raises:
+        UserError: the text has what the tokenizer does not know.
+    """
+    with PreparationBar() as bar:
+        made = prepare(Corpus({split: settings.corpus.splits[split]}), tokenizer, 0, bar)
+    return made.splits[split], made.bytes[split]
 
 
 def ignored(config: Config, tokenizer: Tokenizer) -> list[int]:

@@ -22,7 +22,7 @@ from leanlm.config.schema import Settings
 from leanlm.data.prefetch import prefetched
 from leanlm.data.tokenizer import Tokenizer, stream
 from leanlm.data.tokens import Tokens
-from leanlm.launch.ranks import of_ranks, on_rank_0, on_rank_0_first, rank, say
+from leanlm.launch.ranks import comfort, of_ranks, on_rank_0, on_rank_0_first, rank, say
 from leanlm.models.generation import LogitsAfter, generate
 from leanlm.reporting.pictures import loss_curve
 from leanlm.reporting.summary import summary
@@ -36,14 +36,14 @@ from leanlm.training.checkpoint import newest_whole
 from leanlm.training.lightning_module import LanguageModel
 
 
-def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any]:
+def fit(settings: Settings, path: Path) -> dict[str, Any]:
     """Train as configured in the folder `path` and return what `result.json` holds. All ranks must call it."""
     asked = settings.config
     run = Run(on_rank_0(lambda: path))  # Under torchrun each rank has made up its own.
     tokens = on_rank_0_first(lambda: data.tokens(settings))
     start = checkpoint_to_start_from(settings, tokens)
     if rank() == 0:
-        make_folder(run, config, tokens, start)
+        make_folder(run, settings.as_run(), tokens, start)
     before = of_ranks(memory_now())
 
     parallel = build.parallel_model(asked, settings.plan, tokens.tokenizer.vocabulary)
@@ -54,22 +54,25 @@ def fit(settings: Settings, config: dict[str, Any], path: Path) -> dict[str, Any
     record = Record(run, asked.log_every, utilization.full_speed(settings, tokens.tokenizer.vocabulary, card))
     checkpoints = Checkpoints(run, record, asked, tokens.fingerprint, start)
     callbacks = [record, *([Progress(record)] if rank() == 0 else []), *build.callbacks(asked), checkpoints]
-    trainer = build.trainer(settings, callbacks, build.loggers(asked, str(run.path)), asked.max_steps, run.path)
-    batches = data.training_batches(settings, tokens, parallel.net, first_step=_step_of(start))
+    first_step = _step_of(start)
+    loggers = build.loggers(asked, run.path, first_step)
+    trainer = build.trainer(settings, callbacks, loggers, asked.max_steps, run.path)
+    batches = data.training_batches(settings, tokens, parallel.net, first_step)
     validation = data.whole_split(settings, tokens.tokenizer, parallel.net, tokens.splits["validation"])
     with closing(prefetched(batches, parallel.device)) as ahead:
         trainer.fit(module, ahead, validation)
 
     result = result_of(settings, tokens, module, trainer, record) | {"memory_before_bytes": before}
     if rank() == 0:
-        loss_curve({"": run}, run.path / "loss.png")
         write(run.result, json.dumps(result, indent=2))
+        with comfort("the picture"):
+            loss_curve({"": run}, run.path / "loss.png")
     sample = None
     if rank() == 0 or settings.plan.splits_model:
         sample = sample_of(parallel, tokens.tokenizer, asked.sample, asked.sample_tokens)
     if rank() == 0:
         if sample is not None:
-            with open(run.path / "samples.txt", "a") as file:
+            with comfort("samples.txt"), open(run.path / "samples.txt", "a") as file:
                 file.write(f"--- step {trainer.global_step}\n{sample}\n")
         summary(result, sample, run)
     return result
@@ -159,12 +162,10 @@ def sample_of(parallel: ParallelModel, tokenizer: Tokenizer, prompt: str, tokens
     except UserError:  # the prompt has characters that this text does not
         begin, prompt = [tokenizer.start], ""
     parallel.net.eval()
-    try:
+    with comfort("the sample"):
         logits_after = relay.logits_after(parallel) if parallel.plan.splits_model else LogitsAfter(parallel.net)
         return prompt + "".join(stream(tokenizer, generate(logits_after, begin, tokens, temperature=0.8)))
-    except Exception as error:  # whatever it is, the run has done its work
-        say(f"no sample could be made: {type(error).__name__}: {error}".splitlines()[0])
-        return None
+    return None
 
 
 def _step_of(checkpoint: Path | None) -> int:

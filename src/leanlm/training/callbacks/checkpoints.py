@@ -16,6 +16,7 @@ from leanlm.common.run_folder import Run
 from leanlm.config.schema import Config
 from leanlm.launch.processes import Stopped
 from leanlm.launch.ranks import say
+from leanlm.launch.signals import stopping
 from leanlm.training import checkpoint
 from leanlm.training.callbacks.average import averages, training_weights
 from leanlm.training.callbacks.record import Record, validate_now
@@ -23,7 +24,8 @@ from leanlm.training.lightning_module import LanguageModel
 
 
 class Checkpoints(pl.Callback):
-    """Saves every `checkpoint_every` steps and at the end; resumes; on SIGTERM or Ctrl-C saves, then raises Stopped.
+    """Saves every `checkpoint_every` steps and at the end; resumes; on Ctrl-C and a batch system's signals saves, then raises
+    Stopped.
 
     A checkpoint is taken before the first micro-batch of a step, when the validation of the step before is in it too.
     """
@@ -59,7 +61,7 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stopping():
                 self.handlers[number] = signal.signal(number, self._on_signal)
         step = trainer.global_step
         if step and step % self.config.val_every == 0 and self.record.validated != step:

@@ -5,9 +5,11 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
+from omegaconf import OmegaConf
 
 from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run, Table
+from leanlm.launch.ranks import comfort
 from leanlm.training.lightning_module import LanguageModel
 
 
@@ -28,8 +30,11 @@ class Record(pl.Callback):
         self.seconds, self.tokens = 0.0, 0
         self.validated, self.val_loss = 0, float("nan")
         self.table: Table | None = None
+        self.loggers: list[Any] = []
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.loggers = list(trainer.loggers)
+        self._tell_loggers("log_hyperparams", OmegaConf.to_container(self.run.config()))
         if trainer.is_global_zero:
             self.table = Table(self.run, trainer.global_step, self.full_speed is not None)
         self.logged = self.seconds, self.tokens
@@ -88,8 +93,14 @@ class Record(pl.Callback):
     def _write(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
         if self.table is not None:
             self.table.add(step, values)
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step)
+            self._tell_loggers("log_metrics", values, step)
+
+    def _tell_loggers(self, method: str, *values: Any) -> None:
+        for logger in list(self.loggers):
+            with comfort(type(logger).__name__):
+                getattr(logger, method)(*values)
+                continue
+            self.loggers.remove(logger)  # it has failed, and gets nothing more
 
 
 def validate_now(trainer: pl.Trainer) -> None:
