@@ -101,8 +101,8 @@ def _make(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, folder: P
     root = writable(folder.parent)
     made = tokenizers.train(tokenizer, vocabulary, chunks) if isinstance(tokenizer, str) else tokenizer
     part = root / f".{folder.name}.{os.urandom(6).hex()}"
-    part.mkdir()
     try:
+        part.mkdir()
         _sweep(root, part.stat().st_mtime)
         _write(corpus, made, part, report)
         if not folder.is_dir():
@@ -142,13 +142,15 @@ def _reported(what: str, chunks: Iterable[bytes], total: int, report: Progress) 
 
 
 def _tokenizer_key(tokenizer: str | Tokenizer, vocabulary: int) -> list:
-    if not isinstance(tokenizer, str):
-        return [hashlib.sha256(json.dumps(tokenizer.state()).encode()).hexdigest()]
     if tokenizer == "bpe":
         return [tokenizer, vocabulary, IN_ONE_PIECE]
     if tokenizer in tokenizers.NAMES:
         return [tokenizer, None]
-    return [hashlib.sha256(Path(os.path.expanduser(tokenizer)).read_bytes()).hexdigest(), IN_ONE_PIECE]
+    if isinstance(tokenizer, str):
+        content = Path(os.path.expanduser(tokenizer)).read_bytes()
+    else:
+        content = json.dumps(tokenizer.state()).encode()
+    return [hashlib.sha256(content).hexdigest(), IN_ONE_PIECE]
 
 
 def _fingerprint_key(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int) -> str:
