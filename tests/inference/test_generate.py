@@ -122,7 +122,7 @@ def test_a_sentence_by_the_chain_rule(run: Run) -> None:
 
 
 def test_a_run_is_scored_with_its_own_tokenizer_from_anywhere(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Training text with a new character would give all others another number; and a sentence needs no text at all."""
     monkeypatch.chdir(tmp_path)
@@ -134,9 +134,11 @@ def test_a_run_is_scored_with_its_own_tokenizer_from_anywhere(
     monkeypatch.chdir(tmp_path / "elsewhere")
     asked = Evaluate(run=str(tmp_path / "run"))
     assert evaluate(asked)["loss"] == pytest.approx(loss, abs=1e-12)
+    assert "not the one" not in capsys.readouterr().out
     written = text.read_text()
     (tmp_path / "text.txt").write_text("!" + written[1:])  # as many bytes, so that validation begins at the same
     assert evaluate(asked)["loss"] == pytest.approx(loss, abs=1e-12)
+    assert f"the text is not the one that {tmp_path / 'run'} was trained on" in capsys.readouterr().out
     (tmp_path / "text.txt").write_text(written[:-3] + "!!\n")
     with pytest.raises(UserError, match="'!' is not among the 20"):
         evaluate(asked)

@@ -66,19 +66,22 @@ def prepare(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, progres
         vocabulary: size of the vocabulary that bpe trains; others ignore it.
         progress: called as work goes on.
     """
-    root = cache_folder() / "tokens"
-    key = _fingerprint_key(corpus, tokenizer, vocabulary)
-    known = root / "by-stat" / key
-    if known.is_file() and (root / (fingerprint := known.read_text())).is_dir():
-        return load(root / fingerprint)
     report = progress or (lambda what, done, total: None)
-    fingerprint = _fingerprint(corpus, tokenizer, vocabulary, report)
-    folder = root / fingerprint
+    folder = cache_folder() / "tokens" / fingerprint(corpus, tokenizer, vocabulary, report)
     if not folder.is_dir():
         _make(corpus, tokenizer, vocabulary, folder, report)
-    with suppress(OSError, UserError):  # a cache that holds the tokens may be read-only
-        write(writable(known.parent) / key, fingerprint)
     return load(folder)
+
+
+def fingerprint(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, report: Progress) -> str:
+    """Names the text and the tokenizer. Files that are known by their size and times are not read again."""
+    known = cache_folder() / "tokens" / "by-stat" / _fingerprint_key(corpus, tokenizer, vocabulary)
+    if known.is_file():
+        return known.read_text()
+    found = _fingerprint(corpus, tokenizer, vocabulary, report)
+    with suppress(OSError, UserError):  # a cache that holds the tokens may be read-only
+        write(writable(known.parent) / known.name, found)
+    return found
 
 
 def load(folder: Path) -> Tokens:

@@ -11,7 +11,7 @@ from leanlm.data.batches import GlobalBatches, Lanes, WholeSplit, Windows
 from leanlm.data.corpus import Corpus
 from leanlm.data.preparation_bar import PreparationBar
 from leanlm.data.tokenizer import Tokenizer
-from leanlm.data.tokens import Tokens, prepare
+from leanlm.data.tokens import Tokens, fingerprint, prepare
 from leanlm.launch.ranks import rank
 from leanlm.models.contract import Model
 
@@ -53,6 +53,13 @@ def split_of(settings: Settings, split: str, tokenizer: Tokenizer) -> tuple[Any,
     with PreparationBar() as bar:
         made = prepare(Corpus({split: settings.corpus.splits[split]}), tokenizer, 0, bar)
     return made.splits[split], made.bytes[split]
+
+
+def is_of(settings: Settings, text: str) -> bool:
+    """Whether the configured text and its tokenizer are those of a fingerprint."""
+    data = settings.config.data
+    with PreparationBar() as bar:
+        return fingerprint(settings.corpus, data["tokenizer"], data["vocabulary"], bar) == text
 
 
 def ignored(config: Config, tokenizer: Tokenizer) -> list[int]:
