@@ -5,5 +5,5 @@ class UserError(Exception):
     """Something to put right, one line each: what is wrong, the arithmetic, what to write instead."""
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
+        self.problems = tuple(problem.strip().replace("\n", "\\n") for problem in problems)  # a value may hold a line end
+        super().__init__("\n".join(self.problems))

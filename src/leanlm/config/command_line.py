@@ -8,9 +8,10 @@ import shutil
 import signal
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -60,10 +61,10 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
                 raise  # in a job of its own, whose launcher has to hear of it
             statuses.append(_complain(error))
 
-    asked = get_args_parser().parse_intermixed_args()
-    flags = [argument for argument in sys.argv[1:] if argument not in asked.overrides]
     with ended_by_closed_pipes():
         try:
+            asked = _arguments(sys.argv[1:])
+            flags = [argument for argument in sys.argv[1:] if argument not in asked.overrides]
             overrides = words.read(asked.overrides, asked.multirun, asked.config_dir)
             if asked.help:
                 print(help_text(name, overrides))
@@ -79,6 +80,21 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
         leave(max(statuses))
     if max(statuses):
         sys.exit(max(statuses))
+
+
+def _arguments(given: list[str]) -> Namespace:
+    """Hydra's flags and the overrides between them.
+
+    Raises:
+        UserError: there is no such flag.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}: overrides are written key=value; --help shows the keys, --hydra-help the flags")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(given)
 
 
 def _complain(error: BaseException) -> int:
@@ -108,7 +124,7 @@ def command_line(arguments: list[str], name: str, schema: type) -> list[str]:
     Raises:
         UserError: with all problems.
     """
-    asked = get_args_parser().parse_args(arguments)
+    asked = _arguments(arguments)
     if asked.help or asked.hydra_help or asked.info or asked.cfg or asked.shell_completion:
         return []
     parsed = _parsed(asked.overrides)
