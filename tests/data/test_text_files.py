@@ -240,4 +240,4 @@ def test_a_full_disk_leaves_a_line_and_nothing_else(text: Path, tmp_path: Path, 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device.*LEANLM_CACHE"):
         tokens.prepare(Corpus({"train": [whole(text)], "validation": [whole(text)]}), "byte", 0)
-    assert [*(tmp_path / "tokens").iterdir()] == []
+    assert [path.name for path in (tmp_path / "tokens").iterdir()] in ([], ["by-stat"]), "no tokens that are not whole"

@@ -238,8 +238,7 @@ def test_a_run_that_the_system_kills_is_planned_again_with_the_same_curve(text: 
               "global_batch=8", "sequence=16", "max_steps=60", "val_every=60", "checkpoint_every=2", "log_every=1",
               "logger=csv", "sample_tokens=0"]  # fmt: skip
     path = tmp_path / "a run, its folder's name"
-    quoted = "run_dir='" + str(path).replace("'", "\\'") + "'"
-    auto = start("leanlm.train", *common, "strategy=auto", "device.memory=3GiB", quoted, cwd=tmp_path)
+    auto = start("leanlm.train", *common, "strategy=auto", "device.memory=3GiB", f"run_dir={path}", cwd=tmp_path)
     until = time.monotonic() + 100
     while not any((path / "checkpoints").glob("step-*")):
         assert time.monotonic() < until

@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, _redistribute, debug
@@ -63,7 +64,8 @@ def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
 def ranks(rank: int, world: int) -> Iterator[None]:
     """As if this process were one of several."""
     words = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world} if world > 1 else {}
-    with mock.patch.dict(os.environ, {key: str(value) for key, value in words.items()}):
+    here = mock.patch.object(rank_zero_only, "rank", rank)  # Lightning sets it, and does not set it back
+    with here, mock.patch.dict(os.environ, {key: str(value) for key, value in words.items()}):
         if world > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         try:

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run, Table
 from leanlm.launch.ranks import comfort
+from leanlm.models import kernels
 from leanlm.training.checkpoint import newest
 from leanlm.training.lightning_module import LanguageModel
 
@@ -49,7 +50,7 @@ class Record(pl.Callback):
             return
         step = trainer.global_step
         writes = step % self.every == 0 or step == 1 or step == trainer.max_steps
-        if writes or module.grad_norm.device.type == "cpu":  # where to read it is to wait for nothing, each step is looked at
+        if writes or not kernels.on_gpu(module.grad_norm):  # a GPU would be waited for; a CPU's is there
             self._finite(float(module.grad_norm), "norm of the gradient", step, module)
         loss = float(module.global_loss()) if writes else math.nan  # waits for a GPU: before the clock is read
         now = time.perf_counter()
