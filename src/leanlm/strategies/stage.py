@@ -92,7 +92,7 @@ class Stage(nn.Module):
         if self.head is not None:
             return out
         out = out.contiguous()
-        # Of one row it may be a view, which zero-bubble cannot detach in place; and torch 2.11 compares strides that mean nothing.
+        # Of one row it may be a view, which zero-bubble cannot detach in place; torch 2.11 compares strides that mean nothing.
         odd = out._is_view() or (len(out) == 1 and torch.__version__ < "2.13")
         return out.clone(memory_format=torch.contiguous_format) if odd else out
 
