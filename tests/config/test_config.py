@@ -15,6 +15,7 @@ from leanlm.config.checks import check
 from leanlm.config.command_line import command_line
 from leanlm.config.schema import Config, exactness
 from leanlm.data.corpus import Corpus, whole
+from leanlm.launch.supervisor import ATTEMPT, PREDICTED
 from leanlm.strategies.checks import on_gpus, resolve
 from leanlm.strategies.plan import Plan
 
@@ -121,6 +122,14 @@ def test_an_existing_run_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     (line,) = problems(f"run_dir={tmp_path}")
     assert f"resume={tmp_path}" in line
+
+
+@pytest.mark.parametrize("name", [ATTEMPT, PREDICTED])
+def test_a_run_that_is_planned_again_has_its_folder_already(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may end before the first checkpoint: the planner begins anew, and then the run that it has chosen."""
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    monkeypatch.setenv(name, "1")
+    assert problems(f"run_dir={tmp_path}") == []
 
 
 def time_of_children() -> float:

@@ -23,7 +23,7 @@ from leanlm.config.schema import ALLOWED, Config, Settings
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.corpus import Corpus
 from leanlm.launch.ranks import launched, world_size
-from leanlm.launch.supervisor import ATTEMPT
+from leanlm.launch.supervisor import ATTEMPT, PREDICTED
 from leanlm.strategies.checks import of_run, on_gpus, resolve
 
 PLANNER, WHERE = "leanlm.planning", "src/leanlm/planning"
@@ -94,8 +94,11 @@ def _values(config: Config, devices: int | None) -> list[str]:
 
 def _folder(config: Config) -> list[str]:
     path, resumed = config.run_dir, config.resume
-    again = ATTEMPT in os.environ  # the run is planned again after memory has ended
-    if not path or again or (resumed and Path(path).resolve() == Path(resumed).resolve()):
+    chosen = {
+        ATTEMPT,
+        PREDICTED,
+    } & os.environ.keys()  # by the planner, perhaps again after memory has ended, in the same folder
+    if not path or chosen or (resumed and Path(path).resolve() == Path(resumed).resolve()):
         return []
     if Path(path, "config.yaml").is_file():
         resume = shlex.quote(f"resume={path}")

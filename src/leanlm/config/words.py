@@ -68,9 +68,7 @@ def _read(override: str, multirun: bool, groups: list[Path]) -> str:
             return override
         parts = value.split(",") if several else [value]
         return f"{key}={','.join(part if part == 'null' else quoted(os.path.expanduser(part)) for part in parts)}"
-    if any(
-        (folder / (name or "?")).is_dir() for folder in groups
-    ):  # which Hydra leaves out where its options are an empty list
+    if name and any((folder / name).is_dir() for folder in groups):  # a group is left out where its options are an empty list
         value = ",".join("[]" if part == "null" else part for part in value.split(","))
     try:
         _parser().parse_override(f"{key}={value}")
