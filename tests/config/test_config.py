@@ -129,7 +129,7 @@ def test_a_run_that_is_planned_again_has_its_folder_already(name: str, tmp_path:
     """Memory may end before the first checkpoint: the planner begins anew, and then the run that it has chosen."""
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     monkeypatch.setenv(name, "1")
-    assert problems(f"run_dir={tmp_path}") == []
+    check(composed(f"run_dir={tmp_path}"))  # raises nothing
 
 
 def time_of_children() -> float:
