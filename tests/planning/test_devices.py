@@ -20,6 +20,7 @@ from leanlm.planning.candidates import families
 from leanlm.planning.constants import ASKING, REACHED, SLICE
 from leanlm.planning.hardware import gpus
 from leanlm.planning.hardware.devices import Device, count, of_config
+from leanlm.planning.hardware.probe import without
 from leanlm.planning.hardware.roofline import seconds
 from leanlm.planning.predict import predict
 from leanlm.planning.search import search
@@ -104,6 +105,11 @@ def test_the_probe_measures_two_processes_and_weighs_nothing_of_its_caller(tmp_p
     assert one == pytest.approx(plain, rel=0.15)
     assert launcher < one < several
     assert found["common"] < one
+
+
+def test_what_was_measured_by_itself_leaves_something_of_the_whole() -> None:
+    assert without(1.0, 3.0) == 2.0
+    assert without(5.0, 2.0) == 0.5  # a machine that was busy meanwhile: no rate is negative, or without bounds
 
 
 def test_unequal_devices_are_as_many_as_their_list() -> None:

@@ -70,14 +70,18 @@ def _rates(rounds: int) -> dict[str, Any]:
         for kind, run in kinds.items():
             best[kind] = min(best[kind], fastest(run))
     small_paging = SMALL / best["small_paging"]
-    huge = max(best["paging"] - ENDS / small_paging, best["paging"] / 4)  # noise may leave nothing of it
     return {
         "flops": {kind: 2 * n**3 / best[kind] for kind in PRODUCTS},
         "bandwidth": 2 * LARGE / best["bandwidth"],
-        "paging": (HUGE - ENDS) / huge,
+        "paging": (HUGE - ENDS) / without(ENDS / small_paging, best["paging"]),
         "small_paging": small_paging,
         "overhead": STARTING * best["overhead"],
     }
+
+
+def without(part: float, whole: float) -> float:
+    """Seconds of a whole without a part that was measured by itself, which noise may have made as long as the whole."""
+    return max(whole - part, whole / 4)
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -142,7 +146,7 @@ def _links() -> dict[str, Any]:
             found.append(seconds(run))
         took[kind] = statistics.median(found)
     latency = took.pop("")
-    links = {kind: ranks * MESSAGE * sent(kind, ranks) / (median - latency) for kind, median in took.items()}
+    links = {kind: ranks * MESSAGE * sent(kind, ranks) / without(latency, median) for kind, median in took.items()}
     return {"latency": latency, "links": links}
 
 
