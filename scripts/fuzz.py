@@ -68,9 +68,9 @@ def line(draw: random.Random) -> Callable[[], None]:
     from hydra import compose, initialize_config_dir
 
     from leanlm.common.files import CONF
-    from leanlm.config import words
     from leanlm.config.arguments import leaves
-    from leanlm.config.command_line import _arguments, command_line
+    from leanlm.config.command_line import check_jobs
+    from leanlm.config.line import Line
     from leanlm.config.schema import Config
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -88,7 +88,7 @@ def line(draw: random.Random) -> Callable[[], None]:
             words_typed.append("".join(draw.choice("abз=.[]{}'\"$ ,~-0") for _ in range(draw.randint(1, 12))))
 
     def run() -> None:
-        command_line(words.read(_arguments(words_typed).overrides), "train", Config)
+        check_jobs(Line(words_typed), "train", Config)
 
     run.__doc__ = repr(words_typed)
     return run

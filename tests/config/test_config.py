@@ -12,7 +12,8 @@ from leanlm.common.errors import UserError
 from leanlm.common.files import CONF
 from leanlm.common.run_folder import Run
 from leanlm.config.checks import check
-from leanlm.config.command_line import command_line
+from leanlm.config.command_line import check_jobs
+from leanlm.config.line import Line
 from leanlm.config.schema import Config, exactness
 from leanlm.data.corpus import Corpus, whole
 from leanlm.launch.supervisor import ATTEMPT, PREDICTED
@@ -22,15 +23,15 @@ from leanlm.strategies.plan import Plan
 
 def problems(*arguments: str) -> list[str]:
     with pytest.raises(UserError) as error:
-        command_line(list(arguments), "train", Config)
+        check_jobs(Line(list(arguments)), "train", Config)
     return list(error.value.problems)
 
 
 def test_good_command_lines_pass(text: Path) -> None:
-    command_line([], "train", Config)
-    command_line(["--help"], "train", Config)
-    command_line(["-m", "strategy=single,accumulate,ddp", "model=lstm,transformer"], "train", Config)
-    command_line(["data=text", f"data.path={text}", "model=gpt2", "strategy.replicate=2"], "train", Config)
+    check_jobs(Line([]), "train", Config)
+    check_jobs(Line(["--help"]), "train", Config)
+    check_jobs(Line(["-m", "strategy=single,accumulate,ddp", "model=lstm,transformer"]), "train", Config)
+    check_jobs(Line(["data=text", f"data.path={text}", "model=gpt2", "strategy.replicate=2"]), "train", Config)
 
 
 def test_all_problems_at_once() -> None:

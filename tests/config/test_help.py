@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 
 from leanlm.common.errors import UserError
 from leanlm.common.files import CONF
-from leanlm.config import words
 from leanlm.config.arguments import leaves
-from leanlm.config.command_line import command_line
+from leanlm.config.command_line import check_jobs
 from leanlm.config.help import WIDTH, comments, heading, help_text
+from leanlm.config.line import Line
 from leanlm.config.schema import Config
 from leanlm.inference.continuation import Generate
 from leanlm.inference.evaluation import Evaluate
@@ -104,8 +104,7 @@ def test_the_examples_are_good_command_lines(name: str, text: Path, tmp_path: Pa
     for line in examples:
         _, _, module, *arguments = shlex.split(line)
         assert module == f"leanlm.{name}"
-        flags = [argument for argument in arguments if argument.startswith("-")]
-        command_line([*flags, *words.read(arguments[len(flags) :], bool(flags))], name, SCHEMAS[name])
+        check_jobs(Line(arguments), name, SCHEMAS[name])
 
 
 def test_from_the_shell_in_time() -> None:

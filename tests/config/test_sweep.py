@@ -9,7 +9,8 @@ from hydra.experimental.callback import Callback
 
 from leanlm import train
 from leanlm.common.errors import UserError
-from leanlm.config.command_line import command_line, run
+from leanlm.config.command_line import check_jobs, run
+from leanlm.config.line import Line
 from leanlm.config.schema import Config
 
 RETURNED: list[Any] = []
@@ -40,7 +41,7 @@ def test_a_job_returns_its_validation_loss(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def problems(*arguments: str) -> list[str]:
     try:
-        command_line(["-m", *arguments], "train", Config)
+        check_jobs(Line(["-m", *arguments]), "train", Config)
     except UserError as error:
         return list(error.problems)
     return []

@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from leanlm.common.errors import UserError
 from leanlm.common.files import CONF
 from leanlm.common.run_folder import Run
-from leanlm.config import sweeps, words
+from leanlm.config import words
 from leanlm.config.arguments import typed
 from leanlm.config.checks import check
-from leanlm.config.command_line import command_line
+from leanlm.config.command_line import check_jobs, sweep_folder
+from leanlm.config.line import Line
 from leanlm.config.schema import Config
 from leanlm.inference.continuation import Generate
 
@@ -76,8 +77,16 @@ def test_home_null_and_what_hydra_cannot_read(monkeypatch: pytest.MonkeyPatch, t
 def test_commas_in_a_sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a,b").mkdir()
-    asked = ["data.path=a,b", "run_dir=c d,e=f", "sample=g,h", "logger=null,csv", "resume=choice(i,j)", "hydra.sweep.dir=k,l"]
-    jobs = sweeps.jobs(OverridesParser.create().parse_overrides(words.read(asked, multirun=True)))
+    asked = [
+        "-m",
+        "data.path=a,b",
+        "run_dir=c d,e=f",
+        "sample=g,h",
+        "logger=null,csv",
+        "resume=choice(i,j)",
+        "hydra.sweep.dir=k,l",
+    ]
+    jobs = Line(asked).jobs()
     assert len(jobs) == 2 * 2 * 2
     assert {tuple(words.typed(job)) for job in jobs} == {
         ("data.path=a,b", f"run_dir={one}", "sample=g,h", f"logger={two}", f"resume={three}", "hydra.sweep.dir=k,l")
@@ -99,12 +108,9 @@ def test_what_is_printed_can_be_pasted() -> None:
         assert (module, word) == ("leanlm.train", f"resume={text}")
 
 
-def problems(*arguments: str, config_dir: Path | None = None) -> list[str]:
-    flags = [each for each in arguments if each == "-m"]
+def problems(*arguments: str) -> list[str]:
     with pytest.raises(UserError) as error:
-        command_line(
-            [*flags, *words.read([*arguments[len(flags) :]], bool(flags), config_dir and str(config_dir))], "train", Config
-        )
+        check_jobs(Line([*arguments]), "train", Config)
     return list(error.value.problems)
 
 
@@ -144,26 +150,29 @@ def test_folders_of_ones_own(tmp_path: Path) -> None:
         (tmp_path / "c d" / file).parent.mkdir(parents=True)
         (tmp_path / "c d" / file).write_text(content)
     folder = tmp_path / "c d"
-    overrides = words.read(["experiment=mine", "model=own"], config_dir=str(folder))
-    command_line(overrides, "train", Config)
+    line = Line(["experiment=mine", "--config-dir", str(folder), "model=own"])
+    check_jobs(line, "train", Config)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", overrides)
+        config = compose("train", line.overrides)
     assert (config.max_steps, config.model.width) == (5, 32)
-    (line,) = problems("experiment=mina", config_dir=folder)
+    (line,) = problems("experiment=mina", f"--config-dir={folder}")
     assert "mine, nanogpt_cpu" in line
     assert "(did you mean mine?)" in line
-    assert problems("seed=1", config_dir=tmp_path / "none") == [f"--config-dir={tmp_path / 'none'}: there is no such folder"]
+    assert problems("seed=1", f"--config-dir={tmp_path / 'none'}") == [
+        f"--config-dir={tmp_path / 'none'}: there is no such folder"
+    ]
 
 
 def test_a_sweep_is_not_written_over(tmp_path: Path) -> None:
     for name in ("2026-11-28_notes", "about"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").touch()
-    command_line(["-m", "seed=1,2", f"hydra.sweep.dir={tmp_path}"], "train", Config)
+    line = Line(["-m", "seed=1,2", f"hydra.sweep.dir={tmp_path}"])
+    assert sweep_folder(line, "train") == []
     (tmp_path / "0_seed-1").mkdir()
     (tmp_path / "0_seed-1" / "config.yaml").touch()
-    (line,) = problems("-m", "seed=1,2", f"hydra.sweep.dir={tmp_path}")
-    assert line == f"hydra.sweep.dir={tmp_path} holds a sweep already, with 0_seed-1: name another"
+    with pytest.raises(UserError, match=f"hydra.sweep.dir={tmp_path} holds a sweep already, with 0_seed-1: name another"):
+        sweep_folder(line, "train")
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

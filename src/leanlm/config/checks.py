@@ -94,10 +94,7 @@ def _values(config: Config, devices: int | None) -> list[str]:
 
 def _folder(config: Config) -> list[str]:
     path, resumed = config.run_dir, config.resume
-    chosen = {
-        ATTEMPT,
-        PREDICTED,
-    } & os.environ.keys()  # by the planner, perhaps again after memory has ended, in the same folder
+    chosen = {ATTEMPT, PREDICTED} & os.environ.keys()  # by the planner, perhaps once more after memory has ended
     if not path or chosen or (resumed and Path(path).resolve() == Path(resumed).resolve()):
         return []
     if Path(path, "config.yaml").is_file():

@@ -8,18 +8,13 @@ import shutil
 import signal
 import sys
 import traceback
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,10 +22,11 @@ from omegaconf.errors import OmegaConfBaseException
 from leanlm.common.errors import UserError
 from leanlm.common.files import CONF, literal
 from leanlm.common.run_folder import Run, claim
-from leanlm.config import sweeps, words
+from leanlm.config import words
 from leanlm.config.arguments import MOVED, leaves, moved, typed
 from leanlm.config.checks import check
 from leanlm.config.help import help_text
+from leanlm.config.line import Line
 from leanlm.config.resume import effective
 from leanlm.config.schema import Config
 from leanlm.launch.processes import Stopped, WorkerFailed, ended_by_closed_pipes, leave, memory_ended, survive_closed_pipes
@@ -63,16 +59,14 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
 
     with ended_by_closed_pipes():
         try:
-            asked = _arguments(sys.argv[1:])
-            flags = [argument for argument in sys.argv[1:] if argument not in asked.overrides]
-            overrides = words.read(asked.overrides, asked.multirun, asked.config_dir)
-            if asked.help:
-                print(help_text(name, overrides))
+            line = Line(sys.argv[1:])
+            if line.asked.help:
+                print(help_text(name, line.overrides))
             else:
-                sys.argv[1:] = [*flags, *overrides]
-                sys.argv += command_line(sys.argv[1:], name, schema)
-                if asked.multirun and schema is Config and rank() == 0:
-                    sys.argv += _claim_sweep(name, overrides)
+                check_jobs(line, name, schema)
+                sys.argv[1:] = line.for_hydra()
+                if line.sweeps and schema is Config:
+                    sys.argv += sweep_folder(line, name)
                 hydra_job()
         except (UserError, KeyboardInterrupt) as error:
             statuses.append(_complain(error))
@@ -80,21 +74,6 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
         leave(max(statuses))
     if max(statuses):
         sys.exit(max(statuses))
-
-
-def _arguments(given: list[str]) -> Namespace:
-    """Hydra's flags and the overrides between them.
-
-    Raises:
-        UserError: there is no such flag.
-    """
-    parser = get_args_parser()
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message}: overrides are written key=value; --help shows the keys, --hydra-help the flags")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    return parser.parse_intermixed_args(given)
 
 
 def _complain(error: BaseException) -> int:
@@ -114,36 +93,24 @@ def _complain(error: BaseException) -> int:
     return status
 
 
-def command_line(arguments: list[str], name: str, schema: type) -> list[str]:
+def check_jobs(line: Line, name: str, schema: type) -> None:
     """Check everything that a command line asks for, each job of a sweep too, before Hydra starts.
-
-    Returns:
-        What to write behind it. Hydra's `override_dirname` of a job then names the keys alone that a sweep gives several
-        values, wherever the job runs.
 
     Raises:
         UserError: with all problems.
     """
-    asked = _arguments(arguments)
-    if asked.help or asked.hydra_help or asked.info or asked.cfg or asked.shell_completion:
-        return []
-    parsed = _parsed(asked.overrides)
-    try:
-        jobs = sweeps.jobs(parsed) if asked.multirun else [asked.overrides]
-    except HydraException as error:  # a kind of sweep that has to know Hydra's folders, as glob(*) has
-        raise UserError(str(error).splitlines()[0]) from None
-    problems: list[str] = []
-    if len(jobs) > 1 and any(override.key_or_group == "run_dir" and not override.is_sweep_override() for override in parsed):
+    if line.informs:
+        return
+    jobs, problems = line.jobs(), list[str]()
+    if len(jobs) > 1 and any(one.key_or_group == "run_dir" and not one.is_sweep_override() for one in line.parsed):
         problems.append(f"run_dir names one folder, and this sweep has {len(jobs)} jobs: set hydra.sweep.dir instead")
-    if any(override.input_line == "hydra/launcher=slurm" for override in parsed) and not shutil.which("sbatch"):
+    if "hydra/launcher=slurm" in line.overrides and not shutil.which("sbatch"):
         problems.append("hydra/launcher=slurm: this machine has no sbatch; start it where SLURM's commands are")
-    resumed = True  # each job
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for job in jobs:
             config, found = _compose(name, job)
             try:
                 if schema is Config:
-                    resumed = resumed and bool(config.resume)
                     check(effective(config, job))
                 else:
                     found += typed(config, schema)[0]
@@ -152,51 +119,26 @@ def command_line(arguments: list[str], name: str, schema: type) -> list[str]:
             except OmegaConfBaseException as error:
                 found.append(f"{error.full_key}: {str(error).splitlines()[0]}")
             problems += [problem for problem in found if problem not in problems]
-    if asked.multirun and schema is Config and not problems and not resumed and "SLURM_RESTART_COUNT" not in os.environ:
-        folder, named = _sweep_folder(name, jobs[0])
-        if named and Run.jobs(folder):
-            problems.append(f"hydra.sweep.dir={folder} holds a sweep already, with {Run.jobs(folder)[-1].name}: name another")
     if problems:
         raise UserError(*problems)
-    fixed = [override.key_or_group for override in parsed if not override.is_sweep_override()]
-    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"] if asked.multirun else []
 
 
-def _parsed(overrides: list[str]) -> list[Override]:
-    """The overrides as Hydra's parser understands them.
+def sweep_folder(line: Line, name: str) -> list[str]:
+    """The folder of a sweep as an override, where somebody has not named it: it is made here, so that another sweep that begins
+    in the same second gets another.
 
     Raises:
-        UserError: with all that it does not.
+        UserError: somebody has named one that holds a sweep already.
     """
-    parser = OverridesParser.create()
-    parsed, problems = [], []
-    for override in overrides:
-        try:
-            found = parser.parse_override(override)
-        except HydraException:
-            found = None
-        if found and found.key_or_group:
-            parsed.append(found)
-        else:
-            problems.append(f"{override}: not of the form key=value")
-    if problems:
-        raise UserError(*problems)
-    return parsed
-
-
-def _sweep_folder(name: str, job: list[str]) -> tuple[Path, bool]:
-    """The folder of a sweep, and whether somebody has named it; otherwise its name is made of the time."""
+    job = line.jobs()[0]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        sweep = compose(name, job, return_hydra_config=True).hydra.sweep
-    as_written: Any = OmegaConf.to_container(sweep, resolve=False)
-    return Path(sweep.dir), words.NOW not in as_written["dir"]
-
-
-def _claim_sweep(name: str, overrides: list[str]) -> list[str]:
-    """Make the folder of a sweep, so that another that begins in the same second gets another; what to write behind the command
-    line."""
-    folder, named = _sweep_folder(name, sweeps.jobs(_parsed(overrides))[0])
-    return [] if named else [f"hydra.sweep.dir={words.quoted(str(claim(folder)))}"]
+        config = compose(name, job, return_hydra_config=True)
+    folder, as_written = Path(config.hydra.sweep.dir), OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    if words.NOW in as_written["dir"]:  # type: ignore[call-overload,index]
+        return [] if rank() else [f"hydra.sweep.dir={words.quoted(str(claim(folder)))}"]
+    if Run.jobs(folder) and not config.resume and "SLURM_RESTART_COUNT" not in os.environ:
+        raise UserError(f"hydra.sweep.dir={folder} holds a sweep already, with {Run.jobs(folder)[-1].name}: name another")
+    return []
 
 
 def _compose(name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:

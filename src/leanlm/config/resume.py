@@ -3,13 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from leanlm.common.errors import UserError
 from leanlm.common.files import literal
 from leanlm.common.run_folder import Run
 from leanlm.config.schema import Settings
+from leanlm.config.words import parsed
 from leanlm.launch.ranks import restarted, say
 
 # What a resumed run may set anew; anything else would make another run of it.
@@ -33,7 +33,7 @@ def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
     run = Run.find(config.resume)
     merged = run.config()
     merged.resume, merged.run_dir = literal(str(run.path)), None
-    given = [override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)]
+    given = [override.key_or_group for override in map(parsed, overrides) if override]
     refused = [key for key in given if not (key in RESUMABLE or key.partition(".")[0] in RESUMABLE or key.startswith(HYDRA))]
     if refused:
         instead = f"would make another run of {run.path}, not continue it: leave it out, or start a new run"

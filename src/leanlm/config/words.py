@@ -8,10 +8,10 @@ import os
 import re
 import shlex
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -47,7 +47,7 @@ def read(overrides: list[str], multirun: bool = False, config_dir: str | None = 
 
 def options(group: str, overrides: list[str]) -> dict[str, Path]:
     """What can be chosen of a group, and its file, in `conf/` and where the overrides of a command line let Hydra search."""
-    own = [_parser().parse_override(override).value() for override in overrides if override.startswith(f"{SEARCHED}=")]
+    own = [found.value() for found in map(parsed, overrides) if found and found.key_or_group == SEARCHED]
     folders = [CONF, *(Path(str(name).removeprefix("file://")) for names in own if isinstance(names, list) for name in names)]
     found = {file.stem: file for folder in reversed(folders) if group for file in (folder / group).glob("*.yaml")}
     return dict(sorted(found.items()))
@@ -70,11 +70,7 @@ def _read(override: str, multirun: bool, groups: list[Path]) -> str:
         return f"{key}={','.join(part if part == 'null' else quoted(os.path.expanduser(part)) for part in parts)}"
     if name and any((folder / name).is_dir() for folder in groups):  # a group is left out where its options are an empty list
         value = ",".join("[]" if part == "null" else part for part in value.split(","))
-    try:
-        _parser().parse_override(f"{key}={value}")
-    except HydraException:
-        value = quoted(value)
-    return f"{key}={value}"
+    return f"{key}={value}" if parsed(f"{key}={value}") else f"{key}={quoted(value)}"
 
 
 def typed(overrides: Iterable[str]) -> list[str]:
@@ -86,12 +82,20 @@ def _typed(override: str) -> str:
     key, _, value = override.partition("=")
     if key.lstrip("+") not in TEXTS | PATHS or value == "null":
         return override
-    return f"{key}={OmegaConf.create([_parser().parse_override(override).value()])[0]}"
+    return f"{key}={OmegaConf.create([OverridesParser.create().parse_override(override).value()])[0]}"
 
 
 def pasted(module: str, *overrides: str) -> str:
     """A command line that a shell takes: the module `module` with these words, as a person types them."""
     return shlex.join(["python", "-m", module, *overrides])
+
+
+def parsed(override: str) -> Override | None:
+    """An override as Hydra's parser understands it; None where it does not."""
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException:
+        return None
 
 
 def quoted(value: str) -> str:
@@ -101,8 +105,3 @@ def quoted(value: str) -> str:
 
 def _in_quotes(value: str) -> str:
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
-
-
-@cache
-def _parser() -> OverridesParser:
-    return OverridesParser.create()
