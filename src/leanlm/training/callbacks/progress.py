@@ -35,9 +35,7 @@ class Progress(pl.Callback):
             self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, status="")
             self.bar.start()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.monotonic()
         if now - self.shown < (0.2 if self.bar else 10) and trainer.global_step < trainer.max_steps:
             return
