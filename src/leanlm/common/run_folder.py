@@ -134,34 +134,23 @@ class Table:
     def __init__(self, run: Run, after: int, mfu: bool = False) -> None:
         """Go on after step `after`: rows beyond it, which a killed run may have left, are dropped. `mfu`: with its column."""
         kept = [row for row in run.rows() if row["step"] <= after]
-        self.pending = kept.pop() if kept else {}  # its validation may come yet
         self.columns = [name for name in COLUMNS if name != "mfu" or mfu or any("mfu" in row for row in kept)]
-        lines = [",".join(self.columns), *map(self._line, kept)]
-        write(run.metrics, "\n".join(lines) + "\n")
-        self.path, self.lines = run.metrics, list[str]()
+        write(run.metrics, ",".join(self.columns) + "\n" + "".join(map(self._line, kept[:-1])))
+        self.path, self.waiting = run.metrics, kept[-1:]  # of the last row the validation may come yet
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        if self.pending and self.pending["step"] != step:
-            self._done()
-            if len(self.lines) >= TOGETHER:
-                self._write()
-        self.pending |= {"step": step, **values}
+        if not self.waiting or self.waiting[-1]["step"] != step:
+            if len(self.waiting) >= TOGETHER:
+                self.flush()
+            self.waiting.append({"step": step})
+        self.waiting[-1] |= values
 
     def flush(self) -> None:
         """Write everything down, the row at hand too; it can be completed no more in this session."""
-        if self.pending:
-            self._done()
-        self._write()
-
-    def _done(self) -> None:
-        self.lines.append(self._line(self.pending) + "\n")
-        self.pending = {}
-
-    def _write(self) -> None:
-        lines, self.lines = self.lines, []
+        rows, self.waiting = self.waiting, []
         with open(self.path, "a") as file:  # not kept open: what a full disk has refused would be tried again, without end
-            file.writelines(lines)
+            file.writelines(map(self._line, rows))
 
     def _line(self, row: dict[str, float]) -> str:
         text = {key: str(int(value)) if key == "step" else repr(float(value)) for key, value in row.items()}
-        return ",".join(text.get(column, "") for column in self.columns)
+        return ",".join(text.get(column, "") for column in self.columns) + "\n"

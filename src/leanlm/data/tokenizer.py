@@ -232,6 +232,9 @@ def _meeting(left: Any, right: Any, shift: int, shared: int) -> tuple[int, int |
     return len(left_ids), None
 
 
+KINDS: dict[str, Callable[..., Tokenizer]] = {"byte": Bytes, "char": Characters, "word": Words, "subword": Subwords}
+
+
 def encoded(tokenizer: Tokenizer, chunks: Iterable[bytes]) -> Iterator[NDArray[np.integer]]:
     """Tokens of a text that comes in chunks, each of whole words."""
     return tokenizer.encode_all(chunks) if isinstance(tokenizer, Subwords) else map(tokenizer.encode, chunks)
@@ -251,16 +254,10 @@ def train(name: str, vocabulary: int, chunks: Callable[[str | None], Iterable[by
 
 
 def restore(state: dict) -> Tokenizer:
-    match state:
-        case {"kind": "byte"}:
-            return Bytes()
-        case {"kind": "char", "characters": characters}:
-            return Characters(characters)
-        case {"kind": "word", "words": words}:
-            return Words(words)
-        case {"kind": "subword", "model": model}:
-            return Subwords(model)
-    raise UserError(f"unknown tokenizer: {json.dumps(state)[:80]}")
+    try:
+        return KINDS[state["kind"]](**{key: value for key, value in state.items() if key != "kind"})
+    except (KeyError, TypeError):
+        raise UserError(f"unknown tokenizer: {json.dumps(state)[:80]}") from None
 
 
 def stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

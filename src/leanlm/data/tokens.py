@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,27 +89,20 @@ def fingerprint(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, rep
 def load(folder: Path) -> Tokens:
     """Open a prepared folder."""
     meta = json.loads((folder / "meta.json").read_text())
-    splits: dict[str, NDArray[np.unsignedinteger]] = {
-        name: np.memmap(folder / f"{name}.bin", meta["dtype"], "r") for name in meta["bytes"]
-    }
+    splits: dict[str, Any] = {name: np.memmap(folder / f"{name}.bin", meta["dtype"], "r") for name in meta["bytes"]}
     return Tokens(folder.name, tokenizers.restore(meta["tokenizer"]), splits, meta["bytes"])
 
 
 def _make(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, folder: Path, report: Progress) -> None:
     """Prepare a folder, unless another process is quicker."""
-
-    def chunks(split: str | None) -> Iterator[bytes]:
-        names = corpus.splits if split is None else [split]
-        total = sum(map(corpus.size, names))
-        return _reported("reading the vocabulary", (c for name in names for c in corpus.chunks(name)), total, report)
-
-    root = writable(folder.parent)
-    made = tokenizers.train(tokenizer, vocabulary, chunks) if isinstance(tokenizer, str) else tokenizer
+    root, what = writable(folder.parent), "reading the vocabulary"
+    if isinstance(tokenizer, str):
+        tokenizer = tokenizers.train(tokenizer, vocabulary, lambda split: _read(corpus, split, what, report))
     part = root / f".{folder.name}.{os.urandom(6).hex()}"
     try:
         part.mkdir()
         _sweep(root, part.stat().st_mtime)
-        _write(corpus, made, part, report)
+        _write(corpus, tokenizer, part, report)
         if not folder.is_dir():
             part.rename(folder)
     except OSError as error:
@@ -121,24 +116,23 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Progress)
     size = tokenizer.vocabulary
     dtype = np.dtype(np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.uint32)
     for name in corpus.splits:
+        chunks = _read(corpus, name, f"tokenising {name}", report)
         with open(folder / f"{name}.bin", "wb") as file:
-            for numbers in tokenizers.encoded(
-                tokenizer, _reported(f"tokenising {name}", corpus.chunks(name), corpus.size(name), report)
-            ):
-                file.write(numbers.astype(dtype).data)
+            file.writelines(numbers.astype(dtype).data for numbers in tokenizers.encoded(tokenizer, chunks))
             if not file.tell():
                 raise UserError(f"the {name} split ({corpus.origin(name)}) has no tokens: it holds nothing but white space")
             file.flush()
             os.fsync(file.fileno())
-    sizes = {name: corpus.size(name) for name in corpus.splits}
-    meta = {"tokenizer": tokenizer.state(), "dtype": dtype.name, "bytes": sizes}
+    meta = {"tokenizer": tokenizer.state(), "dtype": dtype.name, "bytes": {name: corpus.size(name) for name in corpus.splits}}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _reported(what: str, chunks: Iterable[bytes], total: int, report: Progress) -> Iterator[bytes]:
-    done = 0
+def _read(corpus: Corpus, split: str | None, what: str, report: Progress) -> Iterator[bytes]:
+    """The text of a split, or of all, while `report` hears how far it is."""
+    names = corpus.splits if split is None else [split]
+    done, total = 0, sum(map(corpus.size, names))
     report(what, 0, total)
-    for chunk in chunks:
+    for chunk in chain.from_iterable(map(corpus.chunks, names)):
         yield chunk
         done += len(chunk)
         report(what, done, total)
@@ -172,7 +166,7 @@ def _fingerprint(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, re
     digest = hashlib.sha256(json.dumps([FORMAT, _tokenizer_key(tokenizer, vocabulary)]).encode())
     for name in corpus.splits:
         digest.update(f"\0{name}\0{corpus.size(name)}\0".encode())
-        for chunk in _reported(f"fingerprint of {name}", corpus.chunks(name), corpus.size(name), report):
+        for chunk in _read(corpus, name, f"fingerprint of {name}", report):
             digest.update(chunk)
     return digest.hexdigest()[:24]
 

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 
 from leanlm.common.errors import UserError
 from leanlm.launch.ranks import drop_output, launched, set_threads
-from leanlm.launch.signals import named, stopping
+from leanlm.launch.signals import give_back, handled, named, stopping
 
 START_METHOD = "spawn"  # fresh processes; a fork of one that has used CUDA or OpenMP may hang
 PATIENCE = 3600  # seconds that workers have to end their step and save it, once they are told to stop
@@ -29,10 +28,7 @@ PATIENCE = 3600  # seconds that workers have to end their step and save it, once
 @contextmanager
 def ended_by_closed_pipes() -> Iterator[None]:
     """Within, a pipe that nobody reads any more ends this process as it ends other commands: at once, quietly, by SIGPIPE."""
-    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    before = handled(named("SIGPIPE"), signal.SIG_DFL)
     try:
         yield
     finally:
@@ -40,13 +36,12 @@ def ended_by_closed_pipes() -> Iterator[None]:
             sys.stdout.flush()
         except BrokenPipeError:  # of a run that has survived it
             drop_output()
-        signal.signal(signal.SIGPIPE, before)
+        give_back(before)
 
 
 def survive_closed_pipes() -> None:
     """From here on such a pipe is an error of the one that writes to it, which may be a logger of a run. See `ranks.say`."""
-    if sys.platform != "win32" and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    handled(named("SIGPIPE"), signal.SIG_IGN)
 
 
 class Stopped(Exception):
@@ -117,8 +112,7 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
             worker.kill()
         raise Stopped(int(error.sigval), "") from None
     finally:
-        for number, handler in handlers.items():  # the agent keeps its own
-            signal.signal(number, handler)
+        give_back(handlers)  # the agent keeps its own
 
 
 _USER_ERROR = "leanlm user error: "

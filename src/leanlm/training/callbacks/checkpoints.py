@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from leanlm.config.schema import Config
 from leanlm.config.words import pasted
 from leanlm.launch.processes import Stopped
 from leanlm.launch.ranks import say
-from leanlm.launch.signals import stopping
+from leanlm.launch.signals import give_back, handled, stopping
 from leanlm.training import checkpoint
 from leanlm.training.callbacks.average import averages, training_weights
 from leanlm.training.callbacks.record import Record, validate_now
@@ -38,8 +37,7 @@ class Checkpoints(pl.Callback):
         self.run, self.record, self.config, self.fingerprint, self.start = run, record, config, fingerprint, start
         self.saved = -1  # step of the last checkpoint
         self.signal, self.first_signal = 0, 0.0
-        self.told = Told()
-        self.handlers: dict[int, Any] = {}
+        self.told, self.handlers = Told(), dict[int, Any]()
 
     def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
         if self.start is None:
@@ -60,9 +58,7 @@ class Checkpoints(pl.Callback):
             setattr(self.record, key, state[key])
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in stopping():
-                self.handlers[number] = signal.signal(number, self._on_signal)
+        self.handlers = handled(stopping(), self._on_signal)
         step = trainer.global_step
         if step and step % self.config.val_every == 0 and self.record.validated != step:
             validate_now(trainer)  # the run was stopped before it came to this
@@ -81,12 +77,12 @@ class Checkpoints(pl.Callback):
         self.told.wait()
         if self.saved != trainer.global_step:
             self.save(trainer, module)
-        self._restore_handlers()
+        give_back(self.handlers)
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         with suppress(OSError):  # of a full disk the exception may be
             self.record.flush()
-        self._restore_handlers()
+        give_back(self.handlers)
 
     def save(self, trainer: pl.Trainer, module: Any, folder: Path | None = None, keep: int | None = None) -> None:
         """Write a checkpoint of the state after the last whole step, to a `folder` of its own or among those of the run. All
@@ -126,11 +122,6 @@ class Checkpoints(pl.Callback):
             if trainer.is_global_zero:
                 print(message, file=sys.stderr, flush=True)
             raise Stopped(number, message)
-
-    def _restore_handlers(self) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers = {}
 
 
 def _others(trainer: pl.Trainer) -> list[pl.Callback]:
