@@ -19,10 +19,12 @@ from typing import Any, NoReturn
 
 from leanlm.common.errors import UserError
 from leanlm.launch.ranks import drop_output, launched, set_threads
-from leanlm.launch.signals import give_back, handled, named, stopping
+from leanlm.launch.signals import KILLED, give_back, handled, named, stopping
 
 START_METHOD = "spawn"  # fresh processes; a fork of one that has used CUDA or OpenMP may hang
 PATIENCE = 3600  # seconds that workers have to end their step and save it, once they are told to stop
+LOST_A_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Gloo", "gloo")  # of a RuntimeError
+_USER_ERROR = "leanlm user error: "
 
 
 @contextmanager
@@ -96,7 +98,7 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
         rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=restarts, monitor_interval=0.1,
         start_method=START_METHOD,
     )  # fmt: skip
-    handlers = {number: signal.getsignal(number) for number in named("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")}
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in named("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")}
     try:
         return elastic_launch(config, _worker)(function, arguments)[0]
     except errors.ChildFailedError as error:
@@ -113,9 +115,6 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
         raise Stopped(int(error.sigval), "") from None
     finally:
         give_back(handlers)  # the agent keeps its own
-
-
-_USER_ERROR = "leanlm user error: "
 
 
 def leave(code: int) -> NoReturn:
@@ -142,7 +141,7 @@ def _worker(function: Callable[..., Any], arguments: tuple) -> Any:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as error:
-        if _lost_a_peer(error):
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_A_PEER):
             time.sleep(3)  # the rank that failed first has its say; the agent ends this one meanwhile
         if isinstance(error, UserError):
             error.args = (_USER_ERROR + str(error),)
@@ -150,18 +149,12 @@ def _worker(function: Callable[..., Any], arguments: tuple) -> Any:
     leave(code)
 
 
-def _lost_a_peer(error: Exception) -> bool:
-    words = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Gloo", "gloo")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
 def _explain(failure: Any) -> str:
     """The traceback a worker left, or how its process ended."""
     message = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None
     if isinstance(message, dict):
         return message.get("extraInfo", {}).get("py_callstack") or message.get("message", "")
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        hint = " (the system may have run out of memory)" if name == "SIGKILL" else ""
-        return f"its process was ended by {name}{hint}"
-    return failure.message
+    if failure.exitcode >= 0:
+        return failure.message
+    hint = " (the system may have run out of memory)" if -failure.exitcode == KILLED else ""
+    return f"its process was ended by {signal.Signals(-failure.exitcode).name}{hint}"
