@@ -34,11 +34,10 @@ class Run:
     def find(cls, name: str) -> "Run":
         """An earlier run by its path; `latest` is the one begun last in `runs/` that has a checkpoint."""
         if name == "latest":
-            begun = sorted(ROOT.glob("**/config.yaml"), key=lambda file: file.stat().st_mtime)
-            found = [file for file in begun if any(file.parent.glob("checkpoints/step-*"))]
+            found = [file for file in ROOT.glob("**/config.yaml") if any(file.parent.glob("checkpoints/step-*"))]
             if not found:
                 raise UserError(f"there is no run with a checkpoint in {ROOT}/ yet")
-            return cls(found[-1].parent)
+            return cls(max(found, key=lambda file: file.stat().st_mtime).parent)
         if not (Path(name) / "config.yaml").is_file():
             raise UserError(f"{name} is not the folder of a run: it holds no config.yaml")
         return cls(name)
