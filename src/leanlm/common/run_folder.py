@@ -87,9 +87,7 @@ class Run:
 
     def rows(self) -> list[dict[str, float]]:
         """The rows of `metrics.csv`, without empty fields. A last one without its line end was cut while it was written."""
-        if not self.metrics.is_file():
-            return []
-        whole = self.metrics.read_text().rpartition("\n")[0]
+        whole = self.metrics.read_text().rpartition("\n")[0] if self.metrics.is_file() else ""
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole.splitlines())]
 
     def results(self) -> dict[str, Any]:

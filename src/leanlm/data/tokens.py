@@ -77,10 +77,16 @@ def prepare(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, progres
 
 def fingerprint(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, report: Progress) -> str:
     """Names the text and the tokenizer. Files that are known by their size and times are not read again."""
-    known = cache_folder() / "tokens" / "by-stat" / _fingerprint_key(corpus, tokenizer, vocabulary)
+    key = [FORMAT, _tokenizer_key(tokenizer, vocabulary)]
+    known = cache_folder() / "tokens" / "by-stat" / _named_by_stat(corpus, key)
     if known.is_file():
         return known.read_text()
-    found = _fingerprint(corpus, tokenizer, vocabulary, report)
+    digest = hashlib.sha256(json.dumps(key).encode())
+    for name in corpus.splits:
+        digest.update(f"\0{name}\0{corpus.size(name)}\0".encode())
+        for chunk in _read(corpus, name, f"fingerprint of {name}", report):
+            digest.update(chunk)
+    found = digest.hexdigest()[:24]
     with suppress(OSError, UserError):  # a cache that holds the tokens may be read-only
         write(writable(known.parent) / known.name, found)
     return found
@@ -150,7 +156,7 @@ def _tokenizer_key(tokenizer: str | Tokenizer, vocabulary: int) -> list:
     return [hashlib.sha256(content).hexdigest(), IN_ONE_PIECE]
 
 
-def _fingerprint_key(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int) -> str:
+def _named_by_stat(corpus: Corpus, key: list) -> str:
     """Names the same files, unchanged as far as size and times tell; spares reading them again."""
     files = [
         (name, str(piece.path.resolve()), piece.start, piece.stop, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
@@ -158,17 +164,7 @@ def _fingerprint_key(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int
         for piece in pieces
         for stat in [piece.path.stat()]
     ]
-    key = json.dumps([FORMAT, files, _tokenizer_key(tokenizer, vocabulary)])
-    return hashlib.sha256(key.encode()).hexdigest()[:24]
-
-
-def _fingerprint(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, report: Progress) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, _tokenizer_key(tokenizer, vocabulary)]).encode())
-    for name in corpus.splits:
-        digest.update(f"\0{name}\0{corpus.size(name)}\0".encode())
-        for chunk in _read(corpus, name, f"fingerprint of {name}", report):
-            digest.update(chunk)
-    return digest.hexdigest()[:24]
+    return hashlib.sha256(json.dumps([*key, files]).encode()).hexdigest()[:24]
 
 
 def _sweep(root: Path, now: float) -> None:

@@ -126,8 +126,7 @@ def average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) -
 def _stored(state: dict[str, Tensor], parameter: Tensor, name: str) -> Plain | Blocks | None:
     if name in state:
         return Plain(state[name])
-    codes = state.get(f"{name}_codes")
-    if codes is None:
+    if (codes := state.get(f"{name}_codes")) is None:
         return None
     return Blocks(codes, state[f"{name}_scales"], 8 * codes.shape[-1] // _columns(parameter), signed=name == "exp_avg")
 

@@ -66,9 +66,8 @@ def fit(settings: Settings, path: Path) -> dict[str, Any]:
         write(run.result, json.dumps(result, indent=2))
         with comfort("the picture"):
             loss_curve({"": run}, run.path / "loss.png")
-    sample = None
-    if rank() == 0 or settings.plan.splits_model:
-        sample = sample_of(parallel, tokens.tokenizer, asked.sample, asked.sample_tokens)
+    writes = rank() == 0 or settings.plan.splits_model
+    sample = sample_of(parallel, tokens.tokenizer, asked.sample, asked.sample_tokens) if writes else None
     if rank() == 0:
         if sample is not None:
             with comfort("samples.txt"), open(run.path / "samples.txt", "a") as file:
@@ -89,9 +88,9 @@ def checkpoint_to_start_from(settings: Settings, tokens: Tokens) -> Path | None:
     start, damaged = newest_whole(run.checkpoints)
     for line in damaged:
         say(f"{line}; " + (f"using {start.name}, the one before it" if start else "there is none before it"))
-    if start is None and damaged:
-        raise UserError(f"{run.path} has no whole checkpoint to resume from; start a new run")
     if start is None:
+        if damaged:
+            raise UserError(f"{run.path} has no whole checkpoint to resume from; start a new run")
         say(f"{run.path} has no checkpoint yet: beginning at step 0")
         return None
     state = state_of(start)
