@@ -62,11 +62,8 @@ def peak_memory() -> int:
 
 
 def memory_now(shared: bool = True) -> int:
-    """Memory of this process in bytes: taken of its GPU, or resident (on Linux; elsewhere the largest so far).
-
-    Args:
-        shared: with the pages of files, such as libraries, which other processes may have too.
-    """
+    """Memory of this process in bytes: taken of its GPU, or resident (on Linux; elsewhere the largest so far). `shared`: with
+    the pages of files, such as libraries, which other processes may have too."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.memory_reserved()
     pages = Path("/proc/self/statm")

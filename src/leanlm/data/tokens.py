@@ -61,12 +61,8 @@ def prepare(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, progres
 
     Memory does not grow with the text: it is read, tokenised and written in chunks of a few MB. (A word vocabulary and
     the pair counts of BPE training grow with the number of different words.)
-
-    Args:
-        corpus: the text.
-        tokenizer: one of byte, char, word, bpe, or the path of a `tokenizer.json`; or one that was made for another text.
-        vocabulary: size of the vocabulary that bpe trains; others ignore it.
-        progress: called as work goes on.
+    `tokenizer`: one of byte, char, word, bpe, or the path of a `tokenizer.json`; or one that was made for another text.
+    `vocabulary`: its size, if it is a bpe that is trained here.
     """
     report = progress or (lambda what, done, total: None)
     folder = cache_folder() / "tokens" / fingerprint(corpus, tokenizer, vocabulary, report)

@@ -31,13 +31,8 @@ def build(
     """The optimizer of named parameters; each of its groups has its peak rate as `peak_lr`.
 
     Fused kernels take tensors of one device mesh at a time, so parameters that are distributed otherwise are other groups.
-
-    Args:
-        named: global name and parameter, or the part of it that this device has.
-        optim: what is asked for.
-        copies: see `Optimizer`, as for `rounding`.
-        offload: keep the averages in the memory of a GPU's machine, or in a file.
-        rounding: of bf16 weights by chance.
+    `named`: global name and parameter, or the part of it that this device has. `offload`: keep the averages in the memory of a
+    GPU's machine, or in a file. For `copies` and `rounding` see `Optimizer`.
     """
     hidden, groups = _groups(named, optim)
     if optim.name == "sgd":

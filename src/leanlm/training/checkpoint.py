@@ -44,9 +44,7 @@ def save(
     """Write `folder/step-N` and keep the last `keep` checkpoints. All ranks must call it.
 
     Args:
-        folder: holds the checkpoints of a run.
         named: parameters to save; each must be given by one rank, or the same by several.
-        optimizer: of these parameters.
         carried: recurrent state of the global batch, `[global batch, ...]` each.
         state: JSON to keep beside; `state["step"]` names the checkpoint.
         keep: checkpoints to keep, at least 1.
@@ -116,8 +114,6 @@ def load(
     call it.
 
     Args:
-        folder: of the checkpoint.
-        named: parameters to fill.
         optimizer: whose state is filled; None: only the parameters are wanted.
         average: filled with the average of the weights, or with the weights where the checkpoint has none.
         prefer_average: fill the parameters with the average, if the checkpoint has one.
