@@ -63,13 +63,15 @@ def writable(folder: Path) -> Path:
 
 
 def write(path: Path, content: str | Iterable[bytes]) -> None:
-    """Replace a file in one go: whoever looks sees the old content or the new. Processes of any number of machines may write
-    the same file at once."""
+    """Replace a file in one go: whoever looks sees the old content or the new, also after the machine has stopped. Processes of
+    any number of machines may write the same file at once."""
     part = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
     try:
         with open(part, "wb") as file:
             file.writelines([content.encode()] if isinstance(content, str) else content)
-        part.rename(path)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

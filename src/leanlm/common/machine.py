@@ -14,7 +14,7 @@ def cores() -> int:
 
 def memory_limit() -> int:
     """Bytes that processes may still take here: what the machine has free, or what the control group allows if that is less."""
-    free = _meminfo("MemAvailable")
+    free = _of_proc("meminfo", "MemAvailable") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for folder in _cgroups():
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             try:
@@ -24,12 +24,11 @@ def memory_limit() -> int:
     return free
 
 
-def _meminfo(key: str) -> int:
-    try:
-        found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        return int(found[1]) * 1024 if found else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _of_proc(file: str, key: str) -> int:
+    """The bytes that a file of Linux gives for a key; 0: there is none."""
+    path = Path("/proc", file)
+    found = re.search(rf"{key}:\s+(\d+) kB", path.read_text()) if path.is_file() else None
+    return int(found[1]) * 1024 if found else 0
 
 
 def _cgroups() -> list[Path]:
@@ -53,9 +52,8 @@ def peak_memory() -> int:
     """Largest memory of this process so far in bytes: what torch has taken of its GPU, or what is resident."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved()
-    status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
+    if peak := _of_proc("self/status", "VmHWM"):
+        return peak
     import resource  # on Linux its figure is not below that of the process that started this one
     import sys
 
@@ -64,11 +62,8 @@ def peak_memory() -> int:
 
 
 def memory_now(shared: bool = True) -> int:
-    """Memory of this process in bytes: taken of its GPU, or resident (on Linux; elsewhere the largest so far).
-
-    Args:
-        shared: with the pages of files, such as libraries, which other processes may have too.
-    """
+    """Memory of this process in bytes: taken of its GPU, or resident (on Linux; elsewhere the largest so far). `shared`: with
+    the pages of files, such as libraries, which other processes may have too."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.memory_reserved()
     pages = Path("/proc/self/statm")

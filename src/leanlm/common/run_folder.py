@@ -34,11 +34,10 @@ class Run:
     def find(cls, name: str) -> "Run":
         """An earlier run by its path; `latest` is the one begun last in `runs/` that has a checkpoint."""
         if name == "latest":
-            begun = sorted(ROOT.glob("**/config.yaml"), key=lambda file: file.stat().st_mtime)
-            found = [file for file in begun if any(file.parent.glob("checkpoints/step-*"))]
+            found = [file for file in ROOT.glob("**/config.yaml") if any(file.parent.glob("checkpoints/step-*"))]
             if not found:
                 raise UserError(f"there is no run with a checkpoint in {ROOT}/ yet")
-            return cls(found[-1].parent)
+            return cls(max(found, key=lambda file: file.stat().st_mtime).parent)
         if not (Path(name) / "config.yaml").is_file():
             raise UserError(f"{name} is not the folder of a run: it holds no config.yaml")
         return cls(name)
@@ -88,9 +87,7 @@ class Run:
 
     def rows(self) -> list[dict[str, float]]:
         """The rows of `metrics.csv`, without empty fields. A last one without its line end was cut while it was written."""
-        if not self.metrics.is_file():
-            return []
-        whole = self.metrics.read_text().rpartition("\n")[0]
+        whole = self.metrics.read_text().rpartition("\n")[0] if self.metrics.is_file() else ""
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(whole.splitlines())]
 
     def results(self) -> dict[str, Any]:
@@ -134,34 +131,23 @@ class Table:
     def __init__(self, run: Run, after: int, mfu: bool = False) -> None:
         """Go on after step `after`: rows beyond it, which a killed run may have left, are dropped. `mfu`: with its column."""
         kept = [row for row in run.rows() if row["step"] <= after]
-        self.pending = kept.pop() if kept else {}  # its validation may come yet
         self.columns = [name for name in COLUMNS if name != "mfu" or mfu or any("mfu" in row for row in kept)]
-        lines = [",".join(self.columns), *map(self._line, kept)]
-        write(run.metrics, "\n".join(lines) + "\n")
-        self.path, self.lines = run.metrics, list[str]()
+        write(run.metrics, ",".join(self.columns) + "\n" + "".join(map(self._line, kept[:-1])))
+        self.path, self.waiting = run.metrics, kept[-1:]  # of the last row the validation may come yet
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        if self.pending and self.pending["step"] != step:
-            self._done()
-            if len(self.lines) >= TOGETHER:
-                self._write()
-        self.pending |= {"step": step, **values}
+        if not self.waiting or self.waiting[-1]["step"] != step:
+            if len(self.waiting) >= TOGETHER:
+                self.flush()
+            self.waiting.append({"step": step})
+        self.waiting[-1] |= values
 
     def flush(self) -> None:
         """Write everything down, the row at hand too; it can be completed no more in this session."""
-        if self.pending:
-            self._done()
-        self._write()
-
-    def _done(self) -> None:
-        self.lines.append(self._line(self.pending) + "\n")
-        self.pending = {}
-
-    def _write(self) -> None:
-        lines, self.lines = self.lines, []
+        rows, self.waiting = self.waiting, []
         with open(self.path, "a") as file:  # not kept open: what a full disk has refused would be tried again, without end
-            file.writelines(lines)
+            file.writelines(map(self._line, rows))
 
     def _line(self, row: dict[str, float]) -> str:
         text = {key: str(int(value)) if key == "step" else repr(float(value)) for key, value in row.items()}
-        return ",".join(text.get(column, "") for column in self.columns)
+        return ",".join(text.get(column, "") for column in self.columns) + "\n"

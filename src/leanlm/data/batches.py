@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -35,15 +37,23 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Shuffled windows: row r of step s is window s * global_batch + r of an endless series of epochs, each a
-    permutation of all windows, shifted by a random offset below `sequence`."""
+class Order:
+    """What the orders of a text have in common: each epoch draws its own random numbers, the first of which shifts it."""
 
     tokens: int
     sequence: int
     global_batch: int
     seed: int
-    _epoch: dict[int, tuple[int, NDArray[np.int64]]] = field(default_factory=dict, repr=False)  # the last one drawn
+
+    def _begin(self, epoch: int, room: int) -> tuple[int, np.random.Generator]:
+        """A shift below `sequence`, by `room` at most, and what draws the rest of the epoch."""
+        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        return int(random.integers(min(room, self.sequence - 1) + 1)), random
+
+
+class Windows(Order):
+    """Shuffled windows: row r of step s is window s * global_batch + r of an endless series of epochs, each a
+    permutation of all windows, shifted by a random offset below `sequence`."""
 
     def offsets(self, step: int) -> tuple[NDArray[np.int64], bool]:
         """First input token of each row, `[global_batch]`; False, since no state is carried."""
@@ -51,7 +61,7 @@ class Windows:
         starts = np.empty(self.global_batch, np.int64)
         for epoch in np.unique(series // self.per_epoch):
             here = series // self.per_epoch == epoch
-            shift, order = self._draw(int(epoch))
+            shift, order = _windows_of(self, int(epoch))
             starts[here] = shift + order[series[here] % self.per_epoch] * self.sequence
         return starts, False
 
@@ -60,34 +70,22 @@ class Windows:
         """Windows in an epoch; one is given up for the shift."""
         return max(1, (self.tokens - 1) // self.sequence - 1)
 
-    def _draw(self, epoch: int) -> tuple[int, NDArray[np.int64]]:
-        if epoch not in self._epoch:
-            random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._epoch.clear()
-            room = self.tokens - 1 - self.per_epoch * self.sequence
-            self._epoch[epoch] = (
-                int(random.integers(min(room, self.sequence - 1) + 1)),
-                random.permutation(self.per_epoch),
-            )
-        return self._epoch[epoch]
+
+@lru_cache(1)
+def _windows_of(order: Windows, epoch: int) -> tuple[int, NDArray[np.int64]]:
+    """Their shift, and their order."""
+    shift, random = order._begin(epoch, order.tokens - 1 - order.per_epoch * order.sequence)
+    return shift, random.permutation(order.per_epoch)
 
 
-@dataclass(frozen=True)
-class Lanes:
+class Lanes(Order):
     """Contiguous lanes: the text is cut into `global_batch` equal lanes, and row g of each step continues where row g
     of the step before stopped. An epoch ends when the lanes do; the next starts anew, shifted by a random offset."""
-
-    tokens: int
-    sequence: int
-    global_batch: int
-    seed: int
 
     def offsets(self, step: int) -> tuple[NDArray[np.int64], bool]:
         """First input token of each row, `[global_batch]`, and whether an epoch begins."""
         epoch, position = divmod(step, self.per_epoch)
-        room = self.length - self.per_epoch * self.sequence
-        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        shift = int(random.integers(min(room, self.sequence - 1) + 1))
+        shift, _ = self._begin(epoch, self.length - self.per_epoch * self.sequence)
         lanes = np.arange(self.global_batch, dtype=np.int64) * self.length
         return lanes + shift + position * self.sequence, position == 0
 
@@ -118,10 +116,8 @@ class GlobalBatches:
     first_step: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        step = self.first_step
-        while True:
+        for step in count(self.first_step):
             yield from self.step(step)
-            step += 1
 
     def step(self, step: int) -> Iterator[Batch]:
         """The micro-batches of one step."""
@@ -192,8 +188,8 @@ class WholeSplit:
         before = torch.from_numpy(self.tokens[np.clip(position - 1, 0, total - 1)].astype(np.int64))
         before[torch.from_numpy(position == 0)] = self.start
         target = ignored(text.masked_fill(~torch.from_numpy(counted), IGNORE), self.ignore)
-        count = int((target != IGNORE).sum())
-        return Batch(before, target, torch.from_numpy(lanes), piece, 0, piece == 0, count)
+        counts = int((target != IGNORE).sum())
+        return Batch(before, target, torch.from_numpy(lanes), piece, 0, piece == 0, counts)
 
 
 def ignored(target: Tensor, ignore: list[int]) -> Tensor:

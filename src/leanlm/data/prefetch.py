@@ -1,9 +1,9 @@
 """Batches that are on a GPU before they are asked for: a thread gathers, pins and copies them, on a stream of its own."""
 
-import threading
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from queue import Queue
 from typing import Any
 
 import torch
@@ -41,31 +41,12 @@ def in_a_thread(items: Iterable[Any], ahead: int) -> Generator[Any]:
 
     What the thread raises is raised here, after the items before it. The thread ends when this iterator is exhausted or closed.
     """
-    ready: Queue[Any] = Queue(ahead)
-    closed, end = threading.Event(), object()
-    failures: list[BaseException] = []
-
-    def make() -> None:
-        try:
-            for item in items:
-                ready.put(item)
-                if closed.is_set():
-                    return
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            ready.put(end)
-
-    thread = threading.Thread(target=make, name="prefetch", daemon=True)
-    thread.start()
+    source, end = iter(items), object()
+    thread = ThreadPoolExecutor(1, "prefetch")
+    ready = deque(thread.submit(next, source, end) for _ in range(ahead))
     try:
-        while (item := ready.get()) is not end:
+        while (item := ready.popleft().result()) is not end:
+            ready.append(thread.submit(next, source, end))
             yield item
-        if failures:
-            raise failures[0]
     finally:
-        closed.set()
-        while thread.is_alive():
-            while not ready.empty():  # it may wait for room
-                ready.get()
-            thread.join(0.01)
+        thread.shutdown(cancel_futures=True)

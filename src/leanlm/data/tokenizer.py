@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from leanlm.common.errors import UserError
 NAMES = ("byte", "char", "word", "bpe")
 PIECE, OVERLAP = 1 << 16, 1 << 12  # characters that the tokenizers library gets at a time, and that two pieces share
 OF_A_LINE = re.compile(rf"(?s).{{{PIECE}}}\S*|.+")  # all of it, unless it is very long
+TOGETHER = 16  # pieces: enough for some cores, little enough for memory
 ALIKE = 8  # tokens before a place, and from it on, that tell that two pieces agree there
 
 
@@ -174,20 +176,18 @@ class Subwords:
         Pieces of it overlap. Near its ends a piece may have other tokens than the whole text has there, so in the middle of
         each overlap a place is looked for around which both pieces have the same tokens.
         """
-        left, before, first = None, "", 0  # the last piece, its text, and its first token that has not been given yet
-        for block in _blocks(chunks):
-            text = before[-OVERLAP:] + block
-            pieces = [text[at : at + PIECE + OVERLAP] for at in range(0, max(1, len(text) - OVERLAP), PIECE)]
-            for piece, right in zip(pieces, self.model.encode_batch(pieces, add_special_tokens=False), strict=True):
+        left, length, first = None, 0, 0  # the last piece, its characters, and its first token that has not been given yet
+        pieces = _pieces(chunks)
+        while batch := list(islice(pieces, TOGETHER)):
+            for piece, right in zip(batch, self.model.encode_batch(batch, add_special_tokens=False), strict=True):
                 if left is not None:
-                    shared = len(before[-OVERLAP:])
-                    stop, start = _meeting(left, right, len(before) - shared, shared)
+                    stop, start = _meeting(left, right, length - OVERLAP, OVERLAP)
                     if start is None:  # such as a very long run of one character: cut there
-                        piece, start = piece[shared:], 0
+                        piece, start = piece[OVERLAP:], 0
                         right = self.model.encode(piece, add_special_tokens=False)
                     yield np.array(left.ids[first:stop], np.int32)
                     first = start
-                left, before = right, piece
+                left, length = right, len(piece)
         if left is not None:
             yield np.array(left.ids[first:], np.int32)
 
@@ -202,14 +202,14 @@ class Subwords:
         return {"kind": "subword", "model": self.model.to_str()}
 
 
-def _blocks(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The same text in blocks of a few pieces: enough for some cores, little enough for memory."""
+def _pieces(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The same text in pieces, of which each begins with the last OVERLAP characters of the one before."""
     text = ""
     for chunk in chunks:
         text += chunk.decode()
-        while len(text) >= 16 * PIECE:
-            yield text[: 16 * PIECE]
-            text = text[16 * PIECE :]
+        while len(text) > PIECE + OVERLAP:
+            yield text[: PIECE + OVERLAP]
+            text = text[PIECE:]
     if text:
         yield text
 
@@ -232,6 +232,9 @@ def _meeting(left: Any, right: Any, shift: int, shared: int) -> tuple[int, int |
     return len(left_ids), None
 
 
+KINDS: dict[str, Callable[..., Tokenizer]] = {"byte": Bytes, "char": Characters, "word": Words, "subword": Subwords}
+
+
 def encoded(tokenizer: Tokenizer, chunks: Iterable[bytes]) -> Iterator[NDArray[np.integer]]:
     """Tokens of a text that comes in chunks, each of whole words."""
     return tokenizer.encode_all(chunks) if isinstance(tokenizer, Subwords) else map(tokenizer.encode, chunks)
@@ -251,16 +254,10 @@ def train(name: str, vocabulary: int, chunks: Callable[[str | None], Iterable[by
 
 
 def restore(state: dict) -> Tokenizer:
-    match state:
-        case {"kind": "byte"}:
-            return Bytes()
-        case {"kind": "char", "characters": characters}:
-            return Characters(characters)
-        case {"kind": "word", "words": words}:
-            return Words(words)
-        case {"kind": "subword", "model": model}:
-            return Subwords(model)
-    raise UserError(f"unknown tokenizer: {json.dumps(state)[:80]}")
+    try:
+        return KINDS[state["kind"]](**{key: value for key, value in state.items() if key != "kind"})
+    except (KeyError, TypeError):
+        raise UserError(f"unknown tokenizer: {json.dumps(state)[:80]}") from None
 
 
 def stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

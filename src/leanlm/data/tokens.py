@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,12 +61,8 @@ def prepare(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, progres
 
     Memory does not grow with the text: it is read, tokenised and written in chunks of a few MB. (A word vocabulary and
     the pair counts of BPE training grow with the number of different words.)
-
-    Args:
-        corpus: the text.
-        tokenizer: one of byte, char, word, bpe, or the path of a `tokenizer.json`; or one that was made for another text.
-        vocabulary: size of the vocabulary that bpe trains; others ignore it.
-        progress: called as work goes on.
+    `tokenizer`: one of byte, char, word, bpe, or the path of a `tokenizer.json`; or one that was made for another text.
+    `vocabulary`: its size, if it is a bpe that is trained here.
     """
     report = progress or (lambda what, done, total: None)
     folder = cache_folder() / "tokens" / fingerprint(corpus, tokenizer, vocabulary, report)
@@ -75,10 +73,16 @@ def prepare(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, progres
 
 def fingerprint(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, report: Progress) -> str:
     """Names the text and the tokenizer. Files that are known by their size and times are not read again."""
-    known = cache_folder() / "tokens" / "by-stat" / _fingerprint_key(corpus, tokenizer, vocabulary)
+    key = [FORMAT, _tokenizer_key(tokenizer, vocabulary)]
+    known = cache_folder() / "tokens" / "by-stat" / _named_by_stat(corpus, key)
     if known.is_file():
         return known.read_text()
-    found = _fingerprint(corpus, tokenizer, vocabulary, report)
+    digest = hashlib.sha256(json.dumps(key).encode())
+    for name in corpus.splits:
+        digest.update(f"\0{name}\0{corpus.size(name)}\0".encode())
+        for chunk in _read(corpus, name, f"fingerprint of {name}", report):
+            digest.update(chunk)
+    found = digest.hexdigest()[:24]
     with suppress(OSError, UserError):  # a cache that holds the tokens may be read-only
         write(writable(known.parent) / known.name, found)
     return found
@@ -87,27 +91,20 @@ def fingerprint(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, rep
 def load(folder: Path) -> Tokens:
     """Open a prepared folder."""
     meta = json.loads((folder / "meta.json").read_text())
-    splits: dict[str, NDArray[np.unsignedinteger]] = {
-        name: np.memmap(folder / f"{name}.bin", meta["dtype"], "r") for name in meta["bytes"]
-    }
+    splits: dict[str, Any] = {name: np.memmap(folder / f"{name}.bin", meta["dtype"], "r") for name in meta["bytes"]}
     return Tokens(folder.name, tokenizers.restore(meta["tokenizer"]), splits, meta["bytes"])
 
 
 def _make(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, folder: Path, report: Progress) -> None:
     """Prepare a folder, unless another process is quicker."""
-
-    def chunks(split: str | None) -> Iterator[bytes]:
-        names = corpus.splits if split is None else [split]
-        total = sum(map(corpus.size, names))
-        return _reported("reading the vocabulary", (c for name in names for c in corpus.chunks(name)), total, report)
-
-    root = writable(folder.parent)
-    made = tokenizers.train(tokenizer, vocabulary, chunks) if isinstance(tokenizer, str) else tokenizer
+    root, what = writable(folder.parent), "reading the vocabulary"
+    if isinstance(tokenizer, str):
+        tokenizer = tokenizers.train(tokenizer, vocabulary, lambda split: _read(corpus, split, what, report))
     part = root / f".{folder.name}.{os.urandom(6).hex()}"
     try:
         part.mkdir()
         _sweep(root, part.stat().st_mtime)
-        _write(corpus, made, part, report)
+        _write(corpus, tokenizer, part, report)
         if not folder.is_dir():
             part.rename(folder)
     except OSError as error:
@@ -121,24 +118,23 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Progress)
     size = tokenizer.vocabulary
     dtype = np.dtype(np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.uint32)
     for name in corpus.splits:
+        chunks = _read(corpus, name, f"tokenising {name}", report)
         with open(folder / f"{name}.bin", "wb") as file:
-            for numbers in tokenizers.encoded(
-                tokenizer, _reported(f"tokenising {name}", corpus.chunks(name), corpus.size(name), report)
-            ):
-                file.write(numbers.astype(dtype).data)
+            file.writelines(numbers.astype(dtype).data for numbers in tokenizers.encoded(tokenizer, chunks))
             if not file.tell():
                 raise UserError(f"the {name} split ({corpus.origin(name)}) has no tokens: it holds nothing but white space")
             file.flush()
             os.fsync(file.fileno())
-    sizes = {name: corpus.size(name) for name in corpus.splits}
-    meta = {"tokenizer": tokenizer.state(), "dtype": dtype.name, "bytes": sizes}
+    meta = {"tokenizer": tokenizer.state(), "dtype": dtype.name, "bytes": {name: corpus.size(name) for name in corpus.splits}}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _reported(what: str, chunks: Iterable[bytes], total: int, report: Progress) -> Iterator[bytes]:
-    done = 0
+def _read(corpus: Corpus, split: str | None, what: str, report: Progress) -> Iterator[bytes]:
+    """The text of a split, or of all, while `report` hears how far it is."""
+    names = corpus.splits if split is None else [split]
+    done, total = 0, sum(map(corpus.size, names))
     report(what, 0, total)
-    for chunk in chunks:
+    for chunk in chain.from_iterable(map(corpus.chunks, names)):
         yield chunk
         done += len(chunk)
         report(what, done, total)
@@ -156,7 +152,7 @@ def _tokenizer_key(tokenizer: str | Tokenizer, vocabulary: int) -> list:
     return [hashlib.sha256(content).hexdigest(), IN_ONE_PIECE]
 
 
-def _fingerprint_key(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int) -> str:
+def _named_by_stat(corpus: Corpus, key: list) -> str:
     """Names the same files, unchanged as far as size and times tell; spares reading them again."""
     files = [
         (name, str(piece.path.resolve()), piece.start, piece.stop, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
@@ -164,17 +160,7 @@ def _fingerprint_key(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int
         for piece in pieces
         for stat in [piece.path.stat()]
     ]
-    key = json.dumps([FORMAT, files, _tokenizer_key(tokenizer, vocabulary)])
-    return hashlib.sha256(key.encode()).hexdigest()[:24]
-
-
-def _fingerprint(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, report: Progress) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, _tokenizer_key(tokenizer, vocabulary)]).encode())
-    for name in corpus.splits:
-        digest.update(f"\0{name}\0{corpus.size(name)}\0".encode())
-        for chunk in _reported(f"fingerprint of {name}", corpus.chunks(name), corpus.size(name), report):
-            digest.update(chunk)
-    return digest.hexdigest()[:24]
+    return hashlib.sha256(json.dumps([*key, files]).encode()).hexdigest()[:24]
 
 
 def _sweep(root: Path, now: float) -> None:

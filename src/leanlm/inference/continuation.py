@@ -35,11 +35,8 @@ class Generate:
 
 
 def continuation(asked: Generate, check_memory: Callable[..., None] | None = None) -> Iterator[str]:
-    """The text that goes on from `asked.prompt`, piece by piece.
-
-    Args:
-        asked: what `conf/generate.yaml` sets.
-        check_memory: where `device.memory` is set, refuses what would take more; see `planning/inference.py`.
+    """The text that goes on from `asked.prompt`, piece by piece. `check_memory`: where `device.memory` is set, refuses what
+    would take more; see `planning/inference.py`.
 
     Raises:
         UserError: the run, the prompt or what is asked for cannot be used, or there is not enough memory.

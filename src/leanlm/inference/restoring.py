@@ -16,13 +16,7 @@ FOLDERS = {"last": "checkpoints", "best": "best"}  # in the folder of a run
 
 def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple[Tokenizer, ParallelModel]":
     """Tokenizer and trained weights of a run under a plan, from its newest whole checkpoint, whatever plan made it: their
-    average over the steps, if the run kept one.
-
-    Args:
-        config: of the run.
-        plan: may be another than that of the run.
-        run: its folder.
-        which: of FOLDERS; `best` is the checkpoint that `callbacks=best` keeps.
+    average over the steps, if the run kept one. `which`: of FOLDERS; `best` is the checkpoint that `callbacks=best` keeps.
 
     Raises:
         UserError: the run has no whole checkpoint.

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,19 +19,18 @@ from typing import Any, NoReturn
 
 from leanlm.common.errors import UserError
 from leanlm.launch.ranks import drop_output, launched, set_threads
-from leanlm.launch.signals import named, stopping
+from leanlm.launch.signals import KILLED, give_back, handled, named, stopping
 
 START_METHOD = "spawn"  # fresh processes; a fork of one that has used CUDA or OpenMP may hang
 PATIENCE = 3600  # seconds that workers have to end their step and save it, once they are told to stop
+LOST_A_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Gloo", "gloo")  # of a RuntimeError
+_USER_ERROR = "leanlm user error: "
 
 
 @contextmanager
 def ended_by_closed_pipes() -> Iterator[None]:
     """Within, a pipe that nobody reads any more ends this process as it ends other commands: at once, quietly, by SIGPIPE."""
-    if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    before = handled(named("SIGPIPE"), signal.SIG_DFL)
     try:
         yield
     finally:
@@ -40,13 +38,12 @@ def ended_by_closed_pipes() -> Iterator[None]:
             sys.stdout.flush()
         except BrokenPipeError:  # of a run that has survived it
             drop_output()
-        signal.signal(signal.SIGPIPE, before)
+        give_back(before)
 
 
 def survive_closed_pipes() -> None:
     """From here on such a pipe is an error of the one that writes to it, which may be a logger of a run. See `ranks.say`."""
-    if sys.platform != "win32" and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    handled(named("SIGPIPE"), signal.SIG_IGN)
 
 
 class Stopped(Exception):
@@ -101,7 +98,7 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
         rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=restarts, monitor_interval=0.1,
         start_method=START_METHOD,
     )  # fmt: skip
-    handlers = {number: signal.getsignal(number) for number in named("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")}
+    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in named("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")}
     try:
         return elastic_launch(config, _worker)(function, arguments)[0]
     except errors.ChildFailedError as error:
@@ -117,11 +114,7 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
             worker.kill()
         raise Stopped(int(error.sigval), "") from None
     finally:
-        for number, handler in handlers.items():  # the agent keeps its own
-            signal.signal(number, handler)
-
-
-_USER_ERROR = "leanlm user error: "
+        give_back(handlers)  # the agent keeps its own
 
 
 def leave(code: int) -> NoReturn:
@@ -148,7 +141,7 @@ def _worker(function: Callable[..., Any], arguments: tuple) -> Any:
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception as error:
-        if _lost_a_peer(error):
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_A_PEER):
             time.sleep(3)  # the rank that failed first has its say; the agent ends this one meanwhile
         if isinstance(error, UserError):
             error.args = (_USER_ERROR + str(error),)
@@ -156,18 +149,12 @@ def _worker(function: Callable[..., Any], arguments: tuple) -> Any:
     leave(code)
 
 
-def _lost_a_peer(error: Exception) -> bool:
-    words = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Gloo", "gloo")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
 def _explain(failure: Any) -> str:
     """The traceback a worker left, or how its process ended."""
     message = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None
     if isinstance(message, dict):
         return message.get("extraInfo", {}).get("py_callstack") or message.get("message", "")
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        hint = " (the system may have run out of memory)" if name == "SIGKILL" else ""
-        return f"its process was ended by {name}{hint}"
-    return failure.message
+    if failure.exitcode >= 0:
+        return failure.message
+    hint = " (the system may have run out of memory)" if -failure.exitcode == KILLED else ""
+    return f"its process was ended by {signal.Signals(-failure.exitcode).name}{hint}"

@@ -5,13 +5,12 @@ It takes the place of the process that chose, and imports nothing but Python: to
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from leanlm.launch.signals import KILLED, stopping
+from leanlm.launch.signals import KILLED, handled, stopping
 
 OUT_OF_MEMORY = 128 + KILLED  # exit status of a run whose memory ended, whoever noticed
 PREDICTED, ATTEMPT = "LEANLM_PREDICTED", "LEANLM_ATTEMPT"  # as JSON; which time it is planned, from 0
@@ -41,8 +40,7 @@ def main() -> None:
     run, again, resume, checkpoints = json.loads(sys.argv[1])
     attempt = os.environ.pop(ATTEMPT)
     child = subprocess.Popen([*TRAIN, *run])
-    for number in stopping():
-        signal.signal(number, lambda number, _: child.send_signal(number))
+    handled(stopping(), lambda number, _: child.send_signal(number))
     status = child.wait()
     if status not in (-KILLED, OUT_OF_MEMORY) or again is None:
         sys.exit(status if status >= 0 else 128 - status)

@@ -1,19 +1,14 @@
 """AdamW whose averages may take fewer bytes, and whose step makes no copy of any tensor."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from leanlm.memory.offload import StateStorage
 from leanlm.optimizers import low_bit
 from leanlm.optimizers.base import Optimizer, put_away
-from leanlm.optimizers.rounding import Rounding
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 
 class AdamW(Optimizer):
@@ -22,23 +17,13 @@ class AdamW(Optimizer):
     Args:
         groups: of parameters.
         kind: of `low_bit.BITS`; how the averages are kept.
-        rounding: this and the next two are attributes of `Optimizer`.
-        copies: see there.
-        scratch: see there.
-        defaults: lr, betas, eps, weight_decay.
+        settings: lr, betas, eps, weight_decay; and those of `Optimizer`.
     """
 
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        kind: str = "fp32",
-        rounding: Rounding | None = None,
-        copies: "DeviceMesh | None" = None,
-        scratch: StateStorage | None = None,
-        **defaults: Any,
-    ) -> None:
-        super().__init__(groups, defaults)
-        self.kind, self.rounding, self.copies, self.scratch = kind, rounding, copies, scratch
+    def __init__(self, groups: list[dict[str, Any]], kind: str = "fp32", **settings: Any) -> None:
+        defaults = {key: settings.pop(key) for key in ("lr", "betas", "eps", "weight_decay") if key in settings}
+        super().__init__(groups, defaults, **settings)
+        self.kind = kind
         self.sent: list[Any] = []  # rows on their way to the other copies
 
     def update(self) -> None:

@@ -19,16 +19,24 @@ SMALLEST = 4096  # numbers in a tensor, or bytes of its state, below which neith
 class Optimizer(torch.optim.Optimizer):
     """What AdamW, Muon and both together have in common.
 
-    Attributes:
+    Args:
+        asked: what the optimizer of torch's that it is made of takes, as `settings` are.
         rounding: of bf16 parameters by chance; None: to the nearest.
         copies: devices that hold the same parameters, among which state and work are divided by rows (ZeRO-1, Rajbhandari et
             al. 2020, arXiv 1910.02054); None: each does all of it.
         scratch: where the state is between two steps; None: in the device's memory.
     """
 
-    rounding: Rounding | None = None
-    copies: "DeviceMesh | None" = None
-    scratch: StateStorage | None = None
+    def __init__(
+        self,
+        *asked: Any,
+        rounding: Rounding | None = None,
+        copies: "DeviceMesh | None" = None,
+        scratch: StateStorage | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(*asked, **settings)
+        self.rounding, self.copies, self.scratch = rounding, copies, scratch
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:

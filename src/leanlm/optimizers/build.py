@@ -1,13 +1,14 @@
 """Optimizers of plain and of distributed parameters. Weight decay acts on matrices only, not on biases and norms."""
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from leanlm.common.dtensors import is_dtensor
-from leanlm.memory.offload import StateStorage, host_memory, scratch
+from leanlm.memory.offload import host_memory, scratch
 from leanlm.models import kernels
 from leanlm.optimizers.adafactor import Adafactor
 from leanlm.optimizers.adamw import AdamW
@@ -30,28 +31,23 @@ def build(
     """The optimizer of named parameters; each of its groups has its peak rate as `peak_lr`.
 
     Fused kernels take tensors of one device mesh at a time, so parameters that are distributed otherwise are other groups.
-
-    Args:
-        named: global name and parameter, or the part of it that this device has.
-        optim: what is asked for.
-        copies: devices that hold the same parameters and divide the averages among them (ZeRO-1); None: they are not divided.
-        offload: keep the averages in the memory of a GPU's machine, or in a file.
-        rounding: of bf16 weights by chance; None: to the nearest.
+    `named`: global name and parameter, or the part of it that this device has. `offload`: keep the averages in the memory of a
+    GPU's machine, or in a file. For `copies` and `rounding` see `Optimizer`.
     """
     hidden, groups = _groups(named, optim)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=_fuses_sgd(groups), foreach=False)
     if optim.name == "adafactor":
         return Adafactor(groups, lr=optim.lr, foreach=False)  # foreach: temporary copies of all parameters at once
-    away: StateStorage | None = None
+    ours: dict[str, Any] = {"rounding": rounding, "copies": copies, "scratch": None}
     if offload:
-        away = host_memory() if kernels.on_gpu((hidden or groups)[0]["params"][0]) else scratch()
+        ours["scratch"] = host_memory() if kernels.on_gpu((hidden or groups)[0]["params"][0]) else scratch()
     parts: list[torch.optim.Optimizer] = []  # a middle stage may have matrices only
     if hidden:
-        parts.append(Muon(hidden, rounding, copies, away, lr=optim.muon_lr, momentum=optim.momentum))
+        parts.append(Muon(hidden, lr=optim.muon_lr, momentum=optim.momentum, **ours))
     settings: dict[str, Any] = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
-    if groups and (optim.state != "fp32" or rounding or away or copies is not None):
-        parts.append(AdamW(groups, optim.state, rounding, copies, away, **settings))
+    if groups and (optim.state != "fp32" or any(each is not None for each in ours.values())):
+        parts.append(AdamW(groups, optim.state, **settings, **ours))
     elif groups:
         parts.append(torch.optim.AdamW(groups, **settings, fused=True))  # fused: no temporary copy of the parameters
     return Combined(parts) if hidden else parts[0]
@@ -59,20 +55,16 @@ def build(
 
 def _groups(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The groups of Muon, and those of all other parameters."""
-    hidden: list[nn.Parameter] = []
-    others: dict[tuple[bool, Any], list[nn.Parameter]] = {}
+    found: dict[tuple[bool, float, Any], list[nn.Parameter]] = {}
     for name, parameter in named:
-        if optim.name == "muon" and parameter.dim() == 2 and name.startswith("blocks."):
-            hidden.append(parameter)
-        else:
-            mesh = parameter.device_mesh if is_dtensor(parameter) else None
-            others.setdefault((parameter.dim() >= 2, mesh), []).append(parameter)
-    of_muon = [{"params": hidden, "weight_decay": optim.weight_decay, "peak_lr": optim.muon_lr}]
-    of_others = [
-        {"params": parameters, "weight_decay": optim.weight_decay if matrix else 0.0, "peak_lr": optim.lr}
-        for (matrix, _), parameters in others.items()
-    ]
-    return of_muon if hidden else [], of_others
+        hidden = optim.name == "muon" and parameter.dim() == 2 and name.startswith("blocks.")
+        mesh = parameter.device_mesh if is_dtensor(parameter) and not hidden else None
+        found.setdefault((hidden, optim.weight_decay if parameter.dim() >= 2 else 0.0, mesh), []).append(parameter)
+    groups: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for (hidden, decay, _), parameters in found.items():
+        peak = optim.muon_lr if hidden else optim.lr
+        groups[hidden].append({"params": parameters, "weight_decay": decay, "peak_lr": peak})
+    return groups[True], groups[False]
 
 
 def _fuses_sgd(groups: list[dict[str, Any]]) -> bool:
@@ -97,10 +89,7 @@ class Combined(Optimizer):
                 self.copies, self.scratch = part.copies, part.scratch
 
     def update(self) -> None:
-        first = 0
+        groups = iter(self.param_groups)  # which may have been replaced by loading a checkpoint, as the state may
         for part in self.parts:
-            last = first + len(part.param_groups)
-            # ours may have been replaced by loading a checkpoint
-            part.state, part.param_groups = self.state, self.param_groups[first:last]
+            part.state, part.param_groups = self.state, list(islice(groups, len(part.param_groups)))
             part.step()
-            first = last

@@ -95,11 +95,9 @@ def nearest(bits: int, signed: bool, device: torch.device = CPU) -> Tensor:
 def average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) -> Plain | Blocks:
     """One average of a parameter, made if it is not there yet, converted if it is of another kind.
 
-    Args:
-        state: of the parameter; holds `<name>`, or `<name>_codes` and `<name>_scales`.
-        parameter: or the part of it whose state this device keeps.
-        name: `exp_avg` or `exp_avg_sq`.
-        kind: of BITS. What is small, or has rows that are not whole blocks, stays in float32.
+    `state` holds `<name>`, which is `exp_avg` or `exp_avg_sq`, or else `<name>_codes` and `<name>_scales`; of `parameter` the
+    part is enough whose state this device keeps. Of whatever `kind` (of BITS), what is small, or has rows that are not whole
+    blocks, stays in float32.
     """
     columns, wide = _columns(parameter), torch.promote_types(parameter.dtype, torch.float32)
     bits = 32 if parameter.numel() < base.SMALLEST else BITS[kind]
@@ -126,8 +124,7 @@ def average(state: dict[str, Tensor], parameter: Tensor, name: str, kind: str) -
 def _stored(state: dict[str, Tensor], parameter: Tensor, name: str) -> Plain | Blocks | None:
     if name in state:
         return Plain(state[name])
-    codes = state.get(f"{name}_codes")
-    if codes is None:
+    if (codes := state.get(f"{name}_codes")) is None:
         return None
     return Blocks(codes, state[f"{name}_scales"], 8 * codes.shape[-1] // _columns(parameter), signed=name == "exp_avg")
 

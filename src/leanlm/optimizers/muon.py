@@ -1,20 +1,15 @@
 """Muon (Jordan 2024) for plain and for distributed matrices."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz  # private; the same in torch 2.11 and 2.13
 
 from leanlm.common.dtensors import is_dtensor, local, local_part, whole
-from leanlm.memory.offload import StateStorage
 from leanlm.models import kernels
 from leanlm.optimizers.base import Optimizer, put_away
-from leanlm.optimizers.rounding import Rounding
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 STACK = 1 << 24  # numbers at most in the matrices that Muon updates together on a GPU
 
@@ -26,17 +21,6 @@ class Muon(Optimizer, torch.optim.Muon):
     does; and if it is distributed, rounded by chance, or has its momentum elsewhere. A distributed one keeps its
     momentum so; its update is made of the whole of it, gathered in bf16 and orthogonalised in the same way on each device.
     """
-
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        rounding: Rounding | None = None,
-        copies: "DeviceMesh | None" = None,
-        scratch: StateStorage | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(groups, **settings)
-        self.rounding, self.copies, self.scratch = rounding, copies, scratch
 
     def update(self) -> None:
         for group in self.param_groups:

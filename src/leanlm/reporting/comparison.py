@@ -28,14 +28,14 @@ def compare(paths: list[Path], into: Path) -> Path:
     results = {name: run.results() for name, run in runs.items() if run.result.is_file()}
     if not results:
         raise UserError("none of these is the folder of a finished run: " + ", ".join(map(str, paths)))
-    base = next(iter(results.values()))
+    base = next(iter(results))
+    first = curve(runs[base])
     table = Table(padding=(0, 0), collapse_padding=True)
     for column in ("run", "loss", "perplexity", "tokens/s", "peak MiB", "exactness", "difference*"):
         table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
-    first = curve(runs[next(iter(results))])
     for name, result in results.items():
         shared = [abs(loss - first[step]) for step, loss in curve(runs[name]).items() if step in first]
-        same = result["parameters"] == base["parameters"] and shared
+        same = result["parameters"] == results[base]["parameters"] and shared
         table.add_row(
             name,
             f"{result['loss']:.4f}",
@@ -48,7 +48,7 @@ def compare(paths: list[Path], into: Path) -> Path:
     console = Console(markup=False)
     console.print(table)
     console.print("loss and perplexity are of the validation split, the peak is that of the largest rank")
-    console.print(f"* largest difference of the training loss from {next(iter(results))}, where the model has the same size")
+    console.print(f"* largest difference of the training loss from {base}, where the model has the same size")
     for name in runs.keys() - results.keys():
         console.print(f"{name}: not finished")
     loss_curve({name: runs[name] for name in results}, into / "comparison-loss.png")

@@ -5,6 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,12 @@ def model(config: Config, plan: Plan, vocabulary: int) -> Model:
 
 def parallel_model(config: Config, plan: Plan, vocabulary: int) -> ParallelModel:
     """What this rank holds of the configured model, with its initial weights. All ranks must call it."""
-    autocast = PRECISIONS[config.precision][1]
+    with without_storage() if plan.splits_model else nullcontext():
+        net = model(config, plan, vocabulary)
     if not plan.splits_model:
-        net = model(config, plan, vocabulary)
         initialize(net, config.seed)
-        return ParallelModel(net, plan, config.seed, device(config), autocast=autocast)
-    with without_storage():
-        net = model(config, plan, vocabulary)
     cost = balance.costs(net) if plan.pipeline > 1 else None
-    return ParallelModel(net, plan, config.seed, device(config), cost, autocast)
+    return ParallelModel(net, plan, config.seed, device(config), cost, PRECISIONS[config.precision][1])
 
 
 def device(config: Config) -> torch.device:

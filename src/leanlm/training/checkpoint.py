@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from leanlm.common.errors import UserError
-from leanlm.launch.ranks import on_rank_0, say
+from leanlm.common.files import write
+from leanlm.launch.ranks import on_rank_0, rank, say
 from leanlm.memory import offload
 from leanlm.optimizers.base import owned, put_away
 from leanlm.optimizers.low_bit import convert, empty_like
 
 FORMAT = 1
-CALLBACKS = "callbacks.pt"
+STATE, CALLBACKS = "state.json", "callbacks.pt"
 
 Named = Iterable[tuple[str, Tensor]]  # a rank's parameters, whole or its shards, by global name
 
@@ -44,9 +44,7 @@ def save(
     """Write `folder/step-N` and keep the last `keep` checkpoints. All ranks must call it.
 
     Args:
-        folder: holds the checkpoints of a run.
         named: parameters to save; each must be given by one rank, or the same by several.
-        optimizer: its state is saved by the name of the parameter.
         carried: recurrent state of the global batch, `[global batch, ...]` each.
         state: JSON to keep beside; `state["step"]` names the checkpoint.
         keep: checkpoints to keep, at least 1.
@@ -62,10 +60,12 @@ def save(
     part = folder / f".writing-{whole.name}"
     named = list(named)
     tensors = {f"model.{name}": parameter.detach() for name, parameter in named}
-    tensors |= {f"optimizer.{name}": value for name, value in _optimizer_state(named, optimizer).items()}
+    for name, parameter in named:
+        state_of_one = optimizer.state.get(parameter, {}).items()
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in state_of_one if isinstance(value, Tensor)}
     tensors |= {f"average.{name}": value for name, value in average}
     tensors |= {f"carried.{name}": value for name, value in carried.items()}
-    tensors |= {f"rng.{_rank()}": torch.get_rng_state()}
+    tensors |= {f"rng.{rank()}": torch.get_rng_state()}
 
     def begin() -> None:
         for left in folder.glob(".writing-*"):  # by a run that was killed
@@ -73,16 +73,18 @@ def save(
         part.mkdir(parents=True)
 
     def end() -> None:
-        _write(part / "state.json", {"format": FORMAT, **state})
+        write(part / STATE, json.dumps({"format": FORMAT, **state}, indent=1))
         if callbacks:
             with open(part / CALLBACKS, "wb") as file:
                 torch.save(callbacks, file)
         files = sorted(file for file in part.iterdir() if file.is_file())
-        _write(part / "manifest.json", {file.name: [file.stat().st_size, _digest(file)] for file in files})
+        manifest = {file.name: [file.stat().st_size, _digest(file)] for file in files}
+        write(part / "manifest.json", json.dumps(manifest, indent=1))
         if whole.exists():  # a run that was resumed may reach a step again
             shutil.rmtree(whole)
         part.rename(whole)
-        _sync(folder)
+        if os.name == "posix":  # Windows opens no folders
+            _sync(folder)
         # one of a later step is damaged, or this run would have begun there: it must not crowd out whole ones
         kept = [each for each in checkpoints(folder) if each.name <= whole.name][-keep:]
         for other in set(checkpoints(folder)) - set(kept):
@@ -94,7 +96,7 @@ def save(
         failed = failed or on_rank_0(lambda: storage.failure(end))
     finally:
         offload.release_all()
-        if _rank() == 0:
+        if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
     if failed:
         raise UserError(f"no checkpoint of step {state['step']} was written: {failed}; {newest(folder)}")
@@ -112,8 +114,6 @@ def load(
     call it.
 
     Args:
-        folder: of the checkpoint.
-        named: parameters to fill.
         optimizer: whose state is filled; None: only the parameters are wanted.
         average: filled with the average of the weights, or with the weights where the checkpoint has none.
         prefer_average: fill the parameters with the average, if the checkpoint has one.
@@ -134,20 +134,21 @@ def load(
     tensors = {f"{kind}.{name}": parameter.detach() for name, parameter in parameters.items()}
     average = list(average)
     tensors |= {f"average.{name}": part for name, part in reversed(average) if has_average}
+    states: dict[str, dict[str, Tensor]] = {}  # of the optimizer: parameter -> key -> tensor
     for name, meta in stored.items():
         kind, _, rest = name.partition(".")
-        if kind == "optimizer" and optimizer is not None and rest.rpartition(".")[0] in parameters:
-            parameter = parameters[rest.rpartition(".")[0]]
-            whole = rest.rpartition(".")[2] in getattr(optimizer, "whole_state", ())
+        owner, _, key = rest.rpartition(".")
+        if kind == "optimizer" and optimizer is not None and owner in parameters:
+            parameter, state = parameters[owner], states.setdefault(owner, {})
+            whole = key in getattr(optimizer, "whole_state", ())
             if len(meta.size) == parameter.dim() > 0 and not whole:  # as large, or packed along its last dimension
-                tensors[name] = empty_like(owned(optimizer, parameter), meta.size, meta.properties.dtype)
+                state[key] = empty_like(owned(optimizer, parameter), meta.size, meta.properties.dtype)
             else:
-                tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype, device=parameter.device)
+                state[key] = torch.empty(meta.size, dtype=meta.properties.dtype, device=parameter.device)
             if (file := getattr(optimizer, "scratch", None)) is not None:
-                place = {name: tensors[name]}
-                put_away(place, file)
-                tensors |= place
-        elif kind == "carried" or name == f"rng.{_rank()}":
+                put_away(state, file)
+            tensors[name] = state[key]
+        elif kind == "carried" or name == f"rng.{rank()}":
             tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype)
 
     storage.load(tensors, folder)
@@ -160,19 +161,20 @@ def load(
         if part is not source:
             part.copy_(source)
     if optimizer is not None:
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                owner, _, key = name.removeprefix("optimizer.").rpartition(".")
-                for parameter in (parameter for name, parameter in named if name == owner):
-                    mine = parameter is parameters[owner]
-                    optimizer.state[parameter][key] = value if mine else value.clone()
-        for _, parameter in named:
-            if parameter in optimizer.state:
+        for name, parameter in named:
+            if name in states:
+                mine = parameter is parameters[name]
+                optimizer.state[parameter] = {key: part if mine else part.clone() for key, part in states[name].items()}
                 convert(optimizer.state[parameter], owned(optimizer, parameter), getattr(optimizer, "kind", None))
-        if f"rng.{_rank()}" in tensors:
-            torch.set_rng_state(tensors[f"rng.{_rank()}"])
+        if f"rng.{rank()}" in tensors:
+            torch.set_rng_state(tensors[f"rng.{rank()}"])
     carried = {name.removeprefix("carried."): value for name, value in tensors.items() if name.startswith("carried.")}
-    return carried, json.loads((folder / "state.json").read_text())
+    return carried, state_of(folder)
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint."""
+    return json.loads((folder / STATE).read_text())
 
 
 def callback_states(folder: Path) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def of_text(folder: Path) -> str:
     """The fingerprint of the text that the newest checkpoint of a run was trained on."""
-    return json.loads((checkpoints(folder)[-1] / "state.json").read_text())["text"]
+    return state_of(checkpoints(folder)[-1])["text"]
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
@@ -219,11 +221,11 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        items = [(checkpoint / name, name, size, digest) for name, (size, digest) in manifest.items()]
+        items = [(name, size, digest) for name, (size, digest) in manifest.items()]
     except (OSError, ValueError, AttributeError, TypeError):
         return "manifest.json is missing or cannot be read"
-    for file, name, size, digest in items:
-        if not file.is_file():
+    for name, size, digest in items:
+        if not (file := checkpoint / name).is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
@@ -232,25 +234,9 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def _optimizer_state(named: Named, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, parameter in named
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
-
-
 def _digest(file: Path) -> str:
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _write(file: Path, content: Any) -> None:
-    with open(file, "w") as target:
-        json.dump(content, target, indent=1)
-        target.flush()
-        os.fsync(target.fileno())
 
 
 def _sync(folder: Path) -> None:
@@ -259,7 +245,3 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -14,6 +14,7 @@ from leanlm.data.tokenizer import Tokenizer
 from leanlm.data.tokens import Tokens, fingerprint, prepare
 from leanlm.launch.ranks import rank
 from leanlm.models.contract import Model
+from leanlm.strategies.plan import Plan
 
 MANY = 1 << 20  # tokens that are looked at together
 
@@ -25,15 +26,11 @@ def tokens(settings: Settings) -> Tokens:
         UserError: the text is too short, or `data.ignore` names a token that does not exist.
     """
     data = settings.config.data
-
     with PreparationBar() as bar:
         made = prepare(settings.corpus, data["tokenizer"], data["vocabulary"], bar)
     problems = fits(settings.config, {split: len(numbers) for split, numbers in made.splits.items()})
-    problems += [
-        f"data.ignore: the tokenizer has no token {name!r}"
-        for name in data.get("ignore", [])
-        if not made.tokenizer.numbers(name)
-    ]
+    unknown = [name for name in data.get("ignore", []) if not made.tokenizer.numbers(name)]
+    problems += [f"data.ignore: the tokenizer has no token {name!r}" for name in unknown]
     left_out = ignored(settings.config, made.tokenizer)
     for split, numbers in made.splits.items() if left_out else ():
         if all(np.isin(numbers[first : first + MANY], left_out).all() for first in range(0, len(numbers), MANY)):
@@ -70,18 +67,9 @@ def ignored(config: Config, tokenizer: Tokenizer) -> list[int]:
 def training_batches(settings: Settings, tokens: Tokens, net: Model, first_step: int = 0) -> GlobalBatches:
     """This rank's micro-batches of every step from `first_step` on."""
     config, plan = settings.config, settings.plan
-    order = (Lanes if net.carries_state else Windows)(
-        len(tokens.splits["train"]), config.sequence, config.global_batch, config.seed
-    )
-    return GlobalBatches(
-        tokens.splits["train"],
-        order,
-        plan.data_parallel_size,
-        plan.data_parallel_rank(rank()),
-        plan.batches_per_step,
-        ignored(config, tokens.tokenizer),
-        first_step,
-    )
+    kind, text, left_out = Lanes if net.carries_state else Windows, tokens.splits["train"], ignored(config, tokens.tokenizer)
+    order = kind(len(text), config.sequence, config.global_batch, config.seed)
+    return GlobalBatches(text, order, *_share(plan), plan.batches_per_step, left_out, first_step)
 
 
 def whole_split(settings: Settings, tokenizer: Tokenizer, net: Model, numbers: Any) -> WholeSplit:
@@ -94,14 +82,10 @@ def whole_split(settings: Settings, tokenizer: Tokenizer, net: Model, numbers: A
     else:
         length = config.sequence
     rows = max(1, min(plan.micro_batch(config.global_batch), -(-len(numbers) // length)))
-    return WholeSplit(
-        numbers,
-        tokenizer.start,
-        config.sequence,
-        length,
-        overlap,
-        rows,
-        plan.data_parallel_size,
-        plan.data_parallel_rank(rank()),
-        ignored(config, tokenizer),
-    )
+    lanes = config.sequence, length, overlap, rows
+    return WholeSplit(numbers, tokenizer.start, *lanes, *_share(plan), ignored(config, tokenizer))
+
+
+def _share(plan: Plan) -> tuple[int, int]:
+    """Among how many ranks the rows are divided, and which of them this one is."""
+    return plan.data_parallel_size, plan.data_parallel_rank(rank())

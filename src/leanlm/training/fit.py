@@ -31,7 +31,7 @@ from leanlm.training import build, data, utilization
 from leanlm.training.callbacks.checkpoints import Checkpoints
 from leanlm.training.callbacks.progress import Progress
 from leanlm.training.callbacks.record import Record
-from leanlm.training.checkpoint import newest_whole
+from leanlm.training.checkpoint import newest_whole, state_of
 from leanlm.training.lightning_module import LanguageModel
 
 
@@ -53,7 +53,7 @@ def fit(settings: Settings, path: Path) -> dict[str, Any]:
     record = Record(run, asked.log_every, utilization.full_speed(settings, tokens.tokenizer.vocabulary, card))
     checkpoints = Checkpoints(run, record, asked, tokens.fingerprint, start)
     callbacks = [record, *([Progress(record)] if rank() == 0 else []), *build.callbacks(asked), checkpoints]
-    first_step = _step_of(start)
+    first_step = state_of(start)["step"] if start else 0
     loggers = build.loggers(asked, run.path, first_step)
     trainer = build.trainer(settings, callbacks, loggers, asked.max_steps, run.path)
     batches = data.training_batches(settings, tokens, parallel.net, first_step)
@@ -66,9 +66,8 @@ def fit(settings: Settings, path: Path) -> dict[str, Any]:
         write(run.result, json.dumps(result, indent=2))
         with comfort("the picture"):
             loss_curve({"": run}, run.path / "loss.png")
-    sample = None
-    if rank() == 0 or settings.plan.splits_model:
-        sample = sample_of(parallel, tokens.tokenizer, asked.sample, asked.sample_tokens)
+    writes = rank() == 0 or settings.plan.splits_model
+    sample = sample_of(parallel, tokens.tokenizer, asked.sample, asked.sample_tokens) if writes else None
     if rank() == 0:
         if sample is not None:
             with comfort("samples.txt"), open(run.path / "samples.txt", "a") as file:
@@ -89,12 +88,12 @@ def checkpoint_to_start_from(settings: Settings, tokens: Tokens) -> Path | None:
     start, damaged = newest_whole(run.checkpoints)
     for line in damaged:
         say(f"{line}; " + (f"using {start.name}, the one before it" if start else "there is none before it"))
-    if start is None and damaged:
-        raise UserError(f"{run.path} has no whole checkpoint to resume from; start a new run")
     if start is None:
+        if damaged:
+            raise UserError(f"{run.path} has no whole checkpoint to resume from; start a new run")
         say(f"{run.path} has no checkpoint yet: beginning at step 0")
         return None
-    state = json.loads((start / "state.json").read_text())
+    state = state_of(start)
     if state["text"] != tokens.fingerprint:
         raise UserError(f"the text or its tokens are not those that {run.path} was trained on; set data.path to the same text")
     if state["step"] >= settings.config.max_steps:
@@ -165,7 +164,3 @@ def sample_of(parallel: ParallelModel, tokenizer: Tokenizer, prompt: str, tokens
         logits_after = relay.logits_after(parallel) if parallel.plan.splits_model else LogitsAfter(parallel.net)
         return prompt + "".join(stream(tokenizer, generate(logits_after, begin, tokens, temperature=0.8)))
     return None
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return json.loads((checkpoint / "state.json").read_text())["step"] if checkpoint else 0

@@ -47,9 +47,8 @@ class LanguageModel(pl.LightningModule):
     def __init__(self, parallel: ParallelModel, pipeline: "Pipeline | None", optimizer: Optim, max_steps: int, clip: float,
                  chance: int | None = None) -> None:  # fmt: skip
         super().__init__()
-        self.automatic_optimization = (
-            False  # Lightning's order of forward, zero_grad and backward leaves no room for a pipeline
-        )
+        # Lightning's order of forward, zero_grad and backward leaves no room for a pipeline
+        self.automatic_optimization = False
         self.net, self.parallel, self.pipeline, self.plan = parallel.net, parallel, pipeline, parallel.plan
         self.stages = nn.ModuleList(parallel.stages.values())
         self.optimizer, self.max_steps, self.clip = optimizer, max_steps, clip
@@ -179,4 +178,4 @@ class TokenLoss(Metric):
 
 def held_bytes(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of these tensors on this rank."""
-    return sum(part.numel() * part.element_size() for part in (local(t) for t in tensors if t is not None))
+    return sum(local(tensor).nbytes for tensor in tensors if tensor is not None)

@@ -17,15 +17,9 @@ def operations_per_token(settings: Settings, vocabulary: int) -> float:
 
 
 def full_speed(settings: Settings, vocabulary: int, card: str | None) -> float | None:
-    """Tokens/s at which all devices of a run would multiply all the time; None: it is a CPU, or has no data sheet.
-
-    Args:
-        settings: of the run.
-        vocabulary: token types.
-        card: name of the GPU, as torch has it; None: a CPU.
-    """
-    flops = _rates(card) if card else None
-    if flops is None:
+    """Tokens/s at which all devices of a run would multiply all the time; None: it is a CPU, or has no data sheet. `card`: name
+    of the GPU, as torch has it; None: a CPU."""
+    if card is None or (flops := _rates(card)) is None:
         return None
     kind = {"fp32": "float32", "fp64": "float64"}.get(settings.config.precision, "bfloat16")
     return flops[kind] * settings.plan.world / operations_per_token(settings, vocabulary)

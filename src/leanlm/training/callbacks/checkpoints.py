@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,11 +17,12 @@ from leanlm.config.schema import Config
 from leanlm.config.words import pasted
 from leanlm.launch.processes import Stopped
 from leanlm.launch.ranks import say
-from leanlm.launch.signals import stopping
+from leanlm.launch.signals import give_back, handled, stopping
 from leanlm.training import checkpoint
 from leanlm.training.callbacks.average import averages, training_weights
 from leanlm.training.callbacks.record import Record, validate_now
-from leanlm.training.lightning_module import LanguageModel
+
+KEPT = ("seconds", "tokens", "validated", "val_loss")  # of what `Record` has counted
 
 
 class Checkpoints(pl.Callback):
@@ -37,13 +37,11 @@ class Checkpoints(pl.Callback):
         self.run, self.record, self.config, self.fingerprint, self.start = run, record, config, fingerprint, start
         self.saved = -1  # step of the last checkpoint
         self.signal, self.first_signal = 0, 0.0
-        self.told = Told()
-        self.handlers: dict[int, Any] = {}
+        self.told, self.handlers = Told(), dict[int, Any]()
 
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
         if self.start is None:
             return
-        assert isinstance(module, LanguageModel)
         parallel, average = module.parallel, averages(trainer)
         carried, state = checkpoint.load(self.start, parallel.named_parameters(), trainer.optimizers[0], average)
         states = checkpoint.callback_states(self.start)
@@ -53,58 +51,46 @@ class Checkpoints(pl.Callback):
         parallel.carry(carried, self.config.global_batch)
         step, micros = state["step"], state["step"] * module.plan.batches_per_step
         loop = trainer.fit_loop.epoch_loop
-        loop.manual_optimization.optim_step_progress.total.completed = step
-        counts = dict.fromkeys(("ready", "started", "processed", "completed"), micros)
-        loop.batch_progress.total.load_state_dict(counts)
+        loop.manual_optimization.optim_step_progress.total.completed = self.saved = step
+        loop.batch_progress.total.load_state_dict(dict.fromkeys(("ready", "started", "processed", "completed"), micros))
         loop._batches_that_stepped = micros
-        self.saved = step
-        self.record.seconds, self.record.tokens = state["seconds"], state["tokens"]
-        self.record.validated, self.record.val_loss = state["validated"], state["val_loss"]
+        for key in KEPT:
+            setattr(self.record, key, state[key])
 
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in stopping():
-                self.handlers[number] = signal.signal(number, self._on_signal)
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self.handlers = handled(stopping(), self._on_signal)
         step = trainer.global_step
         if step and step % self.config.val_every == 0 and self.record.validated != step:
             validate_now(trainer)  # the run was stopped before it came to this
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if batch.micro == 0:
             self._stop_if_told(trainer, module)
             if batch.step % self.config.checkpoint_every == 0 and batch.step not in (0, self.saved):
                 self.save(trainer, module)
 
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, module: Any, *batch: Any) -> None:
         if trainer.state.fn == "fit":
             self._stop_if_told(trainer, module)
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         self.told.wait()
         if self.saved != trainer.global_step:
             self.save(trainer, module)
-        self._restore_handlers()
+        give_back(self.handlers)
 
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         with suppress(OSError):  # of a full disk the exception may be
             self.record.flush()
-        self._restore_handlers()
+        give_back(self.handlers)
 
-    def save(
-        self, trainer: pl.Trainer, module: pl.LightningModule, folder: Path | None = None, keep: int | None = None
-    ) -> None:
+    def save(self, trainer: pl.Trainer, module: Any, folder: Path | None = None, keep: int | None = None) -> None:
         """Write a checkpoint of the state after the last whole step, to a `folder` of its own or among those of the run. All
         ranks must call it."""
-        assert isinstance(module, LanguageModel)
         self.record.flush()
         state = {
             "step": trainer.global_step,
-            "seconds": self.record.seconds,
-            "tokens": self.record.tokens,
-            "validated": self.record.validated,
-            "val_loss": self.record.val_loss,
+            **{key: getattr(self.record, key) for key in KEPT},
             "plan": module.plan.asdict(),
             "text": self.fingerprint,
             "versions": {"leanlm": __version__, "torch": torch.__version__},
@@ -127,22 +113,15 @@ class Checkpoints(pl.Callback):
             self.signal, self.first_signal = number, now
             say(f"\n{signal.Signals(number).name}: saving a checkpoint (again to leave at once)")
 
-    def _stop_if_told(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, LanguageModel)
+    def _stop_if_told(self, trainer: pl.Trainer, module: Any) -> None:
         if number := self.told(self.signal) if module.plan.world > 1 else self.signal:
             if self.saved != trainer.global_step:
                 self.save(trainer, module)
-            name = signal.Signals(number).name
-            again = pasted("leanlm.train", f"resume={self.run.path}")
+            name, again = signal.Signals(number).name, pasted("leanlm.train", f"resume={self.run.path}")
             message = f"stopped by {name} after step {trainer.global_step}; to go on: {again}"
             if trainer.is_global_zero:
                 print(message, file=sys.stderr, flush=True)
             raise Stopped(number, message)
-
-    def _restore_handlers(self) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers = {}
 
 
 def _others(trainer: pl.Trainer) -> list[pl.Callback]:

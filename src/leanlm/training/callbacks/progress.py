@@ -23,21 +23,15 @@ class Progress(pl.Callback):
         if sys.stdout.isatty():
             from rich import progress
 
-            self.bar = progress.Progress(
-                progress.TextColumn("step"),
-                progress.MofNCompleteColumn(),
-                progress.BarColumn(),
-                progress.TextColumn("{task.fields[status]}"),
-                progress.TextColumn("left"),
+            columns = (
+                progress.MofNCompleteColumn(), progress.BarColumn(), progress.TextColumn("{task.fields[status]}  left"),
                 progress.TimeRemainingColumn(compact=True),
-                refresh_per_second=4,
-            )
+            )  # fmt: skip
+            self.bar = progress.Progress("step", *columns, refresh_per_second=4)
             self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, status="")
             self.bar.start()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.monotonic()
         if now - self.shown < (0.2 if self.bar else 10) and trainer.global_step < trainer.max_steps:
             return
@@ -48,11 +42,7 @@ class Progress(pl.Callback):
             say(f"step {trainer.global_step}/{trainer.max_steps}  {self._status()}  {self._left(trainer)} left")
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        text = f"step {trainer.global_step}/{trainer.max_steps}  validation loss {self.record.val_loss:.4f}"
-        if self.bar:
-            self.bar.console.print(text)
-        else:
-            say(text)
+        say(f"step {trainer.global_step}/{trainer.max_steps}  validation loss {self.record.val_loss:.4f}")  # above the bar
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._stop()

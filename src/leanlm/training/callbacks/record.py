@@ -12,7 +12,6 @@ from leanlm.common.run_folder import Run, Table
 from leanlm.launch.ranks import comfort
 from leanlm.models import kernels
 from leanlm.training.checkpoint import newest
-from leanlm.training.lightning_module import LanguageModel
 
 
 class Record(pl.Callback):
@@ -42,10 +41,7 @@ class Record(pl.Callback):
         self.logged = self.seconds, self.tokens
         self.mark = time.perf_counter()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(module, LanguageModel)
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch.micro < module.plan.batches_per_step - 1:
             return
         step = trainer.global_step
@@ -60,19 +56,13 @@ class Record(pl.Callback):
             self._finite(loss, "training loss", step, module)
             seconds, tokens = self.seconds - self.logged[0], self.tokens - self.logged[1]
             self.logged = self.seconds, self.tokens
-            rate = trainer.optimizers[0].param_groups[0]["lr"]
-            self.row = {
-                "train_loss": loss,
-                "grad_norm": float(module.grad_norm),
-                "lr": rate,
-                "tokens_per_second": tokens / seconds,
-            }
+            rate, speed = trainer.optimizers[0].param_groups[0]["lr"], tokens / seconds
+            self.row = {"train_loss": loss, "grad_norm": float(module.grad_norm), "lr": rate, "tokens_per_second": speed}
             if self.full_speed is not None:
-                self.row["mfu"] = tokens / seconds / self.full_speed
+                self.row["mfu"] = speed / self.full_speed
             self._write(trainer, step, self.row)
 
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, LanguageModel)
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         self.validated, self.val_loss = trainer.global_step, float(module.split_loss.compute()["loss"])
         self._finite(self.val_loss, "validation loss", trainer.global_step, module)
         self._write(trainer, trainer.global_step, {"val_loss": self.val_loss})
@@ -87,7 +77,7 @@ class Record(pl.Callback):
         if self.table is not None:
             self.table.flush()
 
-    def _finite(self, value: float, what: str, step: int, module: LanguageModel) -> None:
+    def _finite(self, value: float, what: str, step: int, module: Any) -> None:
         """Of something that is the same on all ranks, so that they stop together."""
         if not math.isfinite(value):
             raise UserError(
