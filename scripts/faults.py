@@ -2,14 +2,13 @@
 
     python scripts/faults.py [--kills 5] [--disks 20] [--bits 20] [--seed 0]
 
-Eight runs in float64 (four of LSTMs, four of Transformers) are each killed by SIGKILL with all their processes and resumed under
-another plan, again and again: while they start, between steps, while they write a checkpoint. Then a disk of its own is filled
-so that it ends at a random byte of a checkpoint, and bits of checkpoints are flipped. Every loss must be that of the run that
-nothing happened to, to 1e-12. Prints a line for each, and ends with 1 if something was wrong. Needs Linux, with `unshare`.
+Eight runs in float64, of LSTMs and Transformers, are each killed by SIGKILL with all their processes and resumed under another
+plan, again and again: while they start, between steps, while they write a checkpoint. Then the disk of a run is filled so that
+it ends at a random byte of a checkpoint, and bits of checkpoints are flipped. Every loss must be that of the run that nothing
+happened to, to 1e-12. Prints a line for each, and ends with 1 if something was wrong. Needs Linux with `unshare`.
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
@@ -44,8 +43,8 @@ PLANS = [
     "strategy=gpipe devices=2",
 ]  # fmt: skip
 EVERY = (
-    f"data=text data.tokenizer=char global_batch=8 sequence=32 max_steps={STEPS} optim.warmup=5 model.dropout=0.1 precision=fp64 "
-    "device=cpu logger=csv log_every=1 val_every=7 val_lanes=8 checkpoint_every=2 sample_tokens=8"
+    f"data=text data.tokenizer=char global_batch=8 sequence=32 max_steps={STEPS} optim.warmup=5 model.dropout=0.1 "
+    "precision=fp64 device=cpu logger=csv log_every=1 val_every=7 val_lanes=8 checkpoint_every=2 sample_tokens=8"
 )
 MODULES = ("heapq", "textwrap", "bisect", "shlex", "queue", "sched")  # of Python's library: the text
 
@@ -63,11 +62,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         Path("text.txt").write_text("".join(Path(os.__file__).with_name(f"{name}.py").read_text() for name in MODULES))
-        os.environ |= {"LEANLM_CACHE": f"{folder}/cache", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
         sys.path.insert(0, str(TESTS))
+        os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "LEANLM_CACHE": f"{folder}/cache"}
         multiprocessing.set_forkserver_preload(["warm"])
         wrong = [
-            *itertools.chain(*(killed(number, asked.kills, random.Random(f"{asked.seed} {number}")) for number in range(len(RUNS)))),
+            *(
+                each
+                for number in range(len(RUNS))
+                for each in killed(number, asked.kills, random.Random(f"{asked.seed} {number}"))
+            ),
             *disks(asked.disks, random.Random(f"{asked.seed} disk")),
             *bits(asked.bits, random.Random(f"{asked.seed} bits")),
         ]
@@ -95,7 +98,8 @@ def killed(number: int, kills: int, draw: random.Random) -> list[str]:
     ends, wrong, began = Counter[str](), list[str](), time.monotonic()
     os.environ["LEANLM_CACHE"] = f"{path}-cache"  # the preparation of the text may be killed too
     while len(plans) <= kills and not wrong:
-        plans.append(draw.choice([plan for plan in PLANS if plan not in plans]))
+        fit = [plan for plan in PLANS if plan not in plans and not ("zero1" in plan and "sgd" in RUNS[number])]
+        plans.append(draw.choice(fit))
         known = (path / "config.yaml").is_file()
         arguments = [f"resume={path}"] if known else command(number, path)
         with open(f"{path}.txt", "ab+") as said:
@@ -244,9 +248,8 @@ def differences(path: Path, whole: Path) -> list[str]:
     if [row["step"] for row in ours] != [row["step"] for row in theirs]:
         return [f"rows of steps {[int(row['step']) for row in ours]}"]
     for a, b in zip(ours, theirs, strict=True):
-        different = {key: (a.get(key), b[key]) for key in b if key.endswith("loss") and not abs(a.get(key, 9.0) - b[key]) <= EQUAL}
-        if different or a.keys() != b.keys():
-            wrong.append(f"step {b['step']:.0f}: {different or a.keys() ^ b.keys()}")
+        if a.keys() != b.keys() or any(abs(a[key] - b[key]) > EQUAL for key in b if key.endswith("loss")):
+            wrong.append(f"{a} instead of {b}")
     results = [json.loads((each / "result.json").read_text()) for each in (path, whole)]
     if abs(results[0]["loss"] - results[1]["loss"]) > EQUAL or results[0]["tokens"] != results[1]["tokens"]:
         wrong.append(f"result.json: {[(each['loss'], each['tokens']) for each in results]}")

@@ -132,13 +132,13 @@ class Table:
     """Writes `metrics.csv`: a row per step, the values of one step gathered as they come."""
 
     def __init__(self, run: Run, after: int, mfu: bool = False) -> None:
-        """Go on after step `after`: rows beyond it, which a killed run may have left, are dropped. `mfu`: with its column."""
+        """Go on after step `after`: rows beyond it, which a killed run may have left, go when more are written. `mfu`: with its
+        column."""
         kept = [row for row in run.rows() if row["step"] <= after]
         self.pending = kept.pop() if kept else {}  # its validation may come yet
         self.columns = [name for name in COLUMNS if name != "mfu" or mfu or any("mfu" in row for row in kept)]
-        lines = [",".join(self.columns), *map(self._line, kept)]
-        write(run.metrics, "\n".join(lines) + "\n")
-        self.path, self.lines = run.metrics, list[str]()
+        self.path, self.begun = run.metrics, False
+        self.lines = [",".join(self.columns) + "\n", *map(self._line, kept)]
 
     def add(self, step: int, values: dict[str, float]) -> None:
         if self.pending and self.pending["step"] != step:
@@ -154,14 +154,18 @@ class Table:
         self._write()
 
     def _done(self) -> None:
-        self.lines.append(self._line(self.pending) + "\n")
+        self.lines.append(self._line(self.pending))
         self.pending = {}
 
     def _write(self) -> None:
         lines, self.lines = self.lines, []
+        begun, self.begun = self.begun, True
+        if not begun:  # in one go: a run that is killed before this has its rows still, the one at hand too
+            write(self.path, "".join(lines))
+            return
         with open(self.path, "a") as file:  # not kept open: what a full disk has refused would be tried again, without end
             file.writelines(lines)
 
     def _line(self, row: dict[str, float]) -> str:
         text = {key: str(int(value)) if key == "step" else repr(float(value)) for key, value in row.items()}
-        return ",".join(text.get(column, "") for column in self.columns)
+        return ",".join(text.get(column, "") for column in self.columns) + "\n"

@@ -14,9 +14,9 @@ from leanlm.strategies.plan import Plan
 FOLDERS = {"last": "checkpoints", "best": "best"}  # in the folder of a run
 
 
-def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple[Tokenizer, ParallelModel]":
-    """Tokenizer and trained weights of a run under a plan, from its newest whole checkpoint, whatever plan made it: their
-    average over the steps, if the run kept one.
+def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple[Tokenizer, ParallelModel, str]":
+    """Tokenizer, trained weights and fingerprint of the text of a run under a plan, from its newest whole checkpoint, whatever
+    plan made it: of the weights their average over the steps, if the run kept one.
 
     Args:
         config: of the run.
@@ -39,8 +39,8 @@ def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple
         raise UserError(f"{run.path} has no {what}" + (" that is whole" if damaged else " yet"))
     tokenizer = tokenizer_of(run)
     parallel = build.parallel_model(config, plan, tokenizer.vocabulary)
-    checkpoint.load(newest, parallel.named_parameters(), None, prefer_average=True)
-    return tokenizer, parallel
+    _, state = checkpoint.load(newest, parallel.named_parameters(), None, prefer_average=True)
+    return tokenizer, parallel, state["text"]
 
 
 def tokenizer_of(run: Run) -> Tokenizer:

@@ -57,11 +57,13 @@ class Checkpoints(pl.Callback):
         counts = dict.fromkeys(("ready", "started", "processed", "completed"), micros)
         loop.batch_progress.total.load_state_dict(counts)
         loop._batches_that_stepped = micros
+        loop.max_steps = -1  # for Lightning would pass over a training that lacks only what comes after its last step
         self.saved = step
         self.record.seconds, self.record.tokens = state["seconds"], state["tokens"]
         self.record.validated, self.record.val_loss = state["validated"], state["val_loss"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        trainer.fit_loop.epoch_loop.max_steps = self.config.max_steps
         if threading.current_thread() is threading.main_thread():
             for number in stopping():
                 self.handlers[number] = signal.signal(number, self._on_signal)

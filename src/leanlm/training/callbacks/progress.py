@@ -32,7 +32,7 @@ class Progress(pl.Callback):
                 progress.TimeRemainingColumn(compact=True),
                 refresh_per_second=4,
             )
-            self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, status="")
+            self.task = self.bar.add_task("", total=module.max_steps, completed=trainer.global_step, status="")
             self.bar.start()
 
     def on_train_batch_end(
