@@ -97,7 +97,7 @@ def killed(number: int, kills: int, draw: random.Random) -> list[str]:
     whole, path, plans = reference(number), Path(f"run-{number}").resolve(), list[str]()
     ends, wrong, began = Counter[str](), list[str](), time.monotonic()
     os.environ["LEANLM_CACHE"] = f"{path}-cache"  # the preparation of the text may be killed too
-    while len(plans) <= kills and not wrong:
+    while len(plans) <= kills and not wrong and not (path / "result.json").is_file():
         fit = [plan for plan in PLANS if plan not in plans and not ("zero1" in plan and "sgd" in RUNS[number])]
         plans.append(draw.choice(fit))
         known = (path / "config.yaml").is_file()
@@ -109,7 +109,8 @@ def killed(number: int, kills: int, draw: random.Random) -> list[str]:
             )  # fmt: skip
             try:
                 if len(plans) <= kills:
-                    ends[wait_for_a_moment(life, path / "checkpoints", draw, STEPS // kills)] += 1
+                    last = len(plans) == kills and number % 2
+                    ends[wait_for_a_moment(life, path / "checkpoints", draw, STEPS if last else STEPS // (kills + 2))] += 1
                 elif life.wait(LONGEST):
                     wrong.append(f"run {number}, {plans}: ended with {life.returncode}")
             except subprocess.TimeoutExpired:
@@ -132,19 +133,20 @@ def killed(number: int, kills: int, draw: random.Random) -> list[str]:
 
 
 def wait_for_a_moment(life: subprocess.Popen, folder: Path, draw: random.Random, steps: int) -> str:
-    """Wait for the moment to kill a run that writes checkpoints into `folder`; what it does then."""
-    moment, until = draw.choice(["starting", "stepping", "writing", "writing"]), time.monotonic() + LONGEST
+    """Wait for the moment to kill a run that writes checkpoints into `folder`, after at most `steps` more; what it does then."""
+    until = time.monotonic() + LONGEST
+    moment = "ending" if steps == STEPS else draw.choice(["starting", "stepping", "writing", "writing"])
     if moment == "starting":
         time.sleep(draw.uniform(0, 8))
         return moment
-    target = newest(folder) + draw.randint(1, steps)
+    target = STEPS if moment == "ending" else newest(folder) + draw.randint(1, steps)
     while newest(folder) < target and life.poll() is None and time.monotonic() < until:
         time.sleep(0.001)
-    if moment == "stepping":
+    if moment != "writing":
         time.sleep(draw.uniform(0, 0.2))
     while moment == "writing" and not list(folder.glob(".writing-*")) and life.poll() is None and time.monotonic() < until:
         pass
-    return moment if life.poll() is None else "ended"
+    return moment if life.poll() is None else "not: it had ended"
 
 
 def newest(folder: Path) -> int:
