@@ -133,7 +133,7 @@ def killed(number: int, kills: int, draw: random.Random) -> list[str]:
 
 
 def wait_for_a_moment(life: subprocess.Popen, folder: Path, draw: random.Random, steps: int) -> str:
-    """Wait for the moment to kill a run that writes checkpoints into `folder`, after at most `steps` more; what it does then."""
+    """Wait for the moment to kill a run that writes checkpoints into `folder`, at most `steps` later; what it does then."""
     until = time.monotonic() + LONGEST
     moment = "ending" if steps == STEPS else draw.choice(["starting", "stepping", "writing", "writing"])
     if moment == "starting":

@@ -84,9 +84,9 @@ def _work(settings: Settings, path: Path, split: str, text: str | None, which: s
     from leanlm.training import build, data
 
     with process_group(settings.config.device["accelerator"]):
-        tokenizer, parallel, trained_on = restore(settings.config, settings.plan, Run(path), which)
+        tokenizer, parallel, state = restore(settings.config, settings.plan, Run(path), which)
         if text is None:
-            if rank() == 0 and not data.is_of(settings, trained_on):
+            if rank() == 0 and not data.is_of(settings, state["text"]):
                 say(f"the text is not the one that {path} was trained on; it is read with the run's own tokenizer")
             numbers, size = on_rank_0_first(lambda: data.split_of(settings, split, tokenizer))
         else:
