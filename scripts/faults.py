@@ -143,7 +143,7 @@ def wait_for_a_moment(life: subprocess.Popen, folder: Path, draw: random.Random,
     while newest(folder) < target and life.poll() is None and time.monotonic() < until:
         time.sleep(0.001)
     if moment != "writing":
-        time.sleep(draw.uniform(0, 0.2))
+        time.sleep(draw.uniform(0, 0.02 if moment == "ending" else 0.2))  # its result comes soon
     while moment == "writing" and not list(folder.glob(".writing-*")) and life.poll() is None and time.monotonic() < until:
         pass
     return moment if life.poll() is None else "not: it had ended"
