@@ -110,7 +110,7 @@ def test_a_sentence_by_the_chain_rule(run: Run) -> None:
     sentence = "the cat in it."[:14].replace(".", "").replace("c", "h")
     found = evaluate(Evaluate(run=str(run.path), text=sentence, strategy=check(run.config()).plan))
     settings = check(run.config())
-    tokenizer, parallel = restore(settings.config, settings.plan, run)
+    tokenizer, parallel, _ = restore(settings.config, settings.plan, run)
     net = parallel.net
     numbers = [tokenizer.start, *tokenizer.encode(sentence.encode()).tolist()]
     total = 0.0
@@ -187,7 +187,7 @@ def test_weights_are_where_the_cut_says(model: str, text: Path, monkeypatch: pyt
 def test_the_whole_split_against_a_plain_loop(run: Run, lanes: int) -> None:
     """A recurrent model reads the split as one stream, or in lanes that first read a sequence; a Transformer in windows."""
     settings = check(run.config())
-    tokenizer, parallel = restore(settings.config, settings.plan, run)
+    tokenizer, parallel, _ = restore(settings.config, settings.plan, run)
     net = parallel.net
     found = evaluate(Evaluate(run=str(run.path), lanes=lanes, strategy=settings.plan, rows=3))
     from leanlm.training.data import tokens

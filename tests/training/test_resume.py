@@ -1,6 +1,7 @@
 """A run goes on exactly where it stopped: killed at any moment, stopped by a signal, under another plan."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -18,8 +19,9 @@ from conftest import composed
 from runner import final_weights, losses, run_all
 
 from leanlm.common.errors import UserError
-from leanlm.common.run_folder import Run
+from leanlm.common.run_folder import Run, Table
 from leanlm.config.checks import check
+from leanlm.inference.evaluation import Evaluate, evaluate
 from leanlm.launch.processes import Stopped
 from leanlm.train import train
 from leanlm.training import checkpoint
@@ -173,7 +175,8 @@ def test_a_signal_saves_first(number: int, whole: tuple[str, Path], text: Path, 
     same(path, reference, 1e-9)
 
 
-def test_stopped_in_validation_goes_on_with_it(whole: tuple[str, Path], text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [14, STEPS])
+def test_stopped_in_validation_goes_on_with_it(step: int, whole: tuple[str, Path], text: Path, tmp_path: Path) -> None:
     model, reference = whole
     path = tmp_path / "run"
 
@@ -181,7 +184,7 @@ def test_stopped_in_validation_goes_on_with_it(whole: tuple[str, Path], text: Pa
 
     class Kill(Checkpoints):
         def on_validation_batch_start(self, trainer, *args):
-            if trainer.global_step == 14:
+            if trainer.global_step == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             super().on_validation_batch_start(trainer, *args)
 
@@ -189,12 +192,37 @@ def test_stopped_in_validation_goes_on_with_it(whole: tuple[str, Path], text: Pa
         patch.setattr("leanlm.training.fit.Checkpoints", Kill)
         with pytest.raises(Stopped):
             live(overrides(model, text), path)
-    assert newest_step(Run(path).checkpoints) == 14
+    assert newest_step(Run(path).checkpoints) == step
     run_all({path: resumed(path, "single")})
     same(path, reference)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "a flipped byte", "a missing file", "no manifest"])
+def test_killed_after_its_last_checkpoint_it_has_its_result_yet_to_come(whole: tuple[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(whole[1], path)
+    Run(path).result.unlink()
+    run_all({path: resumed(path, "single")})
+    same(path, whole[1])
+    with pytest.raises(UserError, match="has done its 48 steps"):
+        train(composed(f"resume={path}"))
+
+
+def test_killed_before_it_writes_a_run_that_goes_on_has_all_its_rows(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    table = Table(run, 0)
+    for step in range(1, 8):
+        table.add(step, {"train_loss": 1 / step})
+    table.flush()
+    rows = run.rows()
+    Table(run, 5)  # a life that ends here
+    table = Table(run, 5)
+    table.add(5, {"val_loss": 0.5})
+    table.add(6, {"train_loss": 1 / 6})
+    table.flush()
+    assert run.rows() == [*rows[:4], rows[4] | {"val_loss": 0.5}, rows[5]]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a flipped byte", "a missing file", "no manifest", "a cut state"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     damage: str, whole: tuple[str, Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -210,8 +238,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         victim.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
     elif damage == "a missing file":
         victim.unlink()
-    else:
+    elif damage == "no manifest":
         (last / "manifest.json").unlink()
+    else:
+        (last / "state.json").write_text("{")
+        assert math.isfinite(evaluate(Evaluate(run=str(path)))["loss"])
+        assert f"{last} is damaged" in capsys.readouterr().out
     run_all({path: resumed(path, "single")})
     said = capsys.readouterr().out
     assert f"{last} is damaged" in said

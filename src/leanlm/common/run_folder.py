@@ -129,11 +129,11 @@ class Table:
     """Writes `metrics.csv`: a row per step, the values of one step gathered as they come."""
 
     def __init__(self, run: Run, after: int, mfu: bool = False) -> None:
-        """Go on after step `after`: rows beyond it, which a killed run may have left, are dropped. `mfu`: with its column."""
+        """Go on after step `after`: rows beyond it, which a killed run may have left, go when more are written. `mfu`: with its
+        column."""
         kept = [row for row in run.rows() if row["step"] <= after]
         self.columns = [name for name in COLUMNS if name != "mfu" or mfu or any("mfu" in row for row in kept)]
-        write(run.metrics, ",".join(self.columns) + "\n" + "".join(map(self._line, kept[:-1])))
-        self.path, self.waiting = run.metrics, kept[-1:]  # of the last row the validation may come yet
+        self.path, self.begun, self.waiting = run.metrics, False, kept
 
     def add(self, step: int, values: dict[str, float]) -> None:
         if not self.waiting or self.waiting[-1]["step"] != step:
@@ -145,6 +145,10 @@ class Table:
     def flush(self) -> None:
         """Write everything down, the row at hand too; it can be completed no more in this session."""
         rows, self.waiting = self.waiting, []
+        begun, self.begun = self.begun, True
+        if not begun:  # in one go: a run that is killed before this has its rows still, the one at hand too
+            write(self.path, ",".join(self.columns) + "\n" + "".join(map(self._line, rows)))
+            return
         with open(self.path, "a") as file:  # not kept open: what a full disk has refused would be tried again, without end
             file.writelines(map(self._line, rows))
 

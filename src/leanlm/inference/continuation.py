@@ -51,6 +51,6 @@ def continuation(asked: Generate, check_memory: Callable[..., None] | None = Non
     prompt = [tokenizer.start, *map(int, tokenizer.encode(asked.prompt.encode()))]
     if check_memory is not None and config.device.get("memory"):
         check_memory(config, plan, tokenizer.vocabulary, len(prompt), asked.tokens)
-    tokenizer, parallel = restore(config, plan, run, asked.checkpoint)
+    tokenizer, parallel, _ = restore(config, plan, run, asked.checkpoint)
     numbers = generate(parallel.net.eval(), prompt, asked.tokens, asked.temperature, asked.top_k, asked.top_p, asked.seed)
     return stream(tokenizer, numbers)

@@ -14,7 +14,7 @@ from leanlm.common.files import write
 from leanlm.common.run_folder import Run
 from leanlm.config.checks import check
 from leanlm.config.schema import Settings
-from leanlm.inference.restoring import FOLDERS, restore, tokenizer_of
+from leanlm.inference.restoring import restore, tokenizer_of
 from leanlm.launch.processes import launch
 from leanlm.launch.ranks import on_rank_0_first, process_group, rank, say
 from leanlm.strategies.checks import resolve
@@ -81,12 +81,12 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
 def _work(settings: Settings, path: Path, split: str, text: str | None, which: str) -> dict[str, float]:
     import numpy as np
 
-    from leanlm.training import build, checkpoint, data
+    from leanlm.training import build, data
 
     with process_group(settings.config.device["accelerator"]):
-        tokenizer, parallel = restore(settings.config, settings.plan, Run(path), which)
+        tokenizer, parallel, state = restore(settings.config, settings.plan, Run(path), which)
         if text is None:
-            if rank() == 0 and not data.is_of(settings, checkpoint.of_text(Run(path).path / FOLDERS[which])):
+            if rank() == 0 and not data.is_of(settings, state["text"]):
                 say(f"the text is not the one that {path} was trained on; it is read with the run's own tokenizer")
             numbers, size = on_rank_0_first(lambda: data.split_of(settings, split, tokenizer))
         else:

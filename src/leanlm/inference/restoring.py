@@ -1,6 +1,7 @@
 """The model and the tokenizer of a run."""
 
 import json
+from typing import Any
 
 from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run
@@ -14,9 +15,10 @@ from leanlm.strategies.plan import Plan
 FOLDERS = {"last": "checkpoints", "best": "best"}  # in the folder of a run
 
 
-def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple[Tokenizer, ParallelModel]":
-    """Tokenizer and trained weights of a run under a plan, from its newest whole checkpoint, whatever plan made it: their
-    average over the steps, if the run kept one. `which`: of FOLDERS; `best` is the checkpoint that `callbacks=best` keeps.
+def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple[Tokenizer, ParallelModel, dict[str, Any]]":
+    """Tokenizer, trained weights and `state.json` of a run under a plan, from its newest whole checkpoint, whatever plan made
+    it: of the weights their average over the steps, if the run kept one. `which`: of FOLDERS; `best` is the checkpoint that
+    `callbacks=best` keeps.
 
     Raises:
         UserError: the run has no whole checkpoint.
@@ -33,8 +35,8 @@ def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple
         raise UserError(f"{run.path} has no {what}" + (" that is whole" if damaged else " yet"))
     tokenizer = tokenizer_of(run)
     parallel = build.parallel_model(config, plan, tokenizer.vocabulary)
-    checkpoint.load(newest, parallel.named_parameters(), None, prefer_average=True)
-    return tokenizer, parallel
+    _, state = checkpoint.load(newest, parallel.named_parameters(), None, prefer_average=True)
+    return tokenizer, parallel, state
 
 
 def tokenizer_of(run: Run) -> Tokenizer:

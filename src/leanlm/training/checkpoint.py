@@ -201,11 +201,6 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def of_text(folder: Path) -> str:
-    """The fingerprint of the text that the newest checkpoint of a run was trained on."""
-    return state_of(checkpoints(folder)[-1])["text"]
-
-
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are all as they were written, and what is wrong with those after it."""
     damaged: list[str] = []

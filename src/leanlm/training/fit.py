@@ -96,7 +96,8 @@ def checkpoint_to_start_from(settings: Settings, tokens: Tokens) -> Path | None:
     state = state_of(start)
     if state["text"] != tokens.fingerprint:
         raise UserError(f"the text or its tokens are not those that {run.path} was trained on; set data.path to the same text")
-    if state["step"] >= settings.config.max_steps:
+    ended = run.result.is_file() and run.results()["steps"] >= state["step"]  # else it was killed after its last checkpoint
+    if state["step"] + ended > settings.config.max_steps:
         raise UserError(f"{run.path} has done its {state['step']} steps; to go on write max_steps={state['step'] * 2}, say")
     say(f"resuming after step {state['step']}")
     return start

@@ -54,10 +54,12 @@ class Checkpoints(pl.Callback):
         loop.manual_optimization.optim_step_progress.total.completed = self.saved = step
         loop.batch_progress.total.load_state_dict(dict.fromkeys(("ready", "started", "processed", "completed"), micros))
         loop._batches_that_stepped = micros
+        loop.max_steps = -1  # for Lightning would pass over a training that lacks only what comes after its last step
         for key in KEPT:
             setattr(self.record, key, state[key])
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        trainer.fit_loop.epoch_loop.max_steps = self.config.max_steps
         self.handlers = handled(stopping(), self._on_signal)
         step = trainer.global_step
         if step and step % self.config.val_every == 0 and self.record.validated != step:

@@ -28,7 +28,7 @@ class Progress(pl.Callback):
                 progress.TimeRemainingColumn(compact=True),
             )  # fmt: skip
             self.bar = progress.Progress("step", *columns, refresh_per_second=4)
-            self.task = self.bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, status="")
+            self.task = self.bar.add_task("", total=module.max_steps, completed=trainer.global_step, status="")
             self.bar.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
