@@ -1,10 +1,10 @@
 """Every plan that could be taken, and the rough figures by which they are ordered before any is simulated."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from leanlm.config.of_model import SAVED, can_compile, model_problems, worth_compiling
 from leanlm.config.schema import Settings
@@ -20,12 +20,11 @@ from leanlm.strategies.checks import of_run, resolve
 from leanlm.strategies.plan import AXES, Plan
 
 
-@dataclass(frozen=True)
-class Rough:
-    """What orders candidates before anything is simulated: seconds of a step and bytes on the fullest rank."""
+class Rough(NamedTuple):
+    """What orders candidates before anything is simulated."""
 
-    seconds: float
-    bytes: float
+    seconds: float  # of a step
+    bytes: float  # on the fullest rank
 
 
 def meshes(devices: int) -> Iterator[tuple[int, ...]]:

@@ -9,17 +9,11 @@ from leanlm.strategies.plan import Plan
 
 @dataclass(frozen=True)
 class Choice(Plan):
-    """A plan, with the number types of a run and how its optimizer keeps its state.
-
-    Attributes:
-        precision: of the run.
-        state: of the optimizer, `optim.state`.
-        changed: overrides that write what is not as it was asked for.
-    """
+    """A plan, with the number types of a run and how its optimizer keeps its state."""
 
     precision: str = "fp32"
     state: str = "fp32"
-    changed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()  # overrides that write what is not as it was asked for
 
     @classmethod
     def of(cls, settings: Settings) -> "Choice":

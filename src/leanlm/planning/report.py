@@ -23,11 +23,7 @@ FREES = {  # part -> what makes it smaller
     "logits": "more strategy.accumulate_grad_batches, or model.cutoffs",
     "buffers": "fewer devices along strategy.tensor",
     "temporaries": "more strategy.accumulate_grad_batches",
-    "overhead": "a larger device",
     "process": "fewer processes on this machine",
-    "workspaces": "a larger device",
-    "allocator": "a larger device",
-    "context": "a larger device",
 }
 
 
@@ -58,7 +54,7 @@ def reason(found: "Prediction") -> str:
         return f"{mib(need.memory - need.peak)} are left, less than the {MARGIN:.0%} that are kept free: it may fit"
     if found.tight:
         return f"{mib(need.peak - need.memory)} too much, which dropping pages of libraries may give: it may fit, slowly"
-    return f"{mib(need.over)} too much; {largest} take {mib(need.parts[largest])}: {FREES[largest]}"
+    return f"{mib(need.over)} too much; {largest} take {mib(need.parts[largest])}: {FREES.get(largest, 'a larger device')}"
 
 
 def budgets(device: Device, devices: int) -> str:

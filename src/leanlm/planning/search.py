@@ -37,21 +37,13 @@ ANSWER = 300.0  # as long as none has been simulated at all: on a machine that d
 
 @dataclass
 class Answer:
-    """What a search found.
+    """What a search found."""
 
-    Attributes:
-        fitting: predictions that fit, fastest first.
-        others: of plans that do not, the fastest first.
-        least: the prediction that exceeds its budget least, or leaves most of it.
-        candidates: how many plans there were.
-        simulated: how many of them were looked at, in the order of the rough estimate, before enough were found or time was up.
-    """
-
-    fitting: list[Prediction]
-    others: list[Prediction]
-    least: Prediction
-    candidates: int
-    simulated: int
+    fitting: list[Prediction]  # that fit, fastest first
+    others: list[Prediction]  # that do not, fastest first
+    least: Prediction  # that exceeds its budget least, or leaves most of it
+    candidates: int  # how many plans there were
+    simulated: int  # of these, in the order of the rough estimate, before enough were found or time was up
 
 
 def search(
@@ -98,12 +90,11 @@ def search(
 
 
 class _Family(NamedTuple):
-    """Plans that differ in their micro-batches, from the fastest on that may fit: whether even that is hopeless, its rough
-    seconds, and the rough bytes of the last."""
+    """Plans that differ in their micro-batches, from the fastest on that may fit."""
 
-    hopeless: bool
-    seconds: float
-    least: float
+    hopeless: bool  # whether even that is
+    seconds: float  # its rough ones
+    least: float  # rough bytes of the last
     plans: list[Choice]
 
 
@@ -133,12 +124,7 @@ def _in_order(
 
 
 class _Simulations:
-    """Plans of families, simulated by a team of processes until enough fit or time is up.
-
-    Attributes:
-        fitting: predictions that fit.
-        others: those that do not.
-    """
+    """Plans of families, simulated by a team of processes until enough fit or time is up."""
 
     def __init__(self, queue: list[_Family], team: list["_Worker"], wanted: int, until: float) -> None:
         self.queue, self.waiting, self.wanted, self.until = queue, list(team), wanted, until

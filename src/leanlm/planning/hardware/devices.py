@@ -24,55 +24,33 @@ MARGIN = 0.05  # of a budget that is left free: predictions have errors
 
 @dataclass(frozen=True)
 class Device:
-    """One device, or a machine whose processes share memory and cores.
-
-    Attributes:
-        name: of the device.
-        accelerator: auto, cpu or cuda.
-        memory: bytes that a process may use on it; of a machine that is shared, all its processes.
-        total: bytes of a GPU, whatever may be used of it.
-        flops: name of a number type -> floating-point operations per second in matrix products.
-        bandwidth: bytes per second to and from its memory.
-        link: bytes per second from one device to another, in one direction.
-        links: the same by the kind of communication, where kinds differ (gloo's do).
-        latency: seconds of a collective operation without payload.
-        overhead: seconds of an operation without work.
-        context: bytes that a GPU's driver and the kernels take.
-        workspace: bytes that cuBLAS takes for each thread that multiplies.
-        communicator: bytes that NCCL takes for each group of ranks.
-        threads: that a GPU keeps resident.
-        process: bytes of a process that trains alone before it has built anything, of one of several, and of what starts
-            these, without the pages that they share.
-        common: bytes of the pages of libraries, which several processes share.
-        paging, small_paging: bytes per second of new pages of 2 MiB, and of 4 KiB; a GPU's allocator keeps what was freed.
-        shared: whether `memory` and the rates are of a machine and divided among its processes.
-        pair: flops, bandwidth, both pagings and overhead of each of two processes that share a machine, measured at once.
-        memories: bytes of each device, in the order of ranks, where they differ; `memory` is then the least of them.
-        speeds: of each device, as multiples of `flops`, `bandwidth` and both pagings; none: all alike.
-    """
+    """One device, or a machine whose processes share memory and cores."""
 
     name: str
-    accelerator: str
-    memory: int
-    flops: dict[str, float] = field(hash=False)
-    bandwidth: float
-    link: float
-    latency: float
-    overhead: float
-    total: int = 0
-    context: int = 0
-    workspace: int = 0
-    communicator: int = 0
-    threads: int = 0
+    accelerator: str  # auto, cpu or cuda
+    memory: int  # bytes that a process may use on it; of a machine that is shared, all its processes
+    flops: dict[str, float] = field(hash=False)  # number type -> floating-point operations per second in matrix products
+    bandwidth: float  # bytes per second to and from its memory
+    link: float  # bytes per second from one device to another, in one direction
+    latency: float  # seconds of a collective operation without payload
+    overhead: float  # seconds of an operation without work
+    total: int = 0  # bytes of a GPU, whatever may be used of it
+    context: int = 0  # bytes that a GPU's driver and the kernels take
+    workspace: int = 0  # bytes that cuBLAS takes for each thread that multiplies
+    communicator: int = 0  # bytes that NCCL takes for each group of ranks
+    threads: int = 0  # that a GPU keeps resident
+    # bytes of a process that trains alone before it has built anything, of one of several, and of what starts these, without
+    # the pages of libraries that several processes share
     process: tuple[int, int, int] = (0, 0, 0)
-    common: int = 0
-    links: dict[str, float] = field(default_factory=dict, hash=False)
-    paging: float = math.inf
-    small_paging: float = math.inf
-    shared: bool = False
+    common: int = 0  # bytes of these pages
+    links: dict[str, float] = field(default_factory=dict, hash=False)  # by kind of communication, where they differ (gloo's do)
+    paging: float = math.inf  # bytes per second of new pages of 2 MiB; a GPU's allocator keeps what was freed
+    small_paging: float = math.inf  # the same of 4 KiB
+    shared: bool = False  # whether `memory` and the rates are of a machine and divided among its processes
+    # flops, bandwidth, both pagings and overhead of each of two processes that share a machine, measured at once
     pair: dict[str, Any] = field(default_factory=dict, hash=False)
-    memories: tuple[int, ...] = ()
-    speeds: tuple[float, ...] = ()
+    memories: tuple[int, ...] = ()  # bytes of each device, in the order of ranks, where they differ; `memory`: the least of them
+    speeds: tuple[float, ...] = ()  # of each device, as multiples of `flops`, `bandwidth` and both pagings; none: all alike
 
     @property
     def card(self) -> "Device | None":

@@ -33,17 +33,11 @@ Order = dict[int, list[tuple[str, int, int]]]  # of a pipeline: device -> its wo
 
 @dataclass
 class Step:
-    """A simulated rank.
+    """A simulated rank."""
 
-    Attributes:
-        trace: of all steps.
-        blocks: that this rank holds, as far as they were built.
-        order: of a pipeline's work, else empty.
-    """
-
-    trace: Trace
-    blocks: int
-    order: Order
+    trace: Trace  # of all steps
+    blocks: int  # that this rank holds, as far as they were built
+    order: Order  # of a pipeline's work, else empty
 
 
 def simulate(
@@ -95,12 +89,11 @@ def _with_blocks(settings: Settings, whole: "Stages", blocks: int | None) -> Set
 
 @dataclass(frozen=True)
 class Stages:
-    """A model as a plan's pipeline splits it: blocks of each stage, cost of each part, whether `depth` is how many of one
-    kind there are."""
+    """A model as a plan's pipeline splits it."""
 
-    split: list[list[str]]
-    cost: dict[str, float]
-    alike: bool
+    split: list[list[str]]  # blocks of each stage
+    cost: dict[str, float]  # of each part
+    alike: bool  # whether `depth` is how many blocks of one kind there are
     parameters: int
     elements: dict[str, int]  # of the parameters, by part
     recurrent: bool

@@ -29,31 +29,18 @@ DEVICE = torch.ops.prim.device.default
 
 
 class Work(NamedTuple):
-    """One operation: what bounds its time.
+    """One operation: what bounds its time."""
 
-    Attributes:
-        flops: floating-point operations in matrix products, attention and recurrences.
-        moved: bytes that it reads and writes.
-        fresh: of these, bytes of new pages beyond `small`; on a CPU what is freed goes back to the system.
-        small: bytes that come as slowly as pages of 4 KiB do: of each tensor as many as `malloc.ENDS`.
-        dtype: of its result, or its factors.
-        collective: kind of communication; empty: none.
-        size: bytes of the payload.
-        ranks: that take part.
-        launches: of a GPU's kernels, one after the other.
-        dispatches: operations that take as long to start.
-    """
-
-    flops: int = 0
-    moved: int = 0
-    fresh: int = 0
-    small: int = 0
-    dtype: str = ""
-    collective: str = ""
-    size: int = 0
-    ranks: int = 1
-    launches: int = 1
-    dispatches: int = 1
+    flops: int = 0  # floating-point operations in matrix products, attention and recurrences
+    moved: int = 0  # bytes that it reads and writes
+    fresh: int = 0  # of these, bytes of new pages beyond `small`; on a CPU what is freed goes back to the system
+    small: int = 0  # bytes that come as slowly as pages of 4 KiB do: of each tensor as many as `malloc.ENDS`
+    dtype: str = ""  # of its result, or its factors
+    collective: str = ""  # kind of communication; empty: none
+    size: int = 0  # bytes of the payload
+    ranks: int = 1  # that take part
+    launches: int = 1  # of a GPU's kernels, one after the other
+    dispatches: int = 1  # operations that take as long to start
 
 
 class Trace(TorchDispatchMode):
@@ -67,23 +54,16 @@ class Trace(TorchDispatchMode):
         own: bytes from which on a tensor has pages of its own.
         pinned: whether the heap of smaller ones never shrinks: what a recurrence makes last, at its end, goes last too.
         card: the GPU whose kernels are meant; None: a CPU's.
-
-    Attributes:
-        events: (number of a storage, its bytes; negative when it goes), in order.
-        phases: (index of the first event, name), in order.
-        work: phase -> how often each kind of operation ran in it.
-        parts: number of a storage -> what it is, of those in `parts.PARTS`.
-        times: that what runs now counts for.
     """
 
     def __init__(self, vocabulary: int, copies: bool = False, own: int = LARGE, pinned: bool = False,
                  card: Any = None) -> None:  # fmt: skip
         super().__init__()
         self.vocabulary, self.copies, self.own, self.pinned, self.card = vocabulary, copies, own, pinned, card
-        self.events: list[tuple[int, int]] = []
-        self.phases: list[tuple[int, str]] = [(0, "build")]
-        self.work: dict[str, Counter[Work]] = defaultdict(Counter)
-        self.parts: dict[int, str] = {}
+        self.events: list[tuple[int, int]] = []  # (number of a storage, its bytes; negative when it goes), in order
+        self.phases: list[tuple[int, str]] = [(0, "build")]  # (index of the first event, name), in order
+        self.work: dict[str, Counter[Work]] = defaultdict(Counter)  # phase -> how often each kind of operation ran in it
+        self.parts: dict[int, str] = {}  # number of a storage -> what it is, of those in `parts.PARTS`
         self.known: dict[int, int] = {}  # address of a storage that lives -> its number
         self.sizes: dict[int, int] = {}
         self.away: dict[int, int] = {}  # address of a storage whose pages have left -> its bytes
