@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,6 @@ from leanlm.models import kernels
 
 CHOICES = ("none", "activations", "optimizer", "all")
 SMALLEST = LARGE  # bytes of an activation that is worth moving: smaller ones share pages with others, which stay
-
-
-class StateStorage(Protocol):
-    """Where an optimizer's state is between two steps."""
-
-    def empty(self, size: Iterable[int], dtype: torch.dtype) -> Tensor: ...
-    def holds(self, tensor: Tensor) -> bool: ...
-    def release(self, tensor: Tensor) -> None: ...
 
 
 class HostMemory:
@@ -110,6 +102,9 @@ class Scratch:
         part = self.mapped.pop(tensor.data_ptr())
         part.madvise(mmap.MADV_DONTNEED)
         self.free.setdefault(len(part), []).append(part)
+
+
+StateStorage = HostMemory | Scratch  # where an optimizer's state is between two steps
 
 
 @cache

@@ -49,7 +49,7 @@ class Device:
     shared: bool = False  # whether `memory` and the rates are of a machine and divided among its processes
     # flops, bandwidth, both pagings and overhead of each of two processes that share a machine, measured at once
     pair: dict[str, Any] = field(default_factory=dict, hash=False)
-    memories: tuple[int, ...] = ()  # bytes of each device, in the order of ranks, where they differ; `memory`: the least of them
+    memories: tuple[int, ...] = ()  # bytes of each device in the order of ranks, where they differ; `memory` is the least
     speeds: tuple[float, ...] = ()  # of each device, as multiples of `flops`, `bandwidth` and both pagings; none: all alike
 
     @property

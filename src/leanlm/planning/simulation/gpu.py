@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanlm.common.dtensors import here
 from leanlm.planning.constants import CHUNK, CHUNKS, CUDNN, KEPT, TENSORS, TOKEN_KERNELS
 
 aten = torch.ops.aten
@@ -61,7 +62,7 @@ def allocations(func: Any, args: Any, results: list[Tensor], threads: int) -> tu
         beside = (query.numel() + query.numel() // query.shape[-1]) * 4
         order = (*results, beside, -beside)
     elif packet is aten.sum and len(args) > 1 and args[1]:
-        beside = _sum_over_rows(getattr(args[0], "_local_tensor", args[0]), args[1], threads)
+        beside = _sum_over_rows(here(args[0]), args[1], threads)
         order = (*results, beside, -beside)
     return order
 
