@@ -61,7 +61,8 @@ class Model(nn.Module):
     @classmethod
     def given(cls, arguments: dict[str, Any]) -> dict[str, Any]:
         """Constructor arguments and, where one is left out, its default."""
-        return {name: each.default for name, each in inspect.signature(cls).parameters.items()} | arguments
+        known = inspect.signature(cls).parameters.items()
+        return {name: each.default for name, each in known if each.default is not each.empty} | arguments
 
     def tensor_units(self) -> dict[str, int]:
         """Constructor argument -> count that a tensor axis must divide, such as attention heads."""

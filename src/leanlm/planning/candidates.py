@@ -36,12 +36,8 @@ def meshes(devices: int) -> Iterator[tuple[int, ...]]:
 def families(settings: Settings, devices: int, whole: Stages, device: Device, allow: Iterable[str]) -> list[list[Choice]]:
     """Plans that can work and keep the curve, grouped by all but their micro-batches, of which the fewest come first.
 
-    Args:
-        settings: `plan` gives what is not searched: number types, state of the optimizer.
-        devices: all of them are used.
-        whole: the model as one stage.
-        device: of which unequal ones get unequal stages of a pipeline under 1F1B.
-        allow: what may change the curve and may be chosen too: precision, optim.state.
+    All `devices` are used. `settings.plan` gives what is not searched; `whole` is the model as one stage; `allow` says what may
+    change the curve and may be chosen too: precision, optim.state.
     """
     base = replace(Choice.of(settings), auto=False)
     found = []

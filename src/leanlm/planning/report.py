@@ -107,9 +107,7 @@ def show(answer: "Answer", device: Device, devices: int, tokens: int, overrides:
             print(f"{arguments(found.plan)}: needs {mib(found.fullest.peak)}, {reason(found)}")
     least = answer.least
     needed = f"{mib(max(enough(least)))} per device" if device.alike else ", ".join(map(mib, enough(least)))
-    print(
-        f"\nthe smallest budget that would do, of the plans looked at:\n{needed}, with {arguments(least.plan) or 'one device'}"
-    )
+    print(f"\nthe smallest budget that would do, of the plans looked at:\n{needed}, with {_name(least.plan)}")
 
 
 def _print_table(plans: "list[Prediction]", first: int, tokens: int) -> None:

@@ -46,25 +46,14 @@ class Answer:
     simulated: int  # of these, in the order of the rough estimate, before enough were found or time was up
 
 
-def search(
-    settings: Settings,
-    vocabulary: int,
-    device: Device,
-    devices: int,
-    allow: Iterable[str] = (),
-    wanted: int = 6,
-    unfit: int = 4,
-) -> Answer:
-    """Simulate plans from the fastest on until enough fit.
+def search(settings: Settings, vocabulary: int, device: Device, devices: int, allow: Iterable[str] = (), wanted: int = 6,
+           unfit: int = 4) -> Answer:  # fmt: skip
+    """Simulate plans from the fastest on until `wanted` of them fit, and report so many `unfit` ones.
 
     Args:
         settings: of a training run; `plan` gives what is not searched.
-        vocabulary: token types.
         device: of which each rank has one, or all share one machine.
-        devices: how many.
         allow: levers labelled `changes` that may be used.
-        wanted: fitting plans after which the search ends.
-        unfit: plans that do not fit to report.
 
     Raises:
         UserError: no simulation has ended in time.

@@ -64,11 +64,14 @@ class Device:
 
     def least(self, ranks: range) -> "Device":
         """What each of these has at least: work that is cut evenly waits for the slowest."""
-        speed = min(self.speeds[ranks.start : ranks.stop], default=1.0)
         memory = min(self.memories[ranks.start : ranks.stop], default=self.memory)
-        faster = {name: getattr(self, name) * speed for name in ("bandwidth", "paging", "small_paging")}
-        flops = {kind: rate * speed for kind, rate in self.flops.items()}
-        return replace(self, **faster, flops=flops, memory=memory, memories=(), speeds=())
+        rates = self._rates(min(self.speeds[ranks.start : ranks.stop], default=1.0))
+        return replace(self, **rates, memory=memory, memories=(), speeds=())
+
+    def _rates(self, by: float) -> dict[str, Any]:
+        """Those of which several processes each have a part, so many times."""
+        flops = {kind: rate * by for kind, rate in self.flops.items()}
+        return {"flops": flops} | {name: getattr(self, name) * by for name in ("bandwidth", "paging", "small_paging")}
 
     def scaled(self, by: float) -> "Device":
         """With another amount of memory."""
@@ -79,18 +82,14 @@ class Device:
         """What each of several processes gets of a machine; pages that they share count in each, and once for the machine."""
         if not self.shared or processes == 1:
             return self
-        crowd, part = self.crowd(processes), 2 / processes  # of what each of two has; if that is not known, half of all
-        names = ("bandwidth", "paging", "small_paging")
-        two = self.pair or {name: getattr(self, name) / 2 for name in names}
-        flops = two.get("flops") or {kind: rate / 2 for kind, rate in self.flops.items()}
+        crowd, two = self.crowd(processes), replace(self, **(self.pair or self._rates(1 / 2)))  # what each of two has
         return replace(
-            self,
+            two,
+            **two._rates(2 / processes),
             memory=(self.memory - self.process[2] + (processes - 1) * self.common) // processes,
-            flops={kind: rate * part for kind, rate in flops.items()},
-            **{name: two[name] * part for name in names},
             link=self.link / processes,
             links={kind: rate / processes for kind, rate in self.links.items()},
-            overhead=two.get("overhead", self.overhead) * crowd,
+            overhead=two.overhead * crowd,
             latency=self.latency * crowd + SLICE * (crowd - 1),
         )
 
@@ -148,16 +147,12 @@ def _problems(node: dict[str, Any], lists: dict[str, tuple], devices: int) -> li
     return found
 
 
-def this_machine(again: bool = False) -> Device:
-    """This machine's processor and the memory that a process here may use. Rates are measured once and stored.
-
-    Args:
-        again: measure, whatever is stored.
-    """
+def this_machine() -> Device:
+    """This machine's processor and the memory that a process here may use. Rates are measured once and stored."""
     file = cache_folder() / "device.json"
     key = f"{platform.node()} {platform.machine()} {cores()} cores, torch {torch.__version__}, probe {VERSION}"
     stored = json.loads(file.read_text()) if file.is_file() else {}
-    if again or key not in stored:
+    if key not in stored:
         stored[key] = measured()
         with suppress(OSError, UserError):  # where nothing can be written, each process measures
             write(writable(file.parent) / file.name, json.dumps(stored, indent=1))

@@ -47,8 +47,6 @@ def simulate(
 
     Args:
         settings: `plan` is resolved; the corpus is not read.
-        vocabulary: token types.
-        rank: from 0 to below `settings.plan.world`.
         blocks: build at most so many of each stage, of a model whose `depth` is their number; None: all.
         device: of a CPU, the copies that gloo makes count too; of a GPU, its kernels; None: torch's part on a CPU.
     """
