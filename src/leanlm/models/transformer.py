@@ -91,14 +91,13 @@ class Transformer(Model):
 
         def make_norm() -> nn.Module:
             if norm == "rmsnorm":
-                return nn.RMSNorm(width, eps=norm_eps, elementwise_affine=norm_weight)
-            return nn.LayerNorm(width, eps=norm_eps, elementwise_affine=norm_weight, bias=bias)
+                return nn.RMSNorm(width, norm_eps, norm_weight)
+            return nn.LayerNorm(width, norm_eps, norm_weight, bias)
 
         def make_block() -> nn.Module:
-            attention = Attention(
-                width, heads, kv_heads or heads, bias, qk_norm, rope_base if positions == "rope" else None, sequence
-            )
-            mlp = MLP(width, mlp_width or 4 * width, activation, bias)
+            base = rope_base if positions == "rope" else None
+            attention = Attention(width, heads, self.units["kv_heads"], bias, qk_norm, base, sequence)
+            mlp = MLP(width, self.units["mlp_width"], activation, bias)
             return Block(make_norm(), attention, make_norm(), mlp, dropout)
 
         self.embed = Embedding(vocabulary, width, sequence if positions == "learned" else None, dropout)

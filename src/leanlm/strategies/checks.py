@@ -44,11 +44,9 @@ def of_run(plan: Plan, optim: Optim, precision: str, clip: float) -> list[str]:
 
 def of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, recurrent: bool = False,
              adaptive: bool = False) -> list[str]:  # fmt: skip
-    """What cannot work about a plan for one model.
+    """What cannot work about a plan, after `resolve`, for a model of so many blocks.
 
     Args:
-        plan: after `resolve`.
-        blocks: how many the model has.
         units: what a tensor axis must divide, by name.
         splits: whether the model declares anything that a tensor axis may split.
         recurrent: whether it carries state.
@@ -60,12 +58,10 @@ def of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, recur
             f"strategy.recompute_window={plan.recompute_window}: the model carries no state, and cannot read part of a row "
             "without the tokens before it; write strategy.recompute=blocks"
         )
-    if plan.compiled and recurrent:
-        problems.append("strategy.compile=true: torch does not compile recurrent layers; leave it out")
-    elif plan.compiled and adaptive:
-        problems.append(
-            "strategy.compile=true: sizes in an adaptive softmax (model.cutoffs) depend on the tokens; leave it out"
-        )
+    if plan.compiled and (recurrent or adaptive):
+        sizes = "sizes in an adaptive softmax (model.cutoffs) depend on the tokens"
+        why = "torch does not compile recurrent layers" if recurrent else sizes
+        problems.append(f"strategy.compile=true: {why}; leave it out")
     return problems
 
 

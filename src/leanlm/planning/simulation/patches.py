@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -70,14 +70,11 @@ def resizing(resized: Callable[[Tensor], None]) -> list[Patch]:
     return [(place, name, told(getattr(place, name))) for place, name in places]
 
 
-class Sent:
+class Sent(NamedTuple):
     """What gloo's handle of something sent does: it holds the tensor for as long as someone holds the handle."""
 
-    def __init__(self, work: Any, tensors: list[Tensor]) -> None:
-        self.work, self.tensors = work, tensors
-
-    def wait(self, *args: Any) -> Any:
-        return self.work.wait(*args)
+    wait: Callable[..., Any]
+    tensors: list[Tensor]
 
 
 def sending() -> list[Patch]:
@@ -86,7 +83,7 @@ def sending() -> list[Patch]:
 
     def held(ops: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         tensors = [op.tensor for op in ops if op.op is dist.isend]
-        return [Sent(work, tensors) for work in every(ops, *args, **kwargs)]
+        return [Sent(work.wait, tensors) for work in every(ops, *args, **kwargs)]
 
     return [(schedules, "_batch_p2p", held)]
 
