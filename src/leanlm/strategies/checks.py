@@ -22,7 +22,6 @@ def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, l
     """Fill in what is left open, and list what cannot work.
 
     Args:
-        plan: as written in the configuration.
         devices: how many to use; None: what the plan asks for, and at least 2 where it takes all that there are.
         global_batch: rows per optimizer step.
     """

@@ -26,14 +26,8 @@ class Stage(nn.Module):
     New states become the carried ones only when the step is done (`advance`), so that a checkpoint taken in the middle of
     an accumulation is the state after the last whole step.
 
-    Args:
-        net: the model; the stage shares its modules.
-        blocks: names of the stage's blocks.
-        first: whether it reads tokens, with the embedding.
-        last: whether it ends with the head and the loss.
-        seed: of the dropout masks.
-        plan: what it keeps for backward, and whether it is compiled.
-        autocast: type in which products are computed; None: that of the weights.
+    It shares the modules of `net`: the blocks of these names, the embedding if it is the first and the head with the loss if it
+    is the last. `seed`: of the dropout masks. `autocast`: type in which products are computed; None: that of the weights.
     """
 
     def __init__(self, net: Model, blocks: list[str], first: bool, last: bool, seed: int, plan: Plan,

@@ -40,8 +40,7 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
 def allocations(func: Any, args: Any, results: list[Tensor], threads: int) -> tuple[Tensor | int, ...]:
     """What an operation allocates, in order: its results, and bytes beside them, negative where it gives them back.
 
-    Args:
-        threads: that the GPU keeps resident.
+    `threads`: that the GPU keeps resident.
     """
     packet = func._overloadpacket
     order: tuple[Tensor | int, ...] = (*results,)

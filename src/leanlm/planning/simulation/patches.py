@@ -115,12 +115,7 @@ def as_a_compiler() -> Iterator[None]:
 
 def kernels_of_a_gpu(card: Any, to_host: Callable[[int], None]) -> list[Patch]:
     """Fake tensors of a CPU go through the operations that a GPU computes with: autograd knows no device that torch was not
-    built for.
-
-    Args:
-        card: its `Device`.
-        to_host: is told of bytes that go to host memory or come back.
-    """
+    built for. `to_host` is told of bytes that go to host memory or come back."""
     memory = chunks.share_of(card.total or card.memory)
     return [
         (kernels, "on_gpu", lambda tensor: True),

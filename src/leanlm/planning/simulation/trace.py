@@ -2,9 +2,10 @@
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -78,14 +79,9 @@ class Trace(TorchDispatchMode):
         self.faked = active_fake_mode() is not None
         return super().__enter__()
 
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
+    def uncounted(self) -> AbstractContextManager[Any]:
         """Within it, storages come and go, and operations are no work."""
-        before, self.counting = self.counting, False
-        try:
-            yield
-        finally:
-            self.counting = before
+        return mock.patch.object(self, "counting", False)
 
     def enter(self, phase: str) -> None:
         """What comes next belongs to another phase."""
