@@ -166,7 +166,7 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def activations(module: nn.Module) -> AbstractContextManager[Any]:
-    """A context in which what autograd keeps for backward is not kept in the device's memory, but for a module's parameters. Bitwise.
+    """A context in which what autograd keeps for backward leaves the device's memory, but for a module's parameters. Bitwise.
 
     torch.autograd.graph.save_on_cpu would copy these too, and once for each layer what several read.
     """

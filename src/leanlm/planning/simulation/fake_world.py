@@ -57,10 +57,8 @@ def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
             *repetitions.few_pieces(trace),
             *repetitions.alike_tensors(trace),
             *(patches.sending() if plan.pipeline > 1 else ()),
-            *(
-                (place, name, lambda: file)
-                for place, name in ((offload, "scratch"), (build, "scratch"), (build, "host_memory"))
-            ),
+            *((place, "scratch", lambda: file) for place in (offload, build)),
+            (build, "host_memory", lambda: file),
             compiler_of(trace),
             *(patches.kernels_of_a_gpu(trace.card, trace.to_host) if trace.card is not None else ()),
         ]
