@@ -77,7 +77,8 @@ class Trace(TorchDispatchMode):
 
     def __enter__(self) -> "Trace":
         self.faked = active_fake_mode() is not None
-        return super().__enter__()
+        super().__enter__()
+        return self
 
     def uncounted(self) -> AbstractContextManager[Any]:
         """Within it, storages come and go, and operations are no work."""
