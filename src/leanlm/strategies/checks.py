@@ -21,9 +21,8 @@ from leanlm.strategies.schedules import SCHEDULES
 def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, list[str]]:
     """Fill in what is left open, and list what cannot work.
 
-    Args:
-        devices: how many to use; None: what the plan asks for, and at least 2 where it takes all that there are.
-        global_batch: rows per optimizer step.
+    `devices`: how many to use; None: what the plan asks for, and at least 2 where it takes all that there are. `global_batch`:
+    rows per optimizer step.
     """
     problems = [*_levers(plan)]
     plan, found = _on_devices(plan, devices)
@@ -45,11 +44,8 @@ def of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, recur
              adaptive: bool = False) -> list[str]:  # fmt: skip
     """What cannot work about a plan, after `resolve`, for a model of so many blocks.
 
-    Args:
-        units: what a tensor axis must divide, by name.
-        splits: whether the model declares anything that a tensor axis may split.
-        recurrent: whether it carries state.
-        adaptive: whether its head is an adaptive softmax.
+    `units`: what a tensor axis must divide, by name. `splits`: whether the model declares anything that the axis may split.
+    `recurrent`: whether it carries state. `adaptive`: whether its head is an adaptive softmax.
     """
     problems = [*_stages(plan, blocks, recurrent), *_tensor(plan, units, splits)]
     if plan.recompute_window and not recurrent:
