@@ -312,7 +312,7 @@ CHECKPOINT = """
 import sys, torch, leanlm
 from pathlib import Path
 from leanlm.memory import malloc
-from leanlm.memory.offload import scratch
+from leanlm.memory.offload import release_all, scratch
 from leanlm.optimizers.adamw import AdamW
 from leanlm.training import checkpoint
 
@@ -341,7 +341,7 @@ for _, parameter in named:
     optimizer.step()
     parameter.grad = None
 first = [optimizer.state[p]["exp_avg_sq"].sum().item() for _, p in named]
-scratch().release_all()
+release_all()
 checkpoint.save(folder, named[:1], optimizer, {}, {"step": 1}, 2)  # imports
 saving = peak(lambda: checkpoint.save(folder, named, optimizer, {}, {"step": 2}, 2))
 del optimizer

@@ -53,14 +53,14 @@ def _measured(settings: Settings) -> list[list[int]]:
     import lightning.pytorch as pl
 
     from leanlm.launch.ranks import of_ranks
-    from leanlm.planning.simulation.step import _Batches
+    from leanlm.planning.simulation.step import _batches
     from leanlm.training import build
 
     with process_group("cpu"):
         parallel = build.parallel_model(settings.config, settings.plan, 256)
         module = build.module(settings, parallel)
         trainer = build.trainer(settings, [pl.Callback()], [], 2)
-        trainer.fit(module, _Batches(settings, 2))
+        trainer.fit(module, _batches(settings, 2))
         held = module.held_bytes(trainer.optimizers[0])
         return of_ranks([held["parameters"], held["optimizer_state"]])
 

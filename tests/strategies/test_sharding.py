@@ -69,7 +69,7 @@ def _gradient_storages(overrides: list[str]) -> list[list[int]]:
     gradients were gone when the second step began."""
     import lightning.pytorch as pl
 
-    from leanlm.planning.simulation.step import _Batches
+    from leanlm.planning.simulation.step import _batches
 
     class Look(pl.Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Batch, index: int) -> None:
@@ -86,7 +86,7 @@ def _gradient_storages(overrides: list[str]) -> list[list[int]]:
     with process_group("cpu"):
         parallel = build.parallel_model(settings.config, settings.plan, VOCABULARY)
         module = build.module(settings, parallel)
-        build.trainer(settings, [look], [], 2).fit(module, _Batches(settings, 2))
+        build.trainer(settings, [look], [], 2).fit(module, _batches(settings, 2))
         return of_ranks([*look.found, look.gone])
 
 

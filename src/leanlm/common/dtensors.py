@@ -22,10 +22,14 @@ def local(tensor: Any) -> Tensor:
     return mine.trigger_wait() if hasattr(mine, "trigger_wait") else mine
 
 
+def here(tensor: Any) -> Tensor:
+    """What this device holds of a tensor, without an operation, as `local` takes one for each parameter."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
 def place(tensor: Any) -> int:
-    """Which storage holds what this device has of a tensor. Without an operation, as `local` takes one for each parameter; the
-    number stands for a storage as long as that lives, and a simulation's have one too."""
-    return (tensor._local_tensor if is_dtensor(tensor) else tensor).untyped_storage()._cdata
+    """Which storage holds what this device has of a tensor: a number that is its own while it lives, in a simulation too."""
+    return here(tensor).untyped_storage()._cdata
 
 
 def whole(tensor: Any) -> Tensor:

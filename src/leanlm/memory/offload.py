@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,6 @@ from leanlm.models import kernels
 
 CHOICES = ("none", "activations", "optimizer", "all")
 SMALLEST = LARGE  # bytes of an activation that is worth moving: smaller ones share pages with others, which stay
-
-
-class StateStorage(Protocol):
-    """Where an optimizer's state is between two steps."""
-
-    def empty(self, size: Iterable[int], dtype: torch.dtype) -> Tensor: ...
-    def holds(self, tensor: Tensor) -> bool: ...
-    def release(self, tensor: Tensor) -> None: ...
 
 
 class HostMemory:
@@ -101,15 +93,14 @@ class Scratch:
         """Let the pages of a tensor leave memory; it can be used as before."""
         self.mapped[tensor.data_ptr()].madvise(mmap.MADV_DONTNEED)
 
-    def release_all(self) -> None:
-        for part in self.mapped.values():
-            part.madvise(mmap.MADV_DONTNEED)
-
     def forget(self, tensor: Tensor) -> None:
         """Give the place of a tensor to others; it must not be used any more."""
         part = self.mapped.pop(tensor.data_ptr())
         part.madvise(mmap.MADV_DONTNEED)
         self.free.setdefault(len(part), []).append(part)
+
+
+StateStorage = HostMemory | Scratch  # where an optimizer's state is between two steps
 
 
 @cache
@@ -127,8 +118,8 @@ def host_memory() -> HostMemory:
 
 def release_all() -> None:
     """Let the pages of all that is in this process's file leave memory, after something has read them."""
-    if scratch.cache_info().currsize:
-        scratch().release_all()
+    for part in scratch().mapped.values() if scratch.cache_info().currsize else ():
+        part.madvise(mmap.MADV_DONTNEED)
 
 
 class _Kept:
@@ -175,12 +166,9 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def activations(module: nn.Module) -> AbstractContextManager[Any]:
-    """A context in which what autograd keeps for backward is not kept in the device's memory. Bitwise.
+    """A context in which what autograd keeps for backward leaves the device's memory, but for a module's parameters. Bitwise.
 
-    torch.autograd.graph.save_on_cpu would copy the parameters too, and once for each layer what several read.
-
-    Args:
-        module: its parameters stay where they are.
+    torch.autograd.graph.save_on_cpu would copy these too, and once for each layer what several read.
     """
     known: dict[tuple, tuple[StorageWeakRef, weakref.ref[_Kept | _Pinned]]] = {}  # what several layers read is kept once
 

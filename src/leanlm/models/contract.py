@@ -6,6 +6,7 @@ that whatever cuts a model (stages, shards, recomputation) can work block by blo
 """
 
 import hashlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from leanlm.models.dropout import RowDropout
-from leanlm.models.head import Head
+from leanlm.models.head import Head, head_problems
 
 
 class Model(nn.Module):
@@ -49,8 +50,19 @@ class Model(nn.Module):
     @classmethod
     def problems(cls, **arguments: Any) -> list[str]:
         """What cannot work about constructor arguments that are of the right types, one line each."""
-        rate = arguments.get("dropout", 0)
-        return [] if 0 <= rate < 1 else [f"dropout={rate}: a share of at least 0 and below 1"]
+        given = cls.given(arguments)
+        sizes = {key: given[key] for key in ("width", "depth", "heads", "embedding") if given.get(key) is not None}
+        found = [f"{key}={size}: it must be at least 1" for key, size in sizes.items() if size < 1]
+        if not 0 <= given.get("dropout", 0) < 1:
+            found.append(f"dropout={given['dropout']}: a share of at least 0 and below 1")
+        wide = given.get("embedding") or given.get("width", 1)
+        return found + head_problems(given.get("cutoffs"), given.get("tied", False), wide)
+
+    @classmethod
+    def given(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Constructor arguments and, where one is left out, its default."""
+        known = inspect.signature(cls).parameters.items()
+        return {name: each.default for name, each in known if each.default is not each.empty} | arguments
 
     def tensor_units(self) -> dict[str, int]:
         """Constructor argument -> count that a tensor axis must divide, such as attention heads."""

@@ -84,7 +84,8 @@ def _scramble(bits: Tensor, shift: int, factor: int) -> Tensor:
 
 
 def _shift_right(bits: Tensor, by: int) -> Tensor:
-    return (bits >> by).bitwise_and_((1 << (32 - by)) - 1)  # torch shifts signed integers arithmetically
+    width = 8 * bits.itemsize
+    return (bits >> by).bitwise_and_((1 << (width - by)) - 1)  # torch shifts signed integers arithmetically
 
 
 def _splitmix(x: int) -> int:
@@ -96,13 +97,10 @@ def _splitmix(x: int) -> int:
 
 
 def _splitmix_tensor(x: Tensor) -> Tensor:
-    def shift(x: Tensor, by: int) -> Tensor:
-        return (x >> by) & ((1 << (64 - by)) - 1)
-
     x = x + _signed(0x9E3779B97F4A7C15, 64)
-    x = (x ^ shift(x, 30)) * _signed(0xBF58476D1CE4E5B9, 64)
-    x = (x ^ shift(x, 27)) * _signed(0x94D049BB133111EB, 64)
-    return x ^ shift(x, 31)
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9, 64)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB, 64)
+    return x ^ _shift_right(x, 31)
 
 
 def _signed(value: int, bits: int) -> int:

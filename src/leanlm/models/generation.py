@@ -12,11 +12,8 @@ class LogitsAfter:
     """Logits `[v]` of the token after a history, of a model that keeps what it has read.
 
     Work grows linearly with the length: a model that carries state goes on from it; others keep their keys and values, and
-    when the context is full they read its newer half again.
-
-    Args:
-        net: in eval mode.
-        cached: False reads the whole context anew for every token, which must give the same.
+    when the context is full they read its newer half again. `net` is in eval mode. `cached=False` reads the whole context anew
+    for every token, which must give the same.
     """
 
     def __init__(self, net: Model, cached: bool = True) -> None:

@@ -1,14 +1,13 @@
 """Recurrent language models: Elman (tanh or relu), LSTM and GRU, one block per layer, state carried between steps."""
 
-import inspect
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from leanlm.models.contract import Model
 from leanlm.models.dropout import RowDropout
-from leanlm.models.head import head_problems, make_head
+from leanlm.models.head import make_head
 
 CELLS = {"elman_tanh": nn.RNN, "elman_relu": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
@@ -60,14 +59,6 @@ class RNN(Model):
             self.head.projection.weight = self.embed.tokens.weight
         self.name_sites()
 
-    @classmethod
-    def problems(cls, **arguments: Any) -> list[str]:
-        found = super().problems(**arguments)
-        sizes = {key: arguments[key] for key in ("width", "depth", "embedding") if arguments.get(key) is not None}
-        found += [f"{key}={size}: it must be at least 1" for key, size in sizes.items() if size < 1]
-        given = {name: p.default for name, p in inspect.signature(cls).parameters.items()} | arguments
-        return found + head_problems(given["cutoffs"], given["tied"], given["embedding"] or given["width"])
-
     @property
     def width(self) -> int:
         return self._width
@@ -106,12 +97,8 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         before = None if state is None else tuple(part.unsqueeze(0) for part in state)
-        if isinstance(self.cell, nn.LSTM):
-            hidden, after = self.cell(hidden, before)
-        else:
-            hidden, last = self.cell(hidden, before and before[0])
-            after = (last,)
-        return self.dropout(hidden), tuple(part.squeeze(0) for part in after)
+        hidden, after = self.cell(hidden, before if before is None or isinstance(self.cell, nn.LSTM) else before[0])
+        return self.dropout(hidden), tuple(part.squeeze(0) for part in (after if isinstance(after, tuple) else (after,)))
 
 
 def _linear(before: int, after: int) -> nn.Module:

@@ -3,7 +3,6 @@
 Shapes: b rows, s positions, h width, n heads, g key-value heads, d = h / n.
 """
 
-import inspect
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from leanlm.models import kernels
 from leanlm.models.contract import Model
 from leanlm.models.dropout import RowDropout
-from leanlm.models.head import head_problems, make_head
+from leanlm.models.head import make_head
 from leanlm.models.linear import together
 
 Norm = Literal["layernorm", "rmsnorm"]
@@ -92,14 +91,13 @@ class Transformer(Model):
 
         def make_norm() -> nn.Module:
             if norm == "rmsnorm":
-                return nn.RMSNorm(width, eps=norm_eps, elementwise_affine=norm_weight)
-            return nn.LayerNorm(width, eps=norm_eps, elementwise_affine=norm_weight, bias=bias)
+                return nn.RMSNorm(width, norm_eps, norm_weight)
+            return nn.LayerNorm(width, norm_eps, norm_weight, bias)
 
         def make_block() -> nn.Module:
-            attention = Attention(
-                width, heads, kv_heads or heads, bias, qk_norm, rope_base if positions == "rope" else None, sequence
-            )
-            mlp = MLP(width, mlp_width or 4 * width, activation, bias)
+            base = rope_base if positions == "rope" else None
+            attention = Attention(width, heads, self.units["kv_heads"], bias, qk_norm, base, sequence)
+            mlp = MLP(width, self.units["mlp_width"], activation, bias)
             return Block(make_norm(), attention, make_norm(), mlp, dropout)
 
         self.embed = Embedding(vocabulary, width, sequence if positions == "learned" else None, dropout)
@@ -111,26 +109,25 @@ class Transformer(Model):
 
     @classmethod
     def problems(cls, **arguments: Any) -> list[str]:
-        given = {name: p.default for name, p in inspect.signature(cls).parameters.items()} | arguments
+        given, found = cls.given(arguments), super().problems(**arguments)
         width, heads = given["width"], given["heads"]
         groups = given["kv_heads"] or heads
-        found = [f"{key}={given[key]}: it must be at least 1" for key in ("width", "depth", "heads") if given[key] < 1]
-        if not found and width % heads:
-            near = [n for n in range(1, width + 1) if width % n == 0]
-            found.append(
-                f"width={width} does not divide by heads={heads}: write heads={min(near, key=lambda n: abs(n - heads))}"
-            )
-        elif not found and given["positions"] == "rope" and width // heads % 2:
+        if width < 1 or heads < 1:
+            return found
+        if width % heads:
+            near = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - heads))
+            found.append(f"width={width} does not divide by heads={heads}: write heads={near}")
+        elif given["positions"] == "rope" and width // heads % 2:
             found.append(f"rope turns pairs, but width={width} / heads={heads} = {width // heads} is odd")
-        if not found and heads % groups:
+        if heads % groups:
             found.append(f"heads={heads} does not divide by kv_heads={groups}")
-        return super().problems(**arguments) + found + head_problems(given["cutoffs"], given["tied"], width)
+        return found
 
     def tensor_units(self) -> dict[str, int]:
         return self.units
 
     def start(self, batch: int) -> list["KVCache"]:
-        return [block.cache(batch) for block in self.blocks.values() if isinstance(block, Block)]
+        return [block.attention.cache(batch) for block in self.blocks.values() if isinstance(block, Block)]
 
     def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         if name.endswith("bias"):
@@ -169,9 +166,6 @@ class Block(nn.Module):
         hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), state))
         hidden = hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))
         return hidden, state
-
-    def cache(self, batch: int) -> "KVCache":
-        return self.attention.cache(batch)
 
 
 class KVCache:

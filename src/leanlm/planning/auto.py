@@ -30,9 +30,7 @@ def train(work: Work, settings: Settings, path: Path, command: list[str] | None 
     """Train under the plan that the planner chooses, and under one for less memory should that not be enough.
 
     Args:
-        work: what each rank does, given settings and folder.
-        settings: whose plan says `auto`.
-        path: folder of the run.
+        work: what each rank does, given settings and folder of the run.
         command: overrides that compose the configuration, as a person types them, of a process that has nothing else to do: it
             is replaced by one that waits for the run, and this function does not return.
     """
@@ -63,7 +61,6 @@ def choose(settings: Settings, scale: float = 1.0, beside: int | None = None) ->
     If none leaves the margin free, the one that leaves most is tried, should it fit at all.
 
     Args:
-        settings: whose plan says `auto`.
         scale: of the budget; below 1 after a run has met the end of memory.
         beside: bytes of a machine that the process takes which waits for a run on one device; None: what one with torch does.
 

@@ -1,10 +1,10 @@
 """Every plan that could be taken, and the rough figures by which they are ordered before any is simulated."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from leanlm.config.of_model import SAVED, can_compile, model_problems, worth_compiling
 from leanlm.config.schema import Settings
@@ -20,12 +20,11 @@ from leanlm.strategies.checks import of_run, resolve
 from leanlm.strategies.plan import AXES, Plan
 
 
-@dataclass(frozen=True)
-class Rough:
-    """What orders candidates before anything is simulated: seconds of a step and bytes on the fullest rank."""
+class Rough(NamedTuple):
+    """What orders candidates before anything is simulated."""
 
-    seconds: float
-    bytes: float
+    seconds: float  # of a step
+    bytes: float  # on the fullest rank
 
 
 def meshes(devices: int) -> Iterator[tuple[int, ...]]:
@@ -37,12 +36,8 @@ def meshes(devices: int) -> Iterator[tuple[int, ...]]:
 def families(settings: Settings, devices: int, whole: Stages, device: Device, allow: Iterable[str]) -> list[list[Choice]]:
     """Plans that can work and keep the curve, grouped by all but their micro-batches, of which the fewest come first.
 
-    Args:
-        settings: `plan` gives what is not searched: number types, state of the optimizer.
-        devices: all of them are used.
-        whole: the model as one stage.
-        device: of which unequal ones get unequal stages of a pipeline under 1F1B.
-        allow: what may change the curve and may be chosen too: precision, optim.state.
+    All `devices` are used. `settings.plan` gives what is not searched; `whole` is the model as one stage; `allow` says what may
+    change the curve and may be chosen too: precision, optim.state.
     """
     base = replace(Choice.of(settings), auto=False)
     found = []

@@ -1,7 +1,6 @@
 """What the planner chooses: a plan and, where `allow` says so, what changes the curve."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from leanlm.config.schema import Settings, exactness
 from leanlm.strategies.plan import Plan
@@ -9,24 +8,17 @@ from leanlm.strategies.plan import Plan
 
 @dataclass(frozen=True)
 class Choice(Plan):
-    """A plan, with the number types of a run and how its optimizer keeps its state.
-
-    Attributes:
-        precision: of the run.
-        state: of the optimizer, `optim.state`.
-        changed: overrides that write what is not as it was asked for.
-    """
+    """A plan, with the number types of a run and how its optimizer keeps its state."""
 
     precision: str = "fp32"
     state: str = "fp32"
-    changed: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()  # overrides that write what is not as it was asked for
 
     @classmethod
     def of(cls, settings: Settings) -> "Choice":
         if isinstance(settings.plan, Choice):
             return settings.plan
-        plan = {each.name: getattr(settings.plan, each.name) for each in fields(Plan)}
-        return cls(**plan, precision=settings.config.precision, state=settings.config.optim.state)
+        return cls(**settings.plan.asdict(), precision=settings.config.precision, state=settings.config.optim.state)
 
     def settings(self, settings: Settings) -> Settings:
         """Of a run with this choice."""
@@ -37,7 +29,3 @@ class Choice(Plan):
     @property
     def exactness(self) -> str:
         return exactness(self, self.precision, self.state)
-
-    def asdict(self) -> dict[str, Any]:
-        """The plan alone, as a configuration's group has it."""
-        return {each.name: getattr(self, each.name) for each in fields(Plan)}

@@ -1,16 +1,14 @@
 """Evaluation and generation within a memory budget: what they need, simulated as a training step is."""
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 
 from leanlm.common.errors import UserError
 from leanlm.config.schema import Config, Settings
-from leanlm.data.batches import Batch
 from leanlm.memory import malloc
 from leanlm.models.generation import generate
 from leanlm.planning.choice import Choice
-from leanlm.planning.hardware import devices as devices
+from leanlm.planning.hardware import devices
 from leanlm.planning.parts import heap_of, peaks, with_overhead
 from leanlm.planning.report import mib
 from leanlm.planning.simulation import allocator, fake_world
@@ -72,17 +70,8 @@ def _evaluation(settings: Settings, vocabulary: int, device: devices.Device, ran
         module = build.module(settings, parallel, training=False)
         trainer = build.trainer(settings, [], [])
         with contextlib.redirect_stdout(None), replaced(no_moves(module)):
-            trainer.validate(module, _Batches(rows, config.sequence), verbose=False)
+            trainer.validate(module, fake_world.Batches(config.sequence, rows, [(rows, 0, 0), (rows, 1, 0)]), verbose=False)
     return trace
-
-
-class _Batches:
-    def __init__(self, rows: int, sequence: int) -> None:
-        self.rows, self.sequence = rows, sequence
-
-    def __iter__(self) -> Iterator[Batch]:
-        for number in range(2):
-            yield fake_world.batch(self.rows, self.sequence, number, 0, self.rows)
 
 
 def _total(trace: Trace, plan: Choice, device: devices.Device) -> int:

@@ -26,23 +26,17 @@ BUFFERS_ALONE = ("1f1b", "interleaved")  # schedules under which a micro-batch m
 class Need:
     """What a plan needs on one rank.
 
-    Attributes:
-        rank: which.
-        parts: bytes at its largest moment: those of PARTS; on a CPU `overhead` (allocator, pages of libraries that a step
-            touches) and `process` (Python and what it has imported); on a GPU `workspaces` (cuBLAS), `allocator` (what the
-            caching allocator holds beyond tensors) and `context` (driver, kernels, NCCL).
-        seconds: of one optimizer step as far as it was simulated, if no rank waits for another.
-        optimizer: of these, the update of the weights.
-        memory: bytes that its device has.
-        droppable: bytes beyond these that a system short of memory can have, by dropping pages of libraries.
+    `parts` are bytes at its largest moment: those of PARTS; on a CPU `overhead` (allocator, pages of libraries that a step
+    touches) and `process` (Python and what it has imported); on a GPU `workspaces` (cuBLAS), `allocator` (what the caching
+    allocator holds beyond tensors) and `context` (driver, kernels, NCCL).
     """
 
     rank: int
     parts: dict[str, int]
-    seconds: float
-    optimizer: float
-    memory: int
-    droppable: int = 0
+    seconds: float  # of one optimizer step as far as it was simulated, if no rank waits for another
+    optimizer: float  # of these, the update of the weights
+    memory: int  # bytes that its device has
+    droppable: int = 0  # bytes beyond these that a system short of memory can have, by dropping pages of libraries
 
     @property
     def peak(self) -> int:
@@ -57,17 +51,11 @@ class Need:
 
 @dataclass
 class Prediction:
-    """What a plan needs.
-
-    Attributes:
-        plan: the plan, and the number types and state that it goes with.
-        needs: of one rank of each kind; along a pipeline they differ.
-        seconds: of one optimizer step.
-    """
+    """What a plan needs."""
 
     plan: Choice
-    needs: list[Need]
-    seconds: float
+    needs: list[Need]  # of one rank of each kind; along a pipeline they differ
+    seconds: float  # of one optimizer step
 
     @property
     def fullest(self) -> Need:

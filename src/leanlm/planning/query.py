@@ -31,11 +31,7 @@ OWN = {each.name for each in fields(Ask)} - {each.name for each in fields(Config
 
 
 def plan(asked: Ask, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Search the plans of a training configuration.
-
-    Args:
-        asked: as `conf/plan.yaml` composes it.
-        overrides: of the command line, to be repeated in the commands that are printed.
+    """Search the plans of a training configuration; the commands that are printed repeat the overrides.
 
     Returns:
         `device`, `budget_bytes`, `fits` and `does_not_fit` (lists of plans, see `report.as_dict`), `least_bytes`.
@@ -69,16 +65,12 @@ def plan(asked: Ask, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if asked.json:
         print(json.dumps(result, indent=2))
         return result
-    own = (
-        "as asked for: choose data and data.tokenizer to match"
-        if asked.vocabulary
-        else "of the data; vocabulary=... plans for another"
-    )
+    of_data = "of the data; vocabulary=... plans for another"
+    own = "as asked for: choose data and data.tokenizer to match" if asked.vocabulary else of_data
     print(f"vocabulary of {vocabulary:,} types ({own})")
-    if asked.precision == "auto" and settings.config.precision != "fp32":
-        print(
-            f"precision=auto is {settings.config.precision} on this device, which may move the curve; precision=fp32 does not"
-        )
+    precision = settings.config.precision
+    if asked.precision == "auto" and precision != "fp32":
+        print(f"precision=auto is {precision} on this device, which may move the curve; precision=fp32 does not")
     report.show(answer, device, count, size, overrides)
     if asked.picture:
         report.draw(answer, Path(asked.picture))

@@ -23,11 +23,7 @@ FREES = {  # part -> what makes it smaller
     "logits": "more strategy.accumulate_grad_batches, or model.cutoffs",
     "buffers": "fewer devices along strategy.tensor",
     "temporaries": "more strategy.accumulate_grad_batches",
-    "overhead": "a larger device",
     "process": "fewer processes on this machine",
-    "workspaces": "a larger device",
-    "allocator": "a larger device",
-    "context": "a larger device",
 }
 
 
@@ -58,7 +54,7 @@ def reason(found: "Prediction") -> str:
         return f"{mib(need.memory - need.peak)} are left, less than the {MARGIN:.0%} that are kept free: it may fit"
     if found.tight:
         return f"{mib(need.peak - need.memory)} too much, which dropping pages of libraries may give: it may fit, slowly"
-    return f"{mib(need.over)} too much; {largest} take {mib(need.parts[largest])}: {FREES[largest]}"
+    return f"{mib(need.over)} too much; {largest} take {mib(need.parts[largest])}: {FREES.get(largest, 'a larger device')}"
 
 
 def budgets(device: Device, devices: int) -> str:
@@ -111,9 +107,7 @@ def show(answer: "Answer", device: Device, devices: int, tokens: int, overrides:
             print(f"{arguments(found.plan)}: needs {mib(found.fullest.peak)}, {reason(found)}")
     least = answer.least
     needed = f"{mib(max(enough(least)))} per device" if device.alike else ", ".join(map(mib, enough(least)))
-    print(
-        f"\nthe smallest budget that would do, of the plans looked at:\n{needed}, with {arguments(least.plan) or 'one device'}"
-    )
+    print(f"\nthe smallest budget that would do, of the plans looked at:\n{needed}, with {_name(least.plan)}")
 
 
 def _print_table(plans: "list[Prediction]", first: int, tokens: int) -> None:

@@ -37,42 +37,23 @@ ANSWER = 300.0  # as long as none has been simulated at all: on a machine that d
 
 @dataclass
 class Answer:
-    """What a search found.
+    """What a search found."""
 
-    Attributes:
-        fitting: predictions that fit, fastest first.
-        others: of plans that do not, the fastest first.
-        least: the prediction that exceeds its budget least, or leaves most of it.
-        candidates: how many plans there were.
-        simulated: how many of them were looked at, in the order of the rough estimate, before enough were found or time was up.
-    """
-
-    fitting: list[Prediction]
-    others: list[Prediction]
-    least: Prediction
-    candidates: int
-    simulated: int
+    fitting: list[Prediction]  # that fit, fastest first
+    others: list[Prediction]  # that do not, fastest first
+    least: Prediction  # that exceeds its budget least, or leaves most of it
+    candidates: int  # how many plans there were
+    simulated: int  # of these, in the order of the rough estimate, before enough were found or time was up
 
 
-def search(
-    settings: Settings,
-    vocabulary: int,
-    device: Device,
-    devices: int,
-    allow: Iterable[str] = (),
-    wanted: int = 6,
-    unfit: int = 4,
-) -> Answer:
-    """Simulate plans from the fastest on until enough fit.
+def search(settings: Settings, vocabulary: int, device: Device, devices: int, allow: Iterable[str] = (), wanted: int = 6,
+           unfit: int = 4) -> Answer:  # fmt: skip
+    """Simulate plans from the fastest on until `wanted` of them fit, and report so many `unfit` ones.
 
     Args:
         settings: of a training run; `plan` gives what is not searched.
-        vocabulary: token types.
         device: of which each rank has one, or all share one machine.
-        devices: how many.
         allow: levers labelled `changes` that may be used.
-        wanted: fitting plans after which the search ends.
-        unfit: plans that do not fit to report.
 
     Raises:
         UserError: no simulation has ended in time.
@@ -98,12 +79,11 @@ def search(
 
 
 class _Family(NamedTuple):
-    """Plans that differ in their micro-batches, from the fastest on that may fit: whether even that is hopeless, its rough
-    seconds, and the rough bytes of the last."""
+    """Plans that differ in their micro-batches, from the fastest on that may fit."""
 
-    hopeless: bool
-    seconds: float
-    least: float
+    hopeless: bool  # whether even that is
+    seconds: float  # its rough ones
+    least: float  # rough bytes of the last
     plans: list[Choice]
 
 
@@ -133,12 +113,7 @@ def _in_order(
 
 
 class _Simulations:
-    """Plans of families, simulated by a team of processes until enough fit or time is up.
-
-    Attributes:
-        fitting: predictions that fit.
-        others: those that do not.
-    """
+    """Plans of families, simulated by a team of processes until enough fit or time is up."""
 
     def __init__(self, queue: list[_Family], team: list["_Worker"], wanted: int, until: float) -> None:
         self.queue, self.waiting, self.wanted, self.until = queue, list(team), wanted, until

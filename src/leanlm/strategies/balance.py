@@ -47,14 +47,10 @@ def split(cost: dict[str, float], plan: Plan) -> list[list[str]]:
     The embedding counts to the first stage and the head to the last; each stage has a block at least. First the costliest
     stage is made as cheap as can be; then, where devices have several stages, the costliest device.
     """
-    names = _blocks(cost)
     if plan.pipeline > 1 and plan.stage_blocks is not None:
-        ends = [0, *accumulate(plan.stage_blocks)]
-    else:
-        ends = _least_by_stage(cost, [1.0] * plan.stages)
-        if plan.stages > plan.pipeline:
-            ends = _less_by_device(cost, ends, plan)
-    return _cut(names, ends)
+        return _cut(cost, [0, *accumulate(plan.stage_blocks)])
+    ends = _least_by_stage(cost, [1.0] * plan.stages)
+    return _cut(cost, _less_by_device(cost, ends, plan) if plan.stages > plan.pipeline else ends)
 
 
 def stage_costs(cost: dict[str, float], blocks: list[list[str]]) -> list[float]:
@@ -74,8 +70,8 @@ def _blocks(cost: dict[str, float]) -> list[str]:
     return [name for name in cost if name not in ("embed", "head")]
 
 
-def _cut(names: list[str], ends: list[int]) -> list[list[str]]:
-    return [names[begin:end] for begin, end in pairwise(ends)]
+def _cut(cost: dict[str, float], ends: list[int]) -> list[list[str]]:
+    return [_blocks(cost)[begin:end] for begin, end in pairwise(ends)]
 
 
 def _least_by_stage(cost: dict[str, float], weights: list[float]) -> list[int]:
@@ -99,10 +95,9 @@ def _least_by_stage(cost: dict[str, float], weights: list[float]) -> list[int]:
 
 def _less_by_device(cost: dict[str, float], ends: list[int], plan: Plan) -> list[int]:
     """Blocks move over one boundary at a time as long as the costliest device gets cheaper."""
-    names = _blocks(cost)
 
     def worst(ends: list[int]) -> tuple[float, float]:
-        each = stage_costs(cost, _cut(names, ends))
+        each = stage_costs(cost, _cut(cost, ends))
         return max(sum(each[stage] for stage in plan.stages_on(device)) for device in range(plan.pipeline)), max(each)
 
     while True:

@@ -21,10 +21,8 @@ from leanlm.strategies.schedules import SCHEDULES
 def resolve(plan: Plan, devices: int | None, global_batch: int) -> tuple[Plan, list[str]]:
     """Fill in what is left open, and list what cannot work.
 
-    Args:
-        plan: as written in the configuration.
-        devices: how many to use; None: what the plan asks for, and at least 2 where it takes all that there are.
-        global_batch: rows per optimizer step.
+    `devices`: how many to use; None: what the plan asks for, and at least 2 where it takes all that there are. `global_batch`:
+    rows per optimizer step.
     """
     problems = [*_levers(plan)]
     plan, found = _on_devices(plan, devices)
@@ -44,15 +42,10 @@ def of_run(plan: Plan, optim: Optim, precision: str, clip: float) -> list[str]:
 
 def of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, recurrent: bool = False,
              adaptive: bool = False) -> list[str]:  # fmt: skip
-    """What cannot work about a plan for one model.
+    """What cannot work about a plan, after `resolve`, for a model of so many blocks.
 
-    Args:
-        plan: after `resolve`.
-        blocks: how many the model has.
-        units: what a tensor axis must divide, by name.
-        splits: whether the model declares anything that a tensor axis may split.
-        recurrent: whether it carries state.
-        adaptive: whether its head is an adaptive softmax.
+    `units`: what a tensor axis must divide, by name. `splits`: whether the model declares anything that the axis may split.
+    `recurrent`: whether it carries state. `adaptive`: whether its head is an adaptive softmax.
     """
     problems = [*_stages(plan, blocks, recurrent), *_tensor(plan, units, splits)]
     if plan.recompute_window and not recurrent:
@@ -60,12 +53,10 @@ def of_model(plan: Plan, blocks: int, units: dict[str, int], splits: bool, recur
             f"strategy.recompute_window={plan.recompute_window}: the model carries no state, and cannot read part of a row "
             "without the tokens before it; write strategy.recompute=blocks"
         )
-    if plan.compiled and recurrent:
-        problems.append("strategy.compile=true: torch does not compile recurrent layers; leave it out")
-    elif plan.compiled and adaptive:
-        problems.append(
-            "strategy.compile=true: sizes in an adaptive softmax (model.cutoffs) depend on the tokens; leave it out"
-        )
+    if plan.compiled and (recurrent or adaptive):
+        sizes = "sizes in an adaptive softmax (model.cutoffs) depend on the tokens"
+        why = "torch does not compile recurrent layers" if recurrent else sizes
+        problems.append(f"strategy.compile=true: {why}; leave it out")
     return problems
 
 

@@ -48,12 +48,9 @@ class StepInBackward:
     """Updates each parameter as soon as its gradient is whole, and frees the gradient.
 
     Of all parameters only the one at hand then has a gradient, and an optimizer leaves the others alone.
-
-    Attributes:
-        updates: False: gradients are only freed.
     """
 
-    updates = True
+    updates = True  # False: gradients are only freed
 
     def __init__(self, parallel: ParallelModel, optimizer: torch.optim.Optimizer) -> None:
         self.parallel, self.optimizer = parallel, optimizer

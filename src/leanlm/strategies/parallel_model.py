@@ -25,20 +25,7 @@ if TYPE_CHECKING:
 
 
 class ParallelModel:
-    """What one rank holds of a model.
-
-    Attributes:
-        net: the model without the parts that other ranks hold.
-        stages: this rank's stages by number, in the order of the data; all of the model is the only one without a pipeline.
-        last: number of the pipeline's last stage.
-        mesh: of all ranks, with AXES as its dimensions; None where there is one.
-        ties: parameter names that share weights -> the global name.
-        shared: global names of weights that the first and the last stage share; each has a copy.
-        parameters: how many the whole model has, tied ones counted once.
-        split: blocks of every stage of the pipeline, in order.
-        costs: floating-point operations of every stage for one row, in a pipeline.
-        width: of the hidden state between stages.
-    """
+    """What one rank holds of a model: `net`, without the parts that other ranks hold, and its stages."""
 
     def __init__(self, net: Model, plan: Plan, seed: int, device: torch.device, cost: dict[str, float] | None = None,
                  autocast: torch.dtype | None = None) -> None:  # fmt: skip
@@ -46,14 +33,14 @@ class ParallelModel:
         `autocast`: see `Stage`."""
         self.net, self.plan, self.device = net, plan, device
         self.ties, self.width, self.vocabulary, self.dtype = ties(net), net.width, net.vocabulary, next(net.parameters()).dtype
-        self.parameters = sum(parameter.numel() for parameter in net.parameters())
+        self.parameters = sum(parameter.numel() for parameter in net.parameters())  # of the whole model, tied ones once
         if plan.return_freed_memory:
             malloc.return_freed_memory(malloc.own_pages(self.parameters))
         cost = cost or dict.fromkeys(["embed", *net.blocks, "head"], 0.0)
-        self.split = split = balance.split(cost, plan)
-        self.costs, self.last = balance.stage_costs(cost, split), len(split) - 1
+        self.split = split = balance.split(cost, plan)  # blocks of every stage of the pipeline, in order
+        self.costs, self.last = balance.stage_costs(cost, split), len(split) - 1  # floating-point operations of each for a row
         self.shared = _shared_by_stages(self.ties, split)
-        self.mesh: DeviceMesh | None = None
+        self.mesh: DeviceMesh | None = None  # of all ranks, with AXES as its dimensions
         if plan.world > 1:
             from torch.distributed.device_mesh import init_device_mesh
 

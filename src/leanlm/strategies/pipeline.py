@@ -13,13 +13,7 @@ from leanlm.strategies.schedules import SCHEDULES
 
 
 class Pipeline:
-    """Runs whole training steps through the stages of all ranks.
-
-    Args:
-        parallel: with at least two stages.
-        rows: of this group of ranks in a step.
-        sequence: tokens per row.
-    """
+    """Runs whole training steps of this group's `rows`, of `sequence` tokens each, through the stages of all ranks."""
 
     def __init__(self, parallel: ParallelModel, rows: int, sequence: int) -> None:
         self.parallel, self.scale = parallel, 1.0
@@ -39,13 +33,10 @@ class Pipeline:
         tokens = torch.empty(rows, sequence, dtype=torch.long, device="meta")
         hidden = torch.empty(rows, sequence, parallel.width, dtype=dtype, device="meta", requires_grad=True)
         loss = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True)
-        made = []
+        group, made = parallel.group("pipeline"), []
         for number, stage in parallel.stages.items():
             into, out = hidden if number else tokens, loss if number == parallel.last else hidden
-            group = parallel.group("pipeline")
-            made.append(
-                PipelineStage(stage, number, parallel.last + 1, parallel.device, input_args=into, output_args=out, group=group)
-            )
+            made.append(PipelineStage(stage, number, parallel.last + 1, parallel.device, into, out, group=group))
         return [without_warm_up(stage) for stage in made]
 
     def describe(self) -> str:
@@ -60,15 +51,8 @@ class Pipeline:
         return "; ".join(lines) + f". Devices wait {waits:.0%} of the time (bubble and imbalance, communication not counted)"
 
     def step(self, batch: Batch, scale: float) -> Tensor:
-        """Forward and backward of all micro-batches of a step.
-
-        Args:
-            batch: the rows of this group of ranks in the step.
-            scale: of the summed loss in nats.
-
-        Returns:
-            the scaled loss of these rows on the rank of the last stage; 0 on the others.
-        """
+        """Forward and backward of all micro-batches of a step. Returns the summed loss in nats of these rows, times `scale`, on
+        the rank of the last stage; 0 on the others."""
         self.scale = scale
         losses: list[Tensor] = []
         last = self.parallel.last in self.parallel.stages

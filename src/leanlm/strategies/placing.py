@@ -20,14 +20,9 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def fill(part: nn.Module, net: Model, global_names: dict[str, str], seed: int, device: torch.device) -> None:
-    """Give storage on a device and initial values to the parameters of a part that have none.
+    """Give storage on a device and initial values to the parameters of a part of `net` that have none.
 
-    Args:
-        part: modules of the model `net`.
-        net: names the parameters, and fills them.
-        global_names: of tied parameters that have another name; tied ones of a part become one.
-        seed: of the initial values.
-        device: of this rank.
+    `global_names`: of tied parameters that have another name; tied ones of a part become one.
     """
     inside = set(part.modules())
     filled: dict[str, nn.Parameter] = {}

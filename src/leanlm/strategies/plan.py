@@ -1,6 +1,6 @@
 """The plan: how the work of one optimizer step is cut. It changes memory and speed, never the mathematics."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
 
@@ -123,5 +123,6 @@ class Plan:
         parts += [f"{key}={getattr(self, key)}" for key in LEVERS if getattr(self, key) != getattr(Plan, key)]
         return ", ".join([*parts, f"accumulate_grad_batches={self.accumulate_grad_batches}"])
 
-    def asdict(self) -> dict:
-        return asdict(self)
+    def asdict(self) -> dict[str, Any]:
+        """As a configuration's group has it."""
+        return {each.name: getattr(self, each.name) for each in fields(Plan)}

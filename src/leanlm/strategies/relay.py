@@ -12,13 +12,8 @@ from leanlm.strategies.parallel_model import ParallelModel
 def relay(parallel: ParallelModel, tokens: Tensor, rows: Tensor, targets: Tensor | None) -> Tensor | None:
     """A forward pass in which each rank hands the hidden state on to the next; successive passes overlap.
 
-    Args:
-        parallel: the stages of this rank.
-        tokens: `[b, s]`, the same on every rank of a pipeline.
-        rows, targets: as `Stage.forward` takes them.
-
-    Returns:
-        what the last stage returns, on the rank that holds it; None on the others.
+    `tokens [b, s]` are the same on every rank of a pipeline. Returns what the last stage returns, on the rank that holds it;
+    None on the others.
     """
     here, hidden = parallel.coordinate("pipeline"), tokens
     for number, stage in parallel.stages.items():

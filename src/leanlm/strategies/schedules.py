@@ -9,24 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a schedule needs.
+    """What a schedule needs."""
 
-    Attributes:
-        torch: name of the class in torch.distributed.pipelining.
-        stages_per_device: how many by default, and if `fixed`, always.
-        v_shape: stages go down the devices and up again, so the first and the last are on one device.
-        rounds: micro-batches must fill whole rounds over the devices.
-        fill_stages: at least as many micro-batches as stages, not only as devices.
-        splits_backward: the gradients of inputs and of weights are made at different times.
-    """
-
-    torch: str
-    stages_per_device: int = 1
+    torch: str  # name of the class in torch.distributed.pipelining
+    stages_per_device: int = 1  # by default, and if `fixed`, always
     fixed: bool = True
-    v_shape: bool = False
-    rounds: bool = False
-    fill_stages: bool = False
-    splits_backward: bool = False
+    v_shape: bool = False  # stages go down the devices and up again, so the first and the last are on one device
+    rounds: bool = False  # micro-batches must fill whole rounds over the devices
+    fill_stages: bool = False  # at least as many micro-batches as stages, not only as devices
+    splits_backward: bool = False  # the gradients of inputs and of weights are made at different times
 
 
 SCHEDULES = {

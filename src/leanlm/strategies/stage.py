@@ -26,17 +26,8 @@ class Stage(nn.Module):
     New states become the carried ones only when the step is done (`advance`), so that a checkpoint taken in the middle of
     an accumulation is the state after the last whole step.
 
-    Args:
-        net: the model; the stage shares its modules.
-        blocks: names of the stage's blocks.
-        first: whether it reads tokens, with the embedding.
-        last: whether it ends with the head and the loss.
-        seed: of the dropout masks.
-        plan: what it keeps for backward, and whether it is compiled.
-        autocast: type in which products are computed; None: that of the weights.
-
-    Attributes:
-        before: first row of a micro-batch -> the states of its blocks after the last step.
+    It shares the modules of `net`: the blocks of these names, the embedding if it is the first and the head with the loss if it
+    is the last. `seed`: of the dropout masks. `autocast`: type in which products are computed; None: that of the weights.
     """
 
     def __init__(self, net: Model, blocks: list[str], first: bool, last: bool, seed: int, plan: Plan,
@@ -47,16 +38,14 @@ class Stage(nn.Module):
         self.head = net.head if last else None
         self.carries_state, self.seed, self.plan, self.autocast = net.carries_state, seed, plan, autocast
         self.levels = levels(plan.recompute, list(self.blocks.values()), plan.compiled)
-        self.dropouts, self.dropouts_of = (
-            sites(self),
-            {part: sites(part) for part in (self.embed, *self.blocks.values()) if part},
-        )
+        self.dropouts = sites(self)
+        self.dropouts_of = {part: sites(part) for part in (self.embed, *self.blocks.values()) if part}
         self.loss: Callable[[Tensor, Tensor], Tensor] = partial(token_loss, net.head)
         self.graph: Callable[..., tuple[Tensor, States]] | None = None  # of the whole stage, compiled
         if plan.compiled:
             self._compile()
         self.step, self.fresh = 0, True
-        self.before: dict[int, States] = {}
+        self.before: dict[int, States] = {}  # first row of a micro-batch -> the states of its blocks after the last step
         self.after: dict[int, States] = {}
         self.evaluation: States | None = None
 

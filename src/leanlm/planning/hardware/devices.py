@@ -24,55 +24,33 @@ MARGIN = 0.05  # of a budget that is left free: predictions have errors
 
 @dataclass(frozen=True)
 class Device:
-    """One device, or a machine whose processes share memory and cores.
-
-    Attributes:
-        name: of the device.
-        accelerator: auto, cpu or cuda.
-        memory: bytes that a process may use on it; of a machine that is shared, all its processes.
-        total: bytes of a GPU, whatever may be used of it.
-        flops: name of a number type -> floating-point operations per second in matrix products.
-        bandwidth: bytes per second to and from its memory.
-        link: bytes per second from one device to another, in one direction.
-        links: the same by the kind of communication, where kinds differ (gloo's do).
-        latency: seconds of a collective operation without payload.
-        overhead: seconds of an operation without work.
-        context: bytes that a GPU's driver and the kernels take.
-        workspace: bytes that cuBLAS takes for each thread that multiplies.
-        communicator: bytes that NCCL takes for each group of ranks.
-        threads: that a GPU keeps resident.
-        process: bytes of a process that trains alone before it has built anything, of one of several, and of what starts
-            these, without the pages that they share.
-        common: bytes of the pages of libraries, which several processes share.
-        paging, small_paging: bytes per second of new pages of 2 MiB, and of 4 KiB; a GPU's allocator keeps what was freed.
-        shared: whether `memory` and the rates are of a machine and divided among its processes.
-        pair: flops, bandwidth, both pagings and overhead of each of two processes that share a machine, measured at once.
-        memories: bytes of each device, in the order of ranks, where they differ; `memory` is then the least of them.
-        speeds: of each device, as multiples of `flops`, `bandwidth` and both pagings; none: all alike.
-    """
+    """One device, or a machine whose processes share memory and cores."""
 
     name: str
-    accelerator: str
-    memory: int
-    flops: dict[str, float] = field(hash=False)
-    bandwidth: float
-    link: float
-    latency: float
-    overhead: float
-    total: int = 0
-    context: int = 0
-    workspace: int = 0
-    communicator: int = 0
-    threads: int = 0
+    accelerator: str  # auto, cpu or cuda
+    memory: int  # bytes that a process may use on it; of a machine that is shared, all its processes
+    flops: dict[str, float] = field(hash=False)  # number type -> floating-point operations per second in matrix products
+    bandwidth: float  # bytes per second to and from its memory
+    link: float  # bytes per second from one device to another, in one direction
+    latency: float  # seconds of a collective operation without payload
+    overhead: float  # seconds of an operation without work
+    total: int = 0  # bytes of a GPU, whatever may be used of it
+    context: int = 0  # bytes that a GPU's driver and the kernels take
+    workspace: int = 0  # bytes that cuBLAS takes for each thread that multiplies
+    communicator: int = 0  # bytes that NCCL takes for each group of ranks
+    threads: int = 0  # that a GPU keeps resident
+    # bytes of a process that trains alone before it has built anything, of one of several, and of what starts these, without
+    # the pages of libraries that several processes share
     process: tuple[int, int, int] = (0, 0, 0)
-    common: int = 0
-    links: dict[str, float] = field(default_factory=dict, hash=False)
-    paging: float = math.inf
-    small_paging: float = math.inf
-    shared: bool = False
+    common: int = 0  # bytes of these pages
+    links: dict[str, float] = field(default_factory=dict, hash=False)  # by kind of communication, where they differ (gloo's do)
+    paging: float = math.inf  # bytes per second of new pages of 2 MiB; a GPU's allocator keeps what was freed
+    small_paging: float = math.inf  # the same of 4 KiB
+    shared: bool = False  # whether `memory` and the rates are of a machine and divided among its processes
+    # flops, bandwidth, both pagings and overhead of each of two processes that share a machine, measured at once
     pair: dict[str, Any] = field(default_factory=dict, hash=False)
-    memories: tuple[int, ...] = ()
-    speeds: tuple[float, ...] = ()
+    memories: tuple[int, ...] = ()  # bytes of each device in the order of ranks, where they differ; `memory` is the least
+    speeds: tuple[float, ...] = ()  # of each device, as multiples of `flops`, `bandwidth` and both pagings; none: all alike
 
     @property
     def card(self) -> "Device | None":
@@ -86,11 +64,14 @@ class Device:
 
     def least(self, ranks: range) -> "Device":
         """What each of these has at least: work that is cut evenly waits for the slowest."""
-        speed = min(self.speeds[ranks.start : ranks.stop], default=1.0)
         memory = min(self.memories[ranks.start : ranks.stop], default=self.memory)
-        faster = {name: getattr(self, name) * speed for name in ("bandwidth", "paging", "small_paging")}
-        flops = {kind: rate * speed for kind, rate in self.flops.items()}
-        return replace(self, **faster, flops=flops, memory=memory, memories=(), speeds=())
+        rates = self._rates(min(self.speeds[ranks.start : ranks.stop], default=1.0))
+        return replace(self, **rates, memory=memory, memories=(), speeds=())
+
+    def _rates(self, by: float) -> dict[str, Any]:
+        """Those of which several processes each have a part, so many times."""
+        flops = {kind: rate * by for kind, rate in self.flops.items()}
+        return {"flops": flops} | {name: getattr(self, name) * by for name in ("bandwidth", "paging", "small_paging")}
 
     def scaled(self, by: float) -> "Device":
         """With another amount of memory."""
@@ -101,18 +82,14 @@ class Device:
         """What each of several processes gets of a machine; pages that they share count in each, and once for the machine."""
         if not self.shared or processes == 1:
             return self
-        crowd, part = self.crowd(processes), 2 / processes  # of what each of two has; if that is not known, half of all
-        names = ("bandwidth", "paging", "small_paging")
-        two = self.pair or {name: getattr(self, name) / 2 for name in names}
-        flops = two.get("flops") or {kind: rate / 2 for kind, rate in self.flops.items()}
+        crowd, two = self.crowd(processes), replace(self, **(self.pair or self._rates(1 / 2)))  # what each of two has
         return replace(
-            self,
+            two,
+            **two._rates(2 / processes),
             memory=(self.memory - self.process[2] + (processes - 1) * self.common) // processes,
-            flops={kind: rate * part for kind, rate in flops.items()},
-            **{name: two[name] * part for name in names},
             link=self.link / processes,
             links={kind: rate / processes for kind, rate in self.links.items()},
-            overhead=two.get("overhead", self.overhead) * crowd,
+            overhead=two.overhead * crowd,
             latency=self.latency * crowd + SLICE * (crowd - 1),
         )
 
@@ -170,16 +147,12 @@ def _problems(node: dict[str, Any], lists: dict[str, tuple], devices: int) -> li
     return found
 
 
-def this_machine(again: bool = False) -> Device:
-    """This machine's processor and the memory that a process here may use. Rates are measured once and stored.
-
-    Args:
-        again: measure, whatever is stored.
-    """
+def this_machine() -> Device:
+    """This machine's processor and the memory that a process here may use. Rates are measured once and stored."""
     file = cache_folder() / "device.json"
     key = f"{platform.node()} {platform.machine()} {cores()} cores, torch {torch.__version__}, probe {VERSION}"
     stored = json.loads(file.read_text()) if file.is_file() else {}
-    if again or key not in stored:
+    if key not in stored:
         stored[key] = measured()
         with suppress(OSError, UserError):  # where nothing can be written, each process measures
             write(writable(file.parent) / file.name, json.dumps(stored, indent=1))

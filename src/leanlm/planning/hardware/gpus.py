@@ -44,9 +44,7 @@ def here() -> tuple[tuple[str, int], ...]:
 def as_node(memory: Any, devices: int | None) -> dict[str, Any] | None:
     """The first so many GPUs here, None: all, as a device of the config group; None if there is none.
 
-    Args:
-        memory: that may be used of each; None: what is free.
-        devices: how many.
+    `memory`: that may be used of each; None: what is free.
 
     Raises:
         UserError: there are fewer, or none of `conf/device` is the data sheet of one.

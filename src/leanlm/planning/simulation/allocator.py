@@ -16,11 +16,7 @@ AGAIN = 2  # steps that are replayed after the first
 
 
 class Pool:
-    """Addresses from 0 to `mapped`, in blocks.
-
-    Args:
-        page: bytes by which it grows.
-    """
+    """Addresses from 0 to `mapped`, in blocks; it grows by pages of so many bytes."""
 
     def __init__(self, page: int) -> None:
         self.page, self.mapped = page, 0
@@ -67,11 +63,7 @@ class Pool:
 
 
 def reserved(events: Iterable[tuple[int, int]]) -> int:
-    """Bytes that the allocator holds in the end.
-
-    Args:
-        events: (number of a storage, its bytes; negative when it goes), in order.
-    """
+    """Bytes that the allocator holds after events (number of a storage, its bytes; negative when it goes)."""
     small, large = pools = Pool(PAGES[0]), Pool(PAGES[1])
     places: dict[int, tuple[Pool, int, int]] = {}
     for number, size in events:

@@ -204,12 +204,9 @@ class _Kernels:
 
     def _needs(self, kernel: fx.Node) -> list[fx.Node]:
         """What a kernel reads from memory."""
-        if kernel in self.alone:
-            found = {*self._bases(self._arguments(kernel))} - self.constants.keys()
-        else:
-            mine = self.members[kernel]
-            found = {part for node in mine for part in self.reads[node]} - {*mine}
-        return sorted(found, key=self.place.__getitem__)
+        mine = self.members.get(kernel, [])
+        found = {part for node in mine for part in self.reads[node]} if mine else {*self._bases(self._arguments(kernel))}
+        return sorted(found - self.constants.keys() - {*mine}, key=self.place.__getitem__)
 
     def run(self, inputs: list[Any], trace: Trace) -> list[Any]:
         """The graph's results, with memory and work as its kernels take them. Empties the list of inputs."""
@@ -221,17 +218,15 @@ class _Kernels:
             done = [part for part in self._needs(kernel) if self.last[part] == i and part not in kept]
             if kernel in self.alone:
                 args, kwargs = self._values(self._arguments(kernel), here, trace)
-                here[kernel] = self._function(kernel)(*args, **kwargs)
+                function: Any = torch.mm if kernel in self.bare else kernel.target
+                if "chunked_loss" in str(function):  # chunk by chunk, as it runs
+                    function = loss.chunked_loss
+                here[kernel] = function(*args, **kwargs)
             else:
                 self._run_together(kernel, here, done, trace)
             for part in done:
                 here.pop(part, None)
         return self._values(list(self.results), here, trace)
-
-    def _function(self, kernel: fx.Node) -> Any:
-        if "chunked_loss" in str(kernel.target):  # chunk by chunk, as it runs
-            return loss.chunked_loss
-        return torch.mm if kernel in self.bare else kernel.target
 
     def _values(self, parts: Any, here: dict[fx.Node, Any], trace: Trace) -> Any:
         """What stands for nodes; views are made of what is in memory."""
@@ -249,7 +244,7 @@ class _Kernels:
 
     def _run_together(self, kernel: fx.Node, here: dict[fx.Node, Any], done: list[fx.Node], trace: Trace) -> None:
         mine = self.members[kernel]
-        outside = [node for node in mine if self._leaves(node)]
+        outside = [node for node in mine if node in self.last or node in self._bases(self.results)]  # which others read
         columns = [node for node in outside if _sums_all_rows(node)]
         others = len(columns) < len(outside)
         moved = sum(map(_bytes, [*self._needs(kernel), *outside]))
@@ -269,10 +264,6 @@ class _Kernels:
         kind = str(mine[-1].meta["val"].dtype).removeprefix("torch.")
         if trace.counting:
             trace.did(Work(0, moved, dtype=kind, launches=max(1, others + 2 * bool(columns))))
-
-    def _leaves(self, node: fx.Node) -> bool:
-        """Whether something outside of its kernel reads a result."""
-        return node in self.last or node in {*self._bases(self.results)}
 
 
 def _name(node: fx.Node) -> str:

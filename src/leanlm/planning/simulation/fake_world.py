@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -25,12 +26,20 @@ from leanlm.planning.simulation.trace import Trace, Work
 from leanlm.strategies.plan import Plan
 
 
-def batch(rows: int, sequence: int, step: int, micro: int, global_batch: int) -> Batch:
-    """So many rows of the global batch that have a shape and no tokens; their numbers are real."""
-    tokens, targets = (torch.zeros(rows, sequence, dtype=torch.long) for _ in range(2))
-    with _disable_current_modes():
-        numbers = torch.arange(micro * rows, (micro + 1) * rows)
-    return Batch(tokens, targets, numbers, step, micro, True, global_batch * sequence)
+@dataclass
+class Batches:
+    """Rows that have a shape and no tokens, made as they are asked for; their numbers are real."""
+
+    sequence: int
+    global_batch: int
+    parts: list[tuple[int, int, int]]  # rows, step and micro-batch of each batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        for rows, step, micro in self.parts:
+            tokens, targets = (torch.zeros(rows, self.sequence, dtype=torch.long) for _ in range(2))
+            with _disable_current_modes():
+                numbers = torch.arange(micro * rows, (micro + 1) * rows)
+            yield Batch(tokens, targets, numbers, step, micro, True, self.global_batch * self.sequence)
 
 
 @contextmanager
@@ -48,10 +57,8 @@ def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
             *repetitions.few_pieces(trace),
             *repetitions.alike_tensors(trace),
             *(patches.sending() if plan.pipeline > 1 else ()),
-            *(
-                (place, name, lambda: file)
-                for place, name in ((offload, "scratch"), (build, "scratch"), (build, "host_memory"))
-            ),
+            *((place, "scratch", lambda: file) for place in (offload, build)),
+            (build, "host_memory", lambda: file),
             compiler_of(trace),
             *(patches.kernels_of_a_gpu(trace.card, trace.to_host) if trace.card is not None else ()),
         ]

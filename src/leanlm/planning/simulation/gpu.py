@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanlm.common.dtensors import here
 from leanlm.planning.constants import CHUNK, CHUNKS, CUDNN, KEPT, TENSORS, TOKEN_KERNELS
 
 aten = torch.ops.aten
@@ -39,8 +40,7 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
 def allocations(func: Any, args: Any, results: list[Tensor], threads: int) -> tuple[Tensor | int, ...]:
     """What an operation allocates, in order: its results, and bytes beside them, negative where it gives them back.
 
-    Args:
-        threads: that the GPU keeps resident.
+    `threads`: that the GPU keeps resident.
     """
     packet = func._overloadpacket
     order: tuple[Tensor | int, ...] = (*results,)
@@ -61,7 +61,7 @@ def allocations(func: Any, args: Any, results: list[Tensor], threads: int) -> tu
         beside = (query.numel() + query.numel() // query.shape[-1]) * 4
         order = (*results, beside, -beside)
     elif packet is aten.sum and len(args) > 1 and args[1]:
-        beside = _sum_over_rows(getattr(args[0], "_local_tensor", args[0]), args[1], threads)
+        beside = _sum_over_rows(here(args[0]), args[1], threads)
         order = (*results, beside, -beside)
     return order
 

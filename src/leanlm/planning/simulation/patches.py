@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -70,14 +70,11 @@ def resizing(resized: Callable[[Tensor], None]) -> list[Patch]:
     return [(place, name, told(getattr(place, name))) for place, name in places]
 
 
-class Sent:
+class Sent(NamedTuple):
     """What gloo's handle of something sent does: it holds the tensor for as long as someone holds the handle."""
 
-    def __init__(self, work: Any, tensors: list[Tensor]) -> None:
-        self.work, self.tensors = work, tensors
-
-    def wait(self, *args: Any) -> Any:
-        return self.work.wait(*args)
+    wait: Callable[..., Any]
+    tensors: list[Tensor]
 
 
 def sending() -> list[Patch]:
@@ -86,7 +83,7 @@ def sending() -> list[Patch]:
 
     def held(ops: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         tensors = [op.tensor for op in ops if op.op is dist.isend]
-        return [Sent(work, tensors) for work in every(ops, *args, **kwargs)]
+        return [Sent(work.wait, tensors) for work in every(ops, *args, **kwargs)]
 
     return [(schedules, "_batch_p2p", held)]
 
@@ -118,12 +115,7 @@ def as_a_compiler() -> Iterator[None]:
 
 def kernels_of_a_gpu(card: Any, to_host: Callable[[int], None]) -> list[Patch]:
     """Fake tensors of a CPU go through the operations that a GPU computes with: autograd knows no device that torch was not
-    built for.
-
-    Args:
-        card: its `Device`.
-        to_host: is told of bytes that go to host memory or come back.
-    """
+    built for. `to_host` is told of bytes that go to host memory or come back."""
     memory = chunks.share_of(card.total or card.memory)
     return [
         (kernels, "on_gpu", lambda tensor: True),

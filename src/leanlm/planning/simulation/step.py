@@ -6,7 +6,7 @@ and repetitions.py; DDP's reducer, which is C++ and looks into memory, by one th
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,17 +33,11 @@ Order = dict[int, list[tuple[str, int, int]]]  # of a pipeline: device -> its wo
 
 @dataclass
 class Step:
-    """A simulated rank.
+    """A simulated rank."""
 
-    Attributes:
-        trace: of all steps.
-        blocks: that this rank holds, as far as they were built.
-        order: of a pipeline's work, else empty.
-    """
-
-    trace: Trace
-    blocks: int
-    order: Order
+    trace: Trace  # of all steps
+    blocks: int  # that this rank holds, as far as they were built
+    order: Order  # of a pipeline's work, else empty
 
 
 def simulate(
@@ -53,8 +47,6 @@ def simulate(
 
     Args:
         settings: `plan` is resolved; the corpus is not read.
-        vocabulary: token types.
-        rank: from 0 to below `settings.plan.world`.
         blocks: build at most so many of each stage, of a model whose `depth` is their number; None: all.
         device: of a CPU, the copies that gloo makes count too; of a GPU, its kernels; None: torch's part on a CPU.
     """
@@ -76,7 +68,7 @@ def simulate(
         trainer = build.trainer(settings, [_Phases(trace, ends(plan)), *kept], [], steps)
         wrap = partial(fake_world.with_buckets, trace, plan) if plan.world > 1 and not plan.splits_model else None
         with contextlib.redirect_stdout(None), replaced([*no_moves(module), *of_strategy(trainer.strategy, wrap)]):
-            trainer.fit(module, _Batches(settings, steps))
+            trainer.fit(module, _batches(settings, steps))
     pipeline = module.pipeline
     order = {} if pipeline is None else balance.order_of(pipeline.schedule)
     return Step(trace, sum(len(stage.blocks) for stage in parallel.stages.values()), order)
@@ -95,12 +87,11 @@ def _with_blocks(settings: Settings, whole: "Stages", blocks: int | None) -> Set
 
 @dataclass(frozen=True)
 class Stages:
-    """A model as a plan's pipeline splits it: blocks of each stage, cost of each part, whether `depth` is how many of one
-    kind there are."""
+    """A model as a plan's pipeline splits it."""
 
-    split: list[list[str]]
-    cost: dict[str, float]
-    alike: bool
+    split: list[list[str]]  # blocks of each stage
+    cost: dict[str, float]  # of each part
+    alike: bool  # whether `depth` is how many blocks of one kind there are
     parameters: int
     elements: dict[str, int]  # of the parameters, by part
     recurrent: bool
@@ -125,17 +116,12 @@ def stages(config: Any, plan: Plan, vocabulary: int) -> Stages:
     return Stages(balance.split(cost, plan), cost, *rest)
 
 
-class _Batches:
-    def __init__(self, settings: Settings, steps: int) -> None:
-        self.settings, self.steps = settings, steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        config, plan = self.settings.config, self.settings.plan
-        rows = config.global_batch // (plan.data_parallel_size * plan.batches_per_step)
-        for step in range(2 - self.steps, 2):
-            here = rows if step or plan.pipeline > 1 else 1  # one makes a state, unless stages have agreed on shapes
-            for micro in range(plan.batches_per_step):
-                yield fake_world.batch(here, config.sequence, step, micro, config.global_batch)
+def _batches(settings: Settings, steps: int) -> fake_world.Batches:
+    config, plan = settings.config, settings.plan
+    rows = config.global_batch // (plan.data_parallel_size * plan.batches_per_step)
+    state = rows if plan.pipeline > 1 else 1  # one row makes a state, unless stages have agreed on shapes
+    parts = [(rows if n else state, n, micro) for n in range(2 - steps, 2) for micro in range(plan.batches_per_step)]
+    return fake_world.Batches(config.sequence, config.global_batch, parts)
 
 
 class _Phases(pl.Callback):

@@ -2,9 +2,10 @@
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from leanlm.common.dtensors import place
+from leanlm.common.dtensors import here, place
 from leanlm.memory.malloc import ENDS, LARGE
 from leanlm.planning.simulation import gpu
 from leanlm.planning.simulation.operations import caller, dispatches, flops_of, lstm_scratch, lstm_workspace, read_again
@@ -25,35 +26,21 @@ HOST = "host"  # kind of communication
 BEFORE = "before"  # phase in which the optimizer gets its state, which no run has
 COLLECTIVES = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
                "reduce_scatter": "reduce-scatter", "send": "send", "recv": "recv", "broadcast": "broadcast"}  # fmt: skip
-DEVICE = torch.ops.prim.device.default
 
 
 class Work(NamedTuple):
-    """One operation: what bounds its time.
+    """One operation: what bounds its time."""
 
-    Attributes:
-        flops: floating-point operations in matrix products, attention and recurrences.
-        moved: bytes that it reads and writes.
-        fresh: of these, bytes of new pages beyond `small`; on a CPU what is freed goes back to the system.
-        small: bytes that come as slowly as pages of 4 KiB do: of each tensor as many as `malloc.ENDS`.
-        dtype: of its result, or its factors.
-        collective: kind of communication; empty: none.
-        size: bytes of the payload.
-        ranks: that take part.
-        launches: of a GPU's kernels, one after the other.
-        dispatches: operations that take as long to start.
-    """
-
-    flops: int = 0
-    moved: int = 0
-    fresh: int = 0
-    small: int = 0
-    dtype: str = ""
-    collective: str = ""
-    size: int = 0
-    ranks: int = 1
-    launches: int = 1
-    dispatches: int = 1
+    flops: int = 0  # floating-point operations in matrix products, attention and recurrences
+    moved: int = 0  # bytes that it reads and writes
+    fresh: int = 0  # of these, bytes of new pages beyond `small`; on a CPU what is freed goes back to the system
+    small: int = 0  # bytes that come as slowly as pages of 4 KiB do: of each tensor as many as `malloc.ENDS`
+    dtype: str = ""  # of its result, or its factors
+    collective: str = ""  # kind of communication; empty: none
+    size: int = 0  # bytes of the payload
+    ranks: int = 1  # that take part
+    launches: int = 1  # of a GPU's kernels, one after the other
+    dispatches: int = 1  # operations that take as long to start
 
 
 class Trace(TorchDispatchMode):
@@ -67,23 +54,16 @@ class Trace(TorchDispatchMode):
         own: bytes from which on a tensor has pages of its own.
         pinned: whether the heap of smaller ones never shrinks: what a recurrence makes last, at its end, goes last too.
         card: the GPU whose kernels are meant; None: a CPU's.
-
-    Attributes:
-        events: (number of a storage, its bytes; negative when it goes), in order.
-        phases: (index of the first event, name), in order.
-        work: phase -> how often each kind of operation ran in it.
-        parts: number of a storage -> what it is, of those in `parts.PARTS`.
-        times: that what runs now counts for.
     """
 
     def __init__(self, vocabulary: int, copies: bool = False, own: int = LARGE, pinned: bool = False,
                  card: Any = None) -> None:  # fmt: skip
         super().__init__()
         self.vocabulary, self.copies, self.own, self.pinned, self.card = vocabulary, copies, own, pinned, card
-        self.events: list[tuple[int, int]] = []
-        self.phases: list[tuple[int, str]] = [(0, "build")]
-        self.work: dict[str, Counter[Work]] = defaultdict(Counter)
-        self.parts: dict[int, str] = {}
+        self.events: list[tuple[int, int]] = []  # (number of a storage, its bytes; negative when it goes), in order
+        self.phases: list[tuple[int, str]] = [(0, "build")]  # (index of the first event, name), in order
+        self.work: dict[str, Counter[Work]] = defaultdict(Counter)  # phase -> how often each kind of operation ran in it
+        self.parts: dict[int, str] = {}  # number of a storage -> what it is, of those in `parts.PARTS`
         self.known: dict[int, int] = {}  # address of a storage that lives -> its number
         self.sizes: dict[int, int] = {}
         self.away: dict[int, int] = {}  # address of a storage whose pages have left -> its bytes
@@ -92,7 +72,7 @@ class Trace(TorchDispatchMode):
         self.in_flight: tuple[int, int] | None = None  # number and bytes of gloo's copy
         self.handles: set[bool] = set()  # of cuBLAS: whether one is of autograd's thread
         self.count = 0
-        self.times = 1
+        self.times = 1  # that what runs now counts for
         self.phase, self.faked, self.counting = "build", False, True
 
     def __enter__(self) -> "Trace":
@@ -100,19 +80,9 @@ class Trace(TorchDispatchMode):
         super().__enter__()
         return self
 
-    @property
-    def gets_state(self) -> bool:
-        """Whether nothing counts of what an optimizer does but its state; a heap that never shrinks keeps the rest as well."""
-        return self.phase == BEFORE and not self.pinned
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
+    def uncounted(self) -> AbstractContextManager[Any]:
         """Within it, storages come and go, and operations are no work."""
-        before, self.counting = self.counting, False
-        try:
-            yield
-        finally:
-            self.counting = before
+        return mock.patch.object(self, "counting", False)
 
     def enter(self, phase: str) -> None:
         """What comes next belongs to another phase."""
@@ -140,7 +110,7 @@ class Trace(TorchDispatchMode):
 
     def resized(self, tensor: Any) -> None:
         """A storage was emptied, or got its memory again: torch resizes it past the dispatcher."""
-        number, now = self.known[place(tensor)], _local(tensor).untyped_storage().nbytes()
+        number, now = self.known[place(tensor)], here(tensor).untyped_storage().nbytes()
         if now != self.sizes[number]:
             fresh, small = self._pages([now])
             self.did(Work(fresh=fresh, small=small))
@@ -167,10 +137,10 @@ class Trace(TorchDispatchMode):
         self.work[self.phase][work] += self.times
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is DEVICE:  # of each fake tensor it is asked often
+        if func is torch.ops.prim.device.default:  # of each fake tensor it is asked often
             return args[0].fake_device
         kwargs = kwargs or {}
-        inputs = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
+        inputs = _tensors((args, kwargs))
         if self.faked and inputs and all(type(part) is Tensor for part in inputs):  # row numbers and meshes, which have values
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
@@ -207,8 +177,7 @@ class Trace(TorchDispatchMode):
 
     def _allocated(self, func: Any, name: str, args: Any, out: Any) -> list[Tensor]:
         """Those of an operation's results that are new."""
-        results = [part for part in tree_leaves(out) if isinstance(part, Tensor)]
-        fresh = []
+        results, fresh = _tensors(out), []
         for part in results if self.card is None else gpu.allocations(func, args, results, self.card.threads):
             if isinstance(part, int):
                 self._take(part)
@@ -218,16 +187,13 @@ class Trace(TorchDispatchMode):
 
     def _see(self, tensor: Tensor, name: str, touched: int | None = None) -> bool:
         """Whether an operation `name` has made the storage of a tensor, of which so many bytes are `touched`, None: all."""
-        storage, key = _local(tensor).untyped_storage(), place(tensor)
+        storage, key = here(tensor).untyped_storage(), place(tensor)
         if key in self.known or tensor.device.type == "meta":
             return False
         size = storage.nbytes() if touched is None else touched
-        part = None
-        if name.startswith(("c10d::", "_c10d_functional::", "fsdp::")):
-            part = "buffers"
-        elif tensor.dim() > 1 and self.vocabulary in (tensor.shape[0], tensor.shape[-1]):
-            part = "logits"
-        self.known[key] = number = self._new(size, part)
+        logits = tensor.dim() > 1 and self.vocabulary in (tensor.shape[0], tensor.shape[-1])
+        sent = name.startswith(("c10d::", "_c10d_functional::", "fsdp::"))
+        self.known[key] = number = self._new(size, "buffers" if sent else "logits" if logits else None)
         self.sizes[number] = size
         weakref.finalize(storage, self._gone, key, number)
         return True
@@ -312,18 +278,17 @@ class Trace(TorchDispatchMode):
         return sum(paged) - small, small
 
 
+def _tensors(tree: Any) -> list[Tensor]:
+    return [part for part in tree_leaves(tree) if isinstance(part, Tensor)]
+
+
 def _by_autograd() -> bool:
     """Whether autograd's engine itself has called the operation at hand, to sum gradients; not a backward in Python."""
     return caller(2).f_code.co_name == "_engine_run_backward"
 
 
-def _local(tensor: Any) -> Tensor:
-    """What this device has of a tensor, without an operation."""
-    return getattr(tensor, "_local_tensor", tensor)
-
-
 def _bytes(tensor: Any) -> int:
-    return _local(tensor).nbytes
+    return here(tensor).nbytes
 
 
 def _ranks(args: Any) -> int:
