@@ -17,7 +17,7 @@ from leanlm.common.run_folder import Run
 from leanlm.config.schema import Config
 from leanlm.config.words import pasted
 from leanlm.launch.processes import Stopped
-from leanlm.launch.ranks import say
+from leanlm.launch.ranks import patient, say
 from leanlm.launch.signals import stopping
 from leanlm.training import checkpoint
 from leanlm.training.callbacks.average import averages, training_weights
@@ -158,17 +158,14 @@ class Told:
     """
 
     def __init__(self) -> None:
-        self.group: Any = None
         self.number, self.work = torch.tensor(0), None
 
     def __call__(self, number: int) -> int:
         """The largest number of any rank in the call before."""
-        if self.group is None:
-            self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         if found := self.wait():
             return found
         self.number = torch.tensor(number)
-        self.work = dist.all_reduce(self.number, dist.ReduceOp.MAX, self.group, async_op=True)
+        self.work = dist.all_reduce(self.number, dist.ReduceOp.MAX, patient(), async_op=True)
         return 0
 
     def wait(self) -> int:
