@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from leanlm.common.errors import UserError
 from leanlm.common.files import CONF, literal
@@ -150,7 +150,8 @@ def command_line(arguments: list[str], name: str, schema: type) -> list[str]:
             except UserError as error:
                 found += error.problems
             except OmegaConfBaseException as error:
-                found.append(f"{error.full_key}: {str(error).splitlines()[0]}")
+                missing = isinstance(error, MissingMandatoryValue)
+                found.append(f"{error.full_key}: {'write a value for it' if missing else str(error).splitlines()[0]}")
             problems += [problem for problem in found if problem not in problems]
     if asked.multirun and schema is Config and not problems and not resumed and "SLURM_RESTART_COUNT" not in os.environ:
         folder, named = _sweep_folder(name, jobs[0])
@@ -225,6 +226,8 @@ def _compose(name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
 
 def _explain(override: str, overrides: list[str], base: DictConfig, error: Exception) -> str:
     key, _, value = override.partition("=")
+    if OverridesParser.create().parse_override(override).is_sweep_override():
+        return f"{override}: several values need -m, which makes a job of each"
     if options := words.options(key.lstrip("+~"), overrides):
         if value in options:  # but a part of it is not there: a plugin that is not installed
             return f"{override}: {str(error).splitlines()[0].rstrip('.')}; conf/{key}/{value}.yaml says what to install"

@@ -205,8 +205,10 @@ def of_text(folder: Path) -> str:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all as they were written, and what is wrong with those after it. All ranks must call
-    it: one reads the files, the others wait."""
+    """The newest checkpoint whose files are all as they were written, and what is wrong with those after it.
+
+    All ranks must call it: one reads the files, the others wait.
+    """
     return on_rank_0(lambda: _newest_whole(folder))
 
 
