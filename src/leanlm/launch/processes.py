@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from leanlm.common.errors import UserError
 from leanlm.launch.ranks import drop_output, launched, set_threads
-from leanlm.launch.signals import named, stopping
+from leanlm.launch.signals import Heard, named, stopping
 
 START_METHOD = "spawn"  # fresh processes; a fork of one that has used CUDA or OpenMP may hang
 PATIENCE = 3600  # seconds that workers have to end their step and save it, once they are told to stop
@@ -89,19 +89,22 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
         return function(*arguments)
 
     import torch.distributed.elastic.multiprocessing.errors as errors
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what happened, once
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(PATIENCE)  # torch 2.11 does not read it, and waits 30 s
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(each.name for each in [*stopping(), *named("SIGQUIT")])
+    LocalElasticAgent._shutdown = _shutdown  # type: ignore[method-assign]
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=restarts, monitor_interval=0.1,
         start_method=START_METHOD,
     )  # fmt: skip
-    handlers = {number: signal.getsignal(number) for number in named("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")}
+    heard = Heard(lambda number: None, _kill_workers)
+    heard.begin()
     try:
         return elastic_launch(config, _worker)(function, arguments)[0]
     except errors.ChildFailedError as error:
@@ -113,12 +116,22 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
             raise UserError(*text.rpartition(_USER_ERROR)[2].strip().splitlines()) from None
         raise WorkerFailed(f"rank {rank} of {processes} failed, the others were ended\n{text}") from None
     except SignalException as error:
-        for worker in multiprocessing.active_children():  # a second signal has ended the agent's patience with them
-            worker.kill()
         raise Stopped(int(error.sigval), "") from None
     finally:
-        for number, handler in handlers.items():  # the agent keeps its own
-            signal.signal(number, handler)
+        heard.end()  # the agent keeps its own handlers
+
+
+def _shutdown(agent: Any, signum: signal.Signals = signal.SIGTERM, timeout: int = 0) -> None:
+    """In place of the agent's (torch 2.11 to 2.13), which kills workers that after 30 s have not ended their step."""
+    if agent._pcontext:
+        agent._pcontext.close(signum, PATIENCE)
+
+
+def _kill_workers(number: int) -> None:
+    """Those that a second signal has not ended: they hang."""
+    time.sleep(2)
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 _USER_ERROR = "leanlm user error: "

@@ -1,9 +1,9 @@
 """Saving, resuming, and stopping in good order."""
 
+import os
+import shutil
 import signal
 import sys
-import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from leanlm.common.run_folder import Run
 from leanlm.config.schema import Config
 from leanlm.config.words import pasted
 from leanlm.launch.processes import Stopped
-from leanlm.launch.ranks import patient, say
-from leanlm.launch.signals import stopping
+from leanlm.launch.ranks import patient, rank
+from leanlm.launch.signals import Heard
 from leanlm.training import checkpoint
 from leanlm.training.callbacks.average import averages, training_weights
 from leanlm.training.callbacks.record import Record, validate_now
@@ -36,9 +36,8 @@ class Checkpoints(pl.Callback):
         """`fingerprint`: of the text. `start`: a checkpoint to resume from."""
         self.run, self.record, self.config, self.fingerprint, self.start = run, record, config, fingerprint, start
         self.saved = -1  # step of the last checkpoint
-        self.signal, self.first_signal = 0, 0.0
+        self.heard = Heard(_say_so, self._leave)
         self.told = Told()
-        self.handlers: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.start is None:
@@ -62,9 +61,7 @@ class Checkpoints(pl.Callback):
         self.record.validated, self.record.val_loss = state["validated"], state["val_loss"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in stopping():
-                self.handlers[number] = signal.signal(number, self._on_signal)
+        self.heard.begin()
         step = trainer.global_step
         if step and step % self.config.val_every == 0 and self.record.validated != step:
             validate_now(trainer)  # the run was stopped before it came to this
@@ -85,12 +82,12 @@ class Checkpoints(pl.Callback):
         self.told.wait()
         if self.saved != trainer.global_step:
             self.save(trainer, module)
-        self._restore_handlers()
+        self.heard.end()
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         with suppress(OSError):  # of a full disk the exception may be
             self.record.flush()
-        self._restore_handlers()
+        self.heard.end()
 
     def save(
         self, trainer: pl.Trainer, module: pl.LightningModule, folder: Path | None = None, keep: int | None = None
@@ -119,17 +116,15 @@ class Checkpoints(pl.Callback):
         if folder is None:
             self.saved = trainer.global_step
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.signal and now - self.first_signal > 2:  # a launcher passes on the signal that the terminal sent too
-            raise KeyboardInterrupt
-        if not self.signal:
-            self.signal, self.first_signal = number, now
-            say(f"\n{signal.Signals(number).name}: saving a checkpoint (again to leave at once)")
+    def _leave(self, number: int) -> None:
+        """End this process at once, while it is in a step or a save."""
+        for part in self.run.path.glob("*/.writing-*"):
+            shutil.rmtree(part, ignore_errors=True)
+        os._exit(128 + number)
 
     def _stop_if_told(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, LanguageModel)
-        if number := self.told(self.signal) if module.plan.world > 1 else self.signal:
+        if number := self.told(self.heard.number) if module.plan.world > 1 else self.heard.number:
             if self.saved != trainer.global_step:
                 self.save(trainer, module)
             name = signal.Signals(number).name
@@ -139,10 +134,11 @@ class Checkpoints(pl.Callback):
                 print(message, file=sys.stderr, flush=True)
             raise Stopped(number, message)
 
-    def _restore_handlers(self) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers = {}
+
+def _say_so(number: int) -> None:
+    with suppress(BrokenPipeError):
+        if rank() == 0:
+            print(f"\n{signal.Signals(number).name}: saving a checkpoint (again to leave at once)", flush=True)
 
 
 def _others(trainer: pl.Trainer) -> list[pl.Callback]:
