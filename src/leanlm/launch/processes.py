@@ -96,12 +96,11 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what happened, once
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(each.name for each in [*stopping(), *named("SIGQUIT")])
     LocalElasticAgent._shutdown = _shutdown  # type: ignore[method-assign]
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=restarts, monitor_interval=0.1,
-        start_method=START_METHOD,
+        start_method=START_METHOD, signals_to_handle=",".join(each.name for each in [*stopping(), *named("SIGQUIT")]),
     )  # fmt: skip
     heard = Heard(lambda number: None, _kill_workers)
     heard.begin()
