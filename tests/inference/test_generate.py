@@ -138,7 +138,7 @@ def test_a_run_is_scored_with_its_own_tokenizer_from_anywhere(
     written = text.read_text()
     (tmp_path / "text.txt").write_text("!" + written[1:])  # as many bytes, so that validation begins at the same
     assert evaluate(asked)["loss"] == pytest.approx(loss, abs=1e-12)
-    assert f"the text is not the one that the run was trained on" in capsys.readouterr().out
+    assert "the text is not the one that the run was trained on" in capsys.readouterr().out
     (tmp_path / "text.txt").write_text(written[:-3] + "!!\n")
     with pytest.raises(UserError, match="'!' is not among the 20"):
         evaluate(asked)
