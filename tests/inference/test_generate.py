@@ -142,6 +142,11 @@ def test_a_run_is_scored_with_its_own_tokenizer_from_anywhere(
     (tmp_path / "text.txt").write_text(written[:-3] + "!!\n")
     with pytest.raises(UserError, match="'!' is not among the 20"):
         evaluate(asked)
+    (tmp_path / "text.txt").write_text(written)
+    described = tmp_path / "run" / "config.yaml"
+    described.write_text(described.read_text().replace("tokenizer: char", "tokenizer: gone.json"))
+    assert evaluate(asked)["loss"] == pytest.approx(loss, abs=1e-12)
+    assert "data.tokenizer=gone.json is gone" in capsys.readouterr().out
     (tmp_path / "text.txt").unlink()
     assert evaluate(replace(asked, text="the cat"))["tokens"] == 7
 

@@ -33,7 +33,15 @@ from leanlm.config.checks import check
 from leanlm.config.help import help_text
 from leanlm.config.resume import effective
 from leanlm.config.schema import Config
-from leanlm.launch.processes import Stopped, WorkerFailed, ended_by_closed_pipes, leave, memory_ended, survive_closed_pipes
+from leanlm.launch.processes import (
+    Stopped,
+    WorkerFailed,
+    ended_by_closed_pipes,
+    in_utf8,
+    leave,
+    memory_ended,
+    survive_closed_pipes,
+)
 from leanlm.launch.ranks import adopt_slurm, launched, rank, say, world_size
 from leanlm.launch.supervisor import OUT_OF_MEMORY
 
@@ -45,6 +53,7 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
     The process ends with 2 after a mistake of the user's, 137 where memory ended, 1 after another failure, 128 + n after
     signal n.
     """
+    in_utf8()
     statuses = [0]
 
     @hydra.main(config_path=str(CONF), config_name=name, version_base="1.3")

@@ -26,6 +26,12 @@ START_METHOD = "spawn"  # fresh processes; a fork of one that has used CUDA or O
 PATIENCE = 3600  # seconds that workers have to end their step and save it, once they are told to stop
 
 
+def in_utf8() -> None:
+    """Begin this process again where a C locale has it know no other letters than those of ASCII."""
+    if sys.getfilesystemencoding() == "ascii":
+        os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
+
+
 @contextmanager
 def ended_by_closed_pipes() -> Iterator[None]:
     """Within, a pipe that nobody reads any more ends this process as it ends other commands: at once, quietly, by SIGPIPE."""
