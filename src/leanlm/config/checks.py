@@ -54,7 +54,7 @@ def check(config: DictConfig, needs_text: bool = True, needs_tokenizer: bool = T
     if not problems:
         problems += model_problems(checked, plan) + on_gpus(plan, checked.device["accelerator"])
     corpus, found = _corpus(checked, needs_tokenizer) if needs_text else (Corpus({}), [])
-    problems += folder_problems(checked) + found
+    problems += _folder(checked) + found
     if needs_text and not problems:
         problems += fits(checked, {split: corpus.size(split) for split in corpus.splits}, at_most=True)
     if problems:
@@ -92,8 +92,13 @@ def _values(config: Config, devices: int | None) -> list[str]:
     ]
 
 
-def folder_problems(config: Config) -> list[str]:
-    """What is in the way of a run in its `run_dir`."""
+def check_folder(config: Config) -> None:
+    """Raise UserError with what is in the way of a run in its `run_dir`."""
+    if problems := _folder(config):
+        raise UserError(*problems)
+
+
+def _folder(config: Config) -> list[str]:
     path, resumed = config.run_dir, config.resume
     chosen = {
         ATTEMPT,
