@@ -2,6 +2,7 @@
 
 import os
 import time
+from importlib.util import find_spec
 
 __version__ = "0.1.0"
 BEGAN = time.monotonic()
@@ -12,3 +13,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # On a GPU, what was freed then makes room for tensors of any size. torch reads this once, too.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+# A notebook hands its backend down, also to an environment that lacks it; matplotlib would then refuse to be imported.
+_, _, _module = os.environ.get("MPLBACKEND", "").partition("module://")
+if _module and find_spec(_module.partition(".")[0]) is None:
+    del os.environ["MPLBACKEND"]

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from leanlm.common.run_folder import Run, full_disk
 from leanlm.config import command_line
-from leanlm.config.checks import check
+from leanlm.config.checks import check, check_folder
 from leanlm.config.resume import goes_on
 from leanlm.config.schema import Config, Settings
 from leanlm.launch.processes import launch
@@ -27,12 +27,12 @@ def train(config: DictConfig, path: Path | None = None, isolate: bool = False, c
     if not launched():
         tokens(settings)  # The text is prepared once, before there are several processes.
     with Run.folder(config.run_dir or config.resume, path or Run.new_path("run"), rank()) as folder:
+        check_folder(settings.config)  # again: another run may have been quicker
         if settings.plan.auto and not launched():
             from leanlm.planning import auto
 
             return auto.train(work, settings, folder, command)
-        settings = replace(settings, predicted=prediction())
-        return launch(work, (settings, folder), settings.plan.world, isolate, config.restarts)
+        return launch(work, (replace(settings, predicted=prediction()), folder), settings.plan.world, isolate, config.restarts)
 
 
 def work(settings: Settings, path: Path) -> dict[str, Any]:

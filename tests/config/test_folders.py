@@ -79,3 +79,12 @@ def test_a_built_package_has_the_configuration_in_it(tmp_path: Path) -> None:
     assert package / "conf" == files.CONF
     inside = {str(file.relative_to(CONF)): file.read_text() for file in CONF.rglob("*.yaml")}
     assert {str(file.relative_to(files.CONF)): file.read_text() for file in files.CONF.rglob("*.yaml")} == inside
+
+
+def test_a_folder_is_given_to_one_run_at_a_time(tmp_path: Path) -> None:
+    with Run.folder(str(tmp_path / "run"), tmp_path, 0) as folder:
+        assert folder.is_dir()
+        with pytest.raises(UserError, match="another process is at work"), Run.folder(str(folder), tmp_path, 0):
+            raise AssertionError
+    with Run.folder(str(folder), tmp_path, 0):
+        pass

@@ -102,6 +102,7 @@ def of_one(arguments: list[str], path: Path) -> None:
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Plan, "world", property(lambda self: 2))
+        patch.setattr("leanlm.launch.ranks._patient", dist.new_group(backend="gloo"))
         run(arguments, path)
     dist.destroy_process_group()
 

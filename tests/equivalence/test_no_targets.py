@@ -1,8 +1,10 @@
 """A step none of whose targets counts has the loss 0 and changes nothing but carried state, under every plan."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import WORDS, composed
 from reference import STEPS, overrides, plain_loop
 from runner import final_weights, losses, run_all
@@ -10,6 +12,7 @@ from runner import final_weights, losses, run_all
 from leanlm.common.errors import UserError
 from leanlm.config.checks import check
 from leanlm.inference.evaluation import Evaluate, evaluate
+from leanlm.training.callbacks.average import WeightAverage
 from leanlm.training.data import tokens
 
 IGNORED = ["data.ignore=[z,'\n']", "data.validation=0.21"]
@@ -67,3 +70,15 @@ def test_a_text_of_which_nothing_counts_is_refused(text: Path, tmp_path: Path) -
     run_all({tmp_path / "run": [*overrides("gpt2", text), "max_steps=1"]})
     with pytest.raises(UserError, match="no token of this text is counted"):
         evaluate(Evaluate(run=str(tmp_path / "run"), text="e e"))
+
+
+def test_an_average_does_not_move_in_a_step_without_targets() -> None:
+    average, weight = torch.zeros(2), torch.ones(2)
+    kept = WeightAverage(decay=0.75)
+    kept.averages, kept.weights = [average], [weight]
+    module, batch = SimpleNamespace(plan=SimpleNamespace(batches_per_step=2), counts=False), SimpleNamespace(micro=1)
+    kept.on_train_batch_end(None, module, None, batch, 0)
+    assert average.tolist() == [0, 0]
+    module.counts = True
+    kept.on_train_batch_end(None, module, None, batch, 0)
+    assert average.tolist() == [0.25, 0.25]

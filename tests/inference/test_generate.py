@@ -138,10 +138,15 @@ def test_a_run_is_scored_with_its_own_tokenizer_from_anywhere(
     written = text.read_text()
     (tmp_path / "text.txt").write_text("!" + written[1:])  # as many bytes, so that validation begins at the same
     assert evaluate(asked)["loss"] == pytest.approx(loss, abs=1e-12)
-    assert f"the text is not the one that {tmp_path / 'run'} was trained on" in capsys.readouterr().out
+    assert "the text is not the one that the run was trained on" in capsys.readouterr().out
     (tmp_path / "text.txt").write_text(written[:-3] + "!!\n")
     with pytest.raises(UserError, match="'!' is not among the 20"):
         evaluate(asked)
+    (tmp_path / "text.txt").write_text(written)
+    described = tmp_path / "run" / "config.yaml"
+    described.write_text(described.read_text().replace("tokenizer: char", "tokenizer: gone.json"))
+    assert evaluate(asked)["loss"] == pytest.approx(loss, abs=1e-12)
+    assert "data.tokenizer=gone.json is gone" in capsys.readouterr().out
     (tmp_path / "text.txt").unlink()
     assert evaluate(replace(asked, text="the cat"))["tokens"] == 7
 

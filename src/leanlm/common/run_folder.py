@@ -3,6 +3,8 @@
 import csv
 import errno
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,18 +57,19 @@ class Run:
         What it has made goes if the run ends with an exception and has put nothing there.
 
         Raises:
-            UserError: it cannot be made.
+            UserError: it cannot be made, or another process is at work in it.
         """
-        if named or rank:
+        if rank:
             yield Path(named or wished)
             return
-        folder = claim(wished)
-        try:
-            yield folder
-        except BaseException:
-            with suppress(OSError):
-                folder.rmdir()  # only an empty one
-            raise
+        folder = _made(Path(named)) if named else claim(wished)
+        with _alone(folder):
+            try:
+                yield folder
+            except BaseException:
+                with suppress(OSError):
+                    folder.rmdir()  # only an empty one
+                raise
 
     @staticmethod
     def jobs(sweep: Path) -> list[Path]:
@@ -112,6 +115,35 @@ def claim(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"the folder {path} cannot be made: {error.strerror}") from None
     raise AssertionError
+
+
+def _made(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {path} cannot be made: {error.strerror}") from None
+    return path
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within it, no other process gets this folder; a lock of the system's ends with its process, however that ends."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is at work on the run there; wait for it, or name another") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -34,10 +34,10 @@ DATA = {"tokenizer": "byte", "vocabulary": 8192, "ignore": []}  # what a data se
 DATA_KEYS = {"_target_", *DATA}  # the rest of the group goes to the corpus function
 
 
-def check(config: DictConfig, needs_text: bool = True) -> Settings:
+def check(config: DictConfig, needs_text: bool = True, needs_tokenizer: bool = True) -> Settings:
     """Raise UserError with every problem of a configuration, or return it ready for use.
 
-    `needs_text`: whether its corpus has to be there.
+    `needs_text`: whether its corpus has to be there. `needs_tokenizer`: and what it is read with, which a run holds itself.
     """
     problems, checked = typed(config)
     if problems:
@@ -53,7 +53,7 @@ def check(config: DictConfig, needs_text: bool = True) -> Settings:
     problems += of_run(plan, checked.optim, checked.precision, checked.clip)
     if not problems:
         problems += model_problems(checked, plan) + on_gpus(plan, checked.device["accelerator"])
-    corpus, found = _corpus(checked) if needs_text else (Corpus({}), [])
+    corpus, found = _corpus(checked, needs_tokenizer) if needs_text else (Corpus({}), [])
     problems += _folder(checked) + found
     if needs_text and not problems:
         problems += fits(checked, {split: corpus.size(split) for split in corpus.splits}, at_most=True)
@@ -92,6 +92,12 @@ def _values(config: Config, devices: int | None) -> list[str]:
     ]
 
 
+def check_folder(config: Config) -> None:
+    """Raise UserError with what is in the way of a run in its `run_dir`."""
+    if problems := _folder(config):
+        raise UserError(*problems)
+
+
 def _folder(config: Config) -> list[str]:
     path, resumed = config.run_dir, config.resume
     chosen = {ATTEMPT, PREDICTED} & os.environ.keys()  # by the planner, perhaps once more after memory has ended
@@ -119,20 +125,9 @@ def _model(config: Config) -> list[str]:
     return problems
 
 
-def _corpus(config: Config) -> tuple[Corpus, list[str]]:
+def _corpus(config: Config, needs_tokenizer: bool) -> tuple[Corpus, list[str]]:
     data = config.data = DATA | config.data
-    problems = argument_problems("data", data, set(), DATA_KEYS)
-    name, vocabulary = data.get("tokenizer"), data.get("vocabulary")
-    if not isinstance(name, str) or (name not in tokenizers.NAMES and not os.path.isfile(os.path.expanduser(name))):
-        choices = ", ".join(tokenizers.NAMES)
-        problems.append(f"data.tokenizer={name}: one of {choices}, or the path of a tokenizer.json (no such file)")
-    elif name not in tokenizers.NAMES:
-        try:
-            tokenizers.Subwords.given(name)
-        except UserError as error:
-            problems += error.problems
-    if not isinstance(vocabulary, int) or (name == "bpe" and vocabulary < 257):
-        problems.append(f"data.vocabulary={vocabulary}: a whole number, at least 257 (256 bytes and a mark) for bpe")
+    problems = argument_problems("data", data, set(), DATA_KEYS) + (_tokenizer(data) if needs_tokenizer else [])
     if problems:
         return Corpus({}), problems
     try:
@@ -146,6 +141,22 @@ def _corpus(config: Config) -> tuple[Corpus, list[str]]:
     empty = [split for split in corpus.splits if not corpus.size(split)]
     files = {split: ", ".join(str(piece.path) for piece in corpus.splits[split][:3]) or "its folder" for split in empty}
     return corpus, [f"the {split} split is empty: put text into {files[split]}, or remove it" for split in empty]
+
+
+def _tokenizer(data: dict[str, Any]) -> list[str]:
+    problems = []
+    name, vocabulary = data.get("tokenizer"), data.get("vocabulary")
+    if not isinstance(name, str) or (name not in tokenizers.NAMES and not os.path.isfile(os.path.expanduser(name))):
+        choices = ", ".join(tokenizers.NAMES)
+        problems.append(f"data.tokenizer={name}: one of {choices}, or the path of a tokenizer.json (no such file)")
+    elif name not in tokenizers.NAMES:
+        try:
+            tokenizers.Subwords.given(name)
+        except UserError as error:
+            problems += error.problems
+    if not isinstance(vocabulary, int) or (name == "bpe" and vocabulary < 257):
+        problems.append(f"data.vocabulary={vocabulary}: a whole number, at least 257 (256 bytes and a mark) for bpe")
+    return problems
 
 
 def without_planner(device: dict[str, Any], auto: bool = False) -> list[str]:

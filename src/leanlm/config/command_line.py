@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from leanlm.common.errors import UserError
 from leanlm.common.files import CONF, literal
@@ -29,7 +29,15 @@ from leanlm.config.help import help_text
 from leanlm.config.line import Line
 from leanlm.config.resume import effective
 from leanlm.config.schema import Config
-from leanlm.launch.processes import Stopped, WorkerFailed, ended_by_closed_pipes, leave, memory_ended, survive_closed_pipes
+from leanlm.launch.processes import (
+    Stopped,
+    WorkerFailed,
+    ended_by_closed_pipes,
+    in_utf8,
+    leave,
+    memory_ended,
+    survive_closed_pipes,
+)
 from leanlm.launch.ranks import adopt_slurm, launched, rank, say, world_size
 from leanlm.launch.supervisor import OUT_OF_MEMORY
 
@@ -41,6 +49,7 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
     The process ends with 2 after a mistake of the user's, 137 where memory ended, 1 after another failure, 128 + n after
     signal n.
     """
+    in_utf8()
     statuses = [0]
 
     @hydra.main(config_path=str(CONF), config_name=name, version_base="1.3")
@@ -117,7 +126,8 @@ def check_jobs(line: Line, name: str, schema: type) -> None:
             except UserError as error:
                 found += error.problems
             except OmegaConfBaseException as error:
-                found.append(f"{error.full_key}: {str(error).splitlines()[0]}")
+                missing = isinstance(error, MissingMandatoryValue)
+                found.append(f"{error.full_key}: {'write a value for it' if missing else str(error).splitlines()[0]}")
             problems += [problem for problem in found if problem not in problems]
     if problems:
         raise UserError(*problems)
@@ -167,6 +177,8 @@ def _compose(name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
 
 def _explain(override: str, overrides: list[str], base: DictConfig, error: Exception) -> str:
     key, _, value = override.partition("=")
+    if (read := words.parsed(override)) and read.is_sweep_override():
+        return f"{override}: several values need -m, which makes a job of each"
     if options := words.options(key.lstrip("+~"), overrides):
         if value in options:  # but a part of it is not there: a plugin that is not installed
             return f"{override}: {str(error).splitlines()[0].rstrip('.')}; conf/{key}/{value}.yaml says what to install"

@@ -64,7 +64,7 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
     data_parallel_size = max(1, plan.data_parallel_size)
     # only the rows in a forward pass: the figures do not depend on it
     config.global_batch = -(-rows // data_parallel_size) * data_parallel_size * max(1, plan.accumulate_grad_batches)
-    settings = check(config, needs_text=asked.text is None)
+    settings = check(config, needs_text=asked.text is None, needs_tokenizer=False)
     if asked.text is None and asked.split not in settings.corpus.splits:
         raise UserError(f"split={asked.split}: the data has {', '.join(settings.corpus.splits)}")
     if asked.text is not None and not settings.plan.splits_model:
@@ -86,8 +86,8 @@ def _work(settings: Settings, path: Path, split: str, text: str | None, which: s
     with process_group(settings.config.device["accelerator"]):
         tokenizer, parallel, state = restore(settings.config, settings.plan, Run(path), which)
         if text is None:
-            if rank() == 0 and not data.is_of(settings, state["text"]):
-                say(f"the text is not the one that {path} was trained on; it is read with the run's own tokenizer")
+            if rank() == 0 and (said := data.differs(settings, state["text"])):
+                say(f"{said}; it is read with the tokenizer of {path}")
             numbers, size = on_rank_0_first(lambda: data.split_of(settings, split, tokenizer))
         else:
             numbers, size = np.asarray(tokenizer.encode(text.encode())), len(text.encode())

@@ -19,12 +19,18 @@ from typing import Any, NoReturn
 
 from leanlm.common.errors import UserError
 from leanlm.launch.ranks import drop_output, launched, set_threads
-from leanlm.launch.signals import KILLED, give_back, handled, named, stopping
+from leanlm.launch.signals import KILLED, Heard, give_back, handled, named, stopping
 
 START_METHOD = "spawn"  # fresh processes; a fork of one that has used CUDA or OpenMP may hang
 PATIENCE = 3600  # seconds that workers have to end their step and save it, once they are told to stop
 LOST_A_PEER = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Gloo", "gloo")  # of a RuntimeError
 _USER_ERROR = "leanlm user error: "
+
+
+def in_utf8() -> None:
+    """Begin this process again where a C locale has it know no other letters than those of ASCII."""
+    if sys.getfilesystemencoding() == "ascii":
+        os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
 
 
 @contextmanager
@@ -86,19 +92,21 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
         return function(*arguments)
 
     import torch.distributed.elastic.multiprocessing.errors as errors
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what happened, once
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(PATIENCE)  # torch 2.11 does not read it, and waits 30 s
+    LocalElasticAgent._shutdown = _shutdown  # type: ignore[assignment,method-assign]
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=restarts, monitor_interval=0.1,
-        start_method=START_METHOD,
+        start_method=START_METHOD, signals_to_handle=",".join(each.name for each in [*stopping(), *named("SIGQUIT")]),
     )  # fmt: skip
-    handlers: dict[int, Any] = {number: signal.getsignal(number) for number in named("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")}
+    heard = Heard(lambda number: None, _kill_workers)
+    heard.begin()
     try:
         return elastic_launch(config, _worker)(function, arguments)[0]
     except errors.ChildFailedError as error:
@@ -110,11 +118,22 @@ def launch(function: Callable[..., Any], arguments: tuple, processes: int, isola
             raise UserError(*text.rpartition(_USER_ERROR)[2].strip().splitlines()) from None
         raise WorkerFailed(f"rank {rank} of {processes} failed, the others were ended\n{text}") from None
     except SignalException as error:
-        for worker in multiprocessing.active_children():  # a second signal has ended the agent's patience with them
-            worker.kill()
         raise Stopped(int(error.sigval), "") from None
     finally:
-        give_back(handlers)  # the agent keeps its own
+        heard.end()  # the agent keeps its own handlers
+
+
+def _shutdown(agent: Any, signum: signal.Signals = signal.SIGTERM, timeout: int = 0) -> None:
+    """In place of the agent's (torch 2.11 to 2.13), which kills workers that after 30 s have not ended their step."""
+    if agent._pcontext:
+        agent._pcontext.close(signum, PATIENCE)
+
+
+def _kill_workers(number: int) -> None:
+    """Those that a second signal has not ended: they hang."""
+    time.sleep(2)
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def leave(code: int) -> NoReturn:

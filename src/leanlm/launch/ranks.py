@@ -5,12 +5,17 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from leanlm.common.errors import UserError
 from leanlm.common.machine import cores
+
+PATIENCE = timedelta(days=7)  # for what one rank does while others wait, such as preparing a text
+_patient: Any = None  # see `patient`
 
 
 def launched() -> bool:
@@ -99,7 +104,8 @@ def comfort(what: str) -> Iterator[None]:
 
 @contextmanager
 def process_group(accelerator: str) -> Iterator[None]:
-    """The default process group of all ranks, if there are several."""
+    """The default process group of all ranks, if there are several, and the one in which they wait for each other."""
+    global _patient
     if world_size() == 1:
         yield
         return
@@ -110,7 +116,10 @@ def process_group(accelerator: str) -> Iterator[None]:
     # The agent may keep its store over restarts, and in it the addresses of processes that are gone.
     store = dist.PrefixStore(f"attempt {restarted()}", store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank(), world_size=world_size())
+    _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     yield
+    dist.barrier(_patient)  # NCCL's end waits for all ranks, too
+    _patient = None
     dist.destroy_process_group()  # not after an exception: it would wait for ranks that are gone
 
 
@@ -120,30 +129,45 @@ def set_threads() -> None:
         torch.set_num_threads(max(1, cores() // local_world_size()))
 
 
+def patient() -> Any:
+    """The group for what may have to wait for long: NCCL ends a process that waits in it for more than 10 minutes. None where
+    no `process_group` has made it."""
+    return _patient
+
+
 def of_ranks(value: Any) -> list[Any]:
     """`value` of each rank. All ranks must call it."""
-    if not _in_group():
+    if _patient is None:
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, _patient)
     return gathered
 
 
 def on_rank_0(make: Callable[[], Any]) -> Any:
-    """What rank 0 makes, on all ranks. All ranks must call it."""
-    made = [make() if rank() == 0 else None]
-    if _in_group():
-        dist.broadcast_object_list(made)
-    return made[0]
+    """What rank 0 makes, on all ranks, which wait for as long as it takes. All ranks must call it.
+
+    Raises:
+        UserError: on all ranks, where rank 0 has met it.
+    """
+    made: list[Any] = [_tried(make) if rank() == 0 or _patient is None else None]
+    if _patient is not None:
+        dist.broadcast_object_list(made, group=_patient)
+    value, problems = made[0]
+    if problems:
+        raise UserError(*problems)
+    return value
+
+
+def _tried(make: Callable[[], Any]) -> tuple[Any, tuple[str, ...]]:
+    try:
+        return make(), ()
+    except UserError as error:
+        return None, error.problems
 
 
 def on_rank_0_first(make: Callable[[], Any]) -> Any:
     """What each rank makes, after rank 0 has made it and has left it on disk. All ranks must call it."""
-    made = make() if rank() == 0 else None
-    if _in_group():
-        dist.barrier()
-    return made if rank() == 0 else make()
-
-
-def _in_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    made: list[Any] = []
+    on_rank_0(lambda: made.append(make()))  # which gives back nothing that is sent
+    return made[0] if made else make()

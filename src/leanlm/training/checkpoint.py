@@ -202,7 +202,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all as they were written, and what is wrong with those after it."""
+    """The newest checkpoint whose files are all as they were written, and what is wrong with those after it.
+
+    All ranks must call it: one reads the files, the others wait.
+    """
+    return on_rank_0(lambda: _newest_whole(folder))
+
+
+def _newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     damaged: list[str] = []
     for checkpoint in reversed(checkpoints(folder)):
         wrong = damage(checkpoint)

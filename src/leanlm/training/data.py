@@ -52,11 +52,15 @@ def split_of(settings: Settings, split: str, tokenizer: Tokenizer) -> tuple[Any,
     return made.splits[split], made.bytes[split]
 
 
-def is_of(settings: Settings, text: str) -> bool:
-    """Whether the configured text and its tokenizer are those of a fingerprint."""
+def differs(settings: Settings, text: str) -> str | None:
+    """What is to be said of the configured text, if it is or may be another than that of a fingerprint."""
     data = settings.config.data
-    with PreparationBar() as bar:
-        return fingerprint(settings.corpus, data["tokenizer"], data["vocabulary"], bar) == text
+    try:
+        with PreparationBar() as bar:
+            same = fingerprint(settings.corpus, data["tokenizer"], data["vocabulary"], bar) == text
+    except FileNotFoundError:
+        return f"data.tokenizer={data['tokenizer']} is gone, so that nothing tells whether the text is the run's"
+    return None if same else "the text is not the one that the run was trained on"
 
 
 def ignored(config: Config, tokenizer: Tokenizer) -> list[int]:

@@ -12,7 +12,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from leanlm.common.errors import UserError
 from leanlm.common.run_folder import FULL
+from leanlm.launch.ranks import patient
 from leanlm.memory import offload
 
 # What `.metadata` names (torch 2.11 to 2.13), beside the types of numbers and the path where it was written.
@@ -95,7 +95,7 @@ class ReadsTensors(dcp.DefaultLoadPlanner):
 
 def save(tensors: dict[str, Tensor], folder: Path) -> None:
     """Write this rank's tensors by their global names. All ranks must call it."""
-    dcp.save(tensors, storage_writer=Writer(folder), planner=WritesFinite(), no_dist=not dist.is_initialized())
+    dcp.save(tensors, storage_writer=Writer(folder), planner=WritesFinite(), process_group=patient(), no_dist=patient() is None)
 
 
 def load(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -104,8 +104,11 @@ def load(tensors: dict[str, Tensor], folder: Path) -> None:
     Raises:
         UserError: on all ranks: the files do not hold them.
     """
-    alone = not dist.is_initialized()
-    if reason := failure(lambda: dcp.load(tensors, storage_reader=Reader(folder), planner=ReadsTensors(), no_dist=alone)):
+    group = patient()
+    planner, reader = ReadsTensors(), Reader(folder)
+    if reason := failure(
+        lambda: dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+    ):
         raise UserError(f"{folder} cannot be read: {reason}")
 
 

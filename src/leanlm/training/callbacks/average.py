@@ -46,7 +46,7 @@ class WeightAverage(pl.Callback):
         self.weights, self.averages = ([local(part) for _, part in pairs] for pairs in (weights, self.named))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch.micro == module.plan.batches_per_step - 1:
+        if batch.micro == module.plan.batches_per_step - 1 and module.counts:  # a step without targets changes nothing
             torch._foreach_lerp_(self.averages, self.weights, 1 - self.decay)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:

@@ -1,8 +1,9 @@
 """Saving, resuming, and stopping in good order."""
 
+import os
+import shutil
 import signal
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from leanlm.common.run_folder import Run
 from leanlm.config.schema import Config
 from leanlm.config.words import pasted
 from leanlm.launch.processes import Stopped
-from leanlm.launch.ranks import say
-from leanlm.launch.signals import give_back, handled, stopping
+from leanlm.launch.ranks import patient, rank
+from leanlm.launch.signals import Heard
 from leanlm.training import checkpoint
 from leanlm.training.callbacks.average import averages, training_weights
 from leanlm.training.callbacks.record import Record, validate_now
@@ -36,8 +37,8 @@ class Checkpoints(pl.Callback):
         """`fingerprint`: of the text. `start`: a checkpoint to resume from."""
         self.run, self.record, self.config, self.fingerprint, self.start = run, record, config, fingerprint, start
         self.saved = -1  # step of the last checkpoint
-        self.signal, self.first_signal = 0, 0.0
-        self.told, self.handlers = Told(), dict[int, Any]()
+        self.heard = Heard(_say_so, self._leave)
+        self.told = Told()
 
     def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
         if self.start is None:
@@ -60,7 +61,7 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         trainer.fit_loop.epoch_loop.max_steps = self.config.max_steps
-        self.handlers = handled(stopping(), self._on_signal)
+        self.heard.begin()
         step = trainer.global_step
         if step and step % self.config.val_every == 0 and self.record.validated != step:
             validate_now(trainer)  # the run was stopped before it came to this
@@ -79,12 +80,12 @@ class Checkpoints(pl.Callback):
         self.told.wait()
         if self.saved != trainer.global_step:
             self.save(trainer, module)
-        give_back(self.handlers)
+        self.heard.end()
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         with suppress(OSError):  # of a full disk the exception may be
             self.record.flush()
-        give_back(self.handlers)
+        self.heard.end()
 
     def save(self, trainer: pl.Trainer, module: Any, folder: Path | None = None, keep: int | None = None) -> None:
         """Write a checkpoint of the state after the last whole step, to a `folder` of its own or among those of the run. All
@@ -107,16 +108,14 @@ class Checkpoints(pl.Callback):
         if folder is None:
             self.saved = trainer.global_step
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.signal and now - self.first_signal > 2:  # a launcher passes on the signal that the terminal sent too
-            raise KeyboardInterrupt
-        if not self.signal:
-            self.signal, self.first_signal = number, now
-            say(f"\n{signal.Signals(number).name}: saving a checkpoint (again to leave at once)")
+    def _leave(self, number: int) -> None:
+        """End this process at once, while it is in a step or a save."""
+        for part in self.run.path.glob("*/.writing-*"):
+            shutil.rmtree(part, ignore_errors=True)
+        os._exit(128 + number)
 
     def _stop_if_told(self, trainer: pl.Trainer, module: Any) -> None:
-        if number := self.told(self.signal) if module.plan.world > 1 else self.signal:
+        if number := self.told(self.heard.number) if module.plan.world > 1 else self.heard.number:
             if self.saved != trainer.global_step:
                 self.save(trainer, module)
             name, again = signal.Signals(number).name, pasted("leanlm.train", f"resume={self.run.path}")
@@ -124,6 +123,12 @@ class Checkpoints(pl.Callback):
             if trainer.is_global_zero:
                 print(message, file=sys.stderr, flush=True)
             raise Stopped(number, message)
+
+
+def _say_so(number: int) -> None:
+    with suppress(BrokenPipeError):
+        if rank() == 0:
+            print(f"\n{signal.Signals(number).name}: saving a checkpoint (again to leave at once)", flush=True)
 
 
 def _others(trainer: pl.Trainer) -> list[pl.Callback]:
@@ -139,17 +144,14 @@ class Told:
     """
 
     def __init__(self) -> None:
-        self.group: Any = None
         self.number, self.work = torch.tensor(0), None
 
     def __call__(self, number: int) -> int:
         """The largest number of any rank in the call before."""
-        if self.group is None:
-            self.group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         if found := self.wait():
             return found
         self.number = torch.tensor(number)
-        self.work = dist.all_reduce(self.number, dist.ReduceOp.MAX, self.group, async_op=True)
+        self.work = dist.all_reduce(self.number, dist.ReduceOp.MAX, patient(), async_op=True)
         return 0
 
     def wait(self) -> int:
