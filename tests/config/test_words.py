@@ -133,7 +133,7 @@ def test_groups_that_are_left_out(text: Path) -> None:
         ("sample_tokens=${nothing}", "Interpolation key 'nothing' not found"),
         ("just a word", "just a word: not of the form key=value"),
         ("=3", "=3: not of the form key=value"),
-        ("model=interval(1,2)", "there is no model of that name"),
+        ("model=interval(1,2)", "model=interval(1,2): several values need -m, which makes a job of each"),
     ],
 )
 def test_one_line_for_what_hydra_takes_badly(wrong: str, says: str) -> None:

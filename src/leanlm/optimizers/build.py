@@ -55,14 +55,14 @@ def build(
 
 def _groups(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The groups of Muon, and those of all other parameters."""
-    found: dict[tuple[bool, float, Any], list[nn.Parameter]] = {}
+    found: dict[tuple[bool, bool, Any], list[nn.Parameter]] = {}
     for name, parameter in named:
         hidden = optim.name == "muon" and parameter.dim() == 2 and name.startswith("blocks.")
         mesh = parameter.device_mesh if is_dtensor(parameter) and not hidden else None
-        found.setdefault((hidden, optim.weight_decay if parameter.dim() >= 2 else 0.0, mesh), []).append(parameter)
+        found.setdefault((hidden, parameter.dim() >= 2, mesh), []).append(parameter)
     groups: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    for (hidden, decay, _), parameters in found.items():
-        peak = optim.muon_lr if hidden else optim.lr
+    for (hidden, matrix, _), parameters in found.items():
+        peak, decay = optim.muon_lr if hidden else optim.lr, optim.weight_decay if matrix else 0.0
         groups[hidden].append({"params": parameters, "weight_decay": decay, "peak_lr": peak})
     return groups[True], groups[False]
 
