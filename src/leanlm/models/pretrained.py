@@ -5,10 +5,11 @@ Only what a parameter holds is read, when it is filled, so that no process holds
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from leanlm.common.errors import UserError
@@ -35,8 +36,6 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         """Raises UserError: config.json or the names of the weights are not understood, or a file is missing."""
-        from safetensors import SafetensorError, safe_open
-
         self.folder, self.config = folder, read_json(folder / CONFIG)
         self.family, _ = family_of(self.config, str(folder / CONFIG))
         index = folder / INDEX
@@ -44,11 +43,11 @@ class Weights:
         missing = [name for name in sorted(names) if not (folder / name).is_file()]
         if missing:
             raise UserError(f"{folder}: there is no {missing[0]}; weights are read from safetensors files")
-        try:
-            self.files = [safe_open(folder / name, "pt") for name in sorted(names)]
-        except SafetensorError as error:
-            raise UserError(f"{folder}: its weights cannot be read: {error}") from None
-        self.where = {self._with_prefix(name): (file, name) for file in self.files for name in file.keys()}  # noqa: SIM118
+        self.held: dict[str, tuple[Path, str, list[int]]] = {}  # name -> file, name there, shape there
+        for path in (folder / name for name in names):
+            with opened(path) as file:
+                for key in file.keys():  # noqa: SIM118
+                    self.held[self._with_prefix(key)] = path, key, file.get_slice(key).get_shape()
 
     def _with_prefix(self, name: str) -> str:
         """A name as the rules have it: some files leave out the prefix of all names but the head's."""
@@ -64,7 +63,7 @@ class Weights:
 
     def problems(self, net: Model) -> list[str]:
         """What of the weights is not in a model, or of the model not in the weights, one line each."""
-        have = {name: file.get_slice(key).get_shape() for name, (file, key) in self.where.items()}
+        have = {name: shape for name, (_, _, shape) in self.held.items()}
         want: dict[str, list[int]] = {}
         for name, parameter in net.named_parameters():
             theirs, part, transposed = self.source(name)
@@ -79,16 +78,23 @@ class Weights:
             if have.get(name) != want.get(name) and not BUFFERS.search(name)
         ]
 
-    @torch.no_grad()
-    def fill(self, net: Model) -> None:
-        """Fill every parameter of a model."""
-        for name, parameter in net.named_parameters():
-            parameter.copy_(self(name, parameter))
-
     def __call__(self, name: str, like: Tensor) -> Tensor:
-        """The value of a parameter, with the shape and type of `like`, on the CPU."""
+        """The value of a parameter, with the shape and type of `like`; it may be a part of the file, to be copied."""
         theirs, part, transposed = self.source(name)
-        file, key = self.where[theirs]
-        held, rows = file.get_slice(key), slice(part * like.shape[0], (part + 1) * like.shape[0])
-        value = held[:, rows].t() if transposed else held[rows]
-        return torch.empty(like.shape, dtype=like.dtype, device="cpu").copy_(value)
+        path, key, _ = self.held[theirs]
+        rows = slice(part * like.shape[0], (part + 1) * like.shape[0])
+        with opened(path) as file:  # anew for each, or the pages of the whole file would count as this process's
+            held = file.get_slice(key)
+            return (held[:, rows].t() if transposed else held[rows]).to(like.dtype)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. Raises UserError where it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None

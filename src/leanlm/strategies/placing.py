@@ -35,10 +35,9 @@ def fill(part: nn.Module, net: nn.Module, global_names: dict[str, str], value_of
             if name not in filled and not parameter.is_meta:
                 continue
             if name not in filled:
-                value = value_of(name, parameter).to(device)
-                if is_dtensor(parameter):
-                    value = dtensor_like(local_part(value, parameter).clone(), parameter, value.shape)
-                filled[name] = nn.Parameter(value)
+                whole = value_of(name, parameter)
+                value = local_part(whole, parameter).to(device, copy=True)
+                filled[name] = nn.Parameter(dtensor_like(value, parameter, whole.shape) if is_dtensor(parameter) else value)
             setattr(module, key, filled[name])
 
 

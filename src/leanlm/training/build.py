@@ -44,10 +44,10 @@ def model(config: Config, plan: Plan, vocabulary: int) -> Model:
 
 def parallel_model(config: Config, plan: Plan, vocabulary: int, weights: Weights | None = None) -> ParallelModel:
     """What this rank holds of the configured model, with initial weights or those given. All ranks must call it."""
-    with without_storage() if plan.splits_model else nullcontext():
+    with without_storage() if plan.splits_model or weights else nullcontext():
         net = model(config, plan, vocabulary)
-    if not plan.splits_model:
-        initialize(net, config.seed) if weights is None else weights.fill(net)
+    if not plan.splits_model and weights is None:
+        initialize(net, config.seed)
     cost = balance.costs(net) if plan.pipeline > 1 else None
     return ParallelModel(net, plan, config.seed, device(config), cost, PRECISIONS[config.precision][1], weights)
 

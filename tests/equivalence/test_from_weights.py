@@ -1,0 +1,57 @@
+"""Training that begins from weights is the same under every plan, and as transformers' own model takes its steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runner import losses, run_all
+
+from leanlm.data.tokenizer import Subwords
+
+transformers = pytest.importorskip("transformers")
+
+TYPES, STEPS = 280, 20
+PLANS = {
+    "single": (1, []),
+    "accumulate": (1, ["strategy.accumulate_grad_batches=4"]),
+    "ddp": (2, ["strategy.replicate=2"]),
+    "fsdp": (2, ["strategy.shard=2", "strategy.accumulate_grad_batches=2"]),
+    "tensor": (2, ["strategy.tensor=2"]),
+    "pipeline": (2, ["strategy.pipeline=2", "strategy.accumulate_grad_batches=4"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """Qwen3: biases aside it has all that a family may add, scales of query and key norms too."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    torch.manual_seed(1)
+    config = transformers.Qwen3Config(
+        vocab_size=TYPES, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(Subwords.train([text.read_bytes()], TYPES).state()["model"])
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    root = tmp_path_factory.mktemp("runs")
+    arguments = [
+        f"init_from={folder}", "data=text", f"data.path={text}", "sequence=16", "global_batch=8", f"max_steps={STEPS}",
+        "precision=fp64", "optim=adamw", "optim.lr=0.01", "model.dropout=0.1", "log_every=1", "val_every=1000", "logger=csv",
+        "device=cpu", "sample_tokens=2",
+    ]  # fmt: skip
+    for processes in (1, 2):
+        run_all({root / name: [*arguments, *plan] for name, (count, plan) in PLANS.items() if count == processes}, processes)
+    return {name: losses(root / name) for name in PLANS}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_same_curve(plan: str, runs: dict[str, list[float]]) -> None:
+    assert len(runs[plan]) == STEPS
+    assert runs[plan] == pytest.approx(runs["single"], abs=1e-9)
+    assert runs[plan][-1] < runs[plan][0] - 0.5
