@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from leanlm.common.errors import UserError
-from leanlm.common.run_folder import Run
 from leanlm.config.arguments import typed
 from leanlm.config.checks import without_planner
 from leanlm.data.tokenizer import stream
-from leanlm.inference.restoring import restore, tokenizer_of
+from leanlm.inference.restoring import find, restore, tokenizer_of
 from leanlm.models.generation import generate
 from leanlm.strategies.plan import Plan
 
@@ -41,8 +40,8 @@ def continuation(asked: Generate, check_memory: Callable[..., None] | None = Non
     Raises:
         UserError: the run, the prompt or what is asked for cannot be used, or there is not enough memory.
     """
-    run = Run.find(asked.run)
-    problems, config = typed(run.config())
+    run, found = find(asked.run)
+    problems, config = typed(found)
     if problems := [*asked.problems(), *problems]:
         raise UserError(*problems)
     config.device, plan, tokenizer = asked.device or config.device, Plan(), tokenizer_of(run)

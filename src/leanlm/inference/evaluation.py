@@ -13,8 +13,9 @@ from leanlm.common.errors import UserError
 from leanlm.common.files import write
 from leanlm.common.run_folder import Run
 from leanlm.config.checks import check
+from leanlm.config.pretrained import is_run
 from leanlm.config.schema import Settings
-from leanlm.inference.restoring import restore, tokenizer_of
+from leanlm.inference.restoring import find, restore, tokenizer_of
 from leanlm.launch.processes import launch
 from leanlm.launch.ranks import on_rank_0_first, process_group, rank, say
 from leanlm.strategies.checks import resolve
@@ -29,6 +30,8 @@ class Evaluate:
     checkpoint: str = "last"
     split: str = "validation"
     text: str | None = None
+    data: Any = None
+    sequence: int | None = None
     devices: int | None = None
     lanes: int | None = None
     overlap: int | None = None
@@ -47,9 +50,8 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
     Returns:
         `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `log_probability` (nats, of all together).
     """
-    run = Run.find(asked.run)
-    config = run.config()
-    given: dict[str, Any] = dict.fromkeys(("callbacks", "logger", "init_from"))
+    run, config = find(asked.run, asked.sequence, asked.data)
+    given: dict[str, Any] = dict.fromkeys(("callbacks", "logger"))
     given |= {"devices": asked.devices, "strategy": asdict(asked.strategy)}
     if asked.strategy.pipeline == 1:
         given["strategy"]["accumulate_grad_batches"] = 1
@@ -73,7 +75,7 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
     if within is not None and settings.config.device.get("memory"):
         settings = within(settings, tokenizer_of(run).vocabulary)
     result = launch(_work, (settings, run.path, asked.split, asked.text, asked.checkpoint), settings.plan.world)
-    if asked.text is None and rank() == 0:
+    if asked.text is None and asked.data is None and is_run(str(run.path)) and rank() == 0:
         kind = "" if asked.checkpoint == "last" else f"-{asked.checkpoint}"
         write(run.path / f"evaluation-{asked.split}{kind}.json", json.dumps(result, indent=2))
     return result
@@ -87,7 +89,7 @@ def _work(settings: Settings, path: Path, split: str, text: str | None, which: s
     with process_group(settings.config.device["accelerator"]):
         tokenizer, parallel, state = restore(settings.config, settings.plan, Run(path), which)
         if text is None:
-            if rank() == 0 and (said := data.differs(settings, state["text"])):
+            if rank() == 0 and "text" in state and (said := data.differs(settings, state["text"])):
                 say(f"{said}; it is read with the tokenizer of {path}")
             numbers, size = on_rank_0_first(lambda: data.split_of(settings, split, tokenizer))
         else:

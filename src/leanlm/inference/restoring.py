@@ -1,18 +1,53 @@
-"""The model and the tokenizer of a run."""
+"""The model and the tokenizer of a run, or of a folder in Hugging Face's layout."""
 
-import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
 from leanlm.common.errors import UserError
+from leanlm.common.files import CONF, literal
 from leanlm.common.run_folder import Run
+from leanlm.config.pretrained import begun_from_weights, is_run
 from leanlm.config.schema import Config
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.tokenizer import Tokenizer
 from leanlm.launch.ranks import say
+from leanlm.models.pretrained import CONFIG, Weights, read_json
 from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.strategies.plan import Plan
 
 FOLDERS = {"last": "checkpoints", "best": "best"}  # in the folder of a run
+LONGEST = 1024  # tokens of context of a foreign model, which may know many more, where no other number is asked for
+
+
+def find(name: str, sequence: int | None = None, data: Any = None) -> tuple[Run, DictConfig]:
+    """A run, or a folder in Hugging Face's layout, and its configuration. `sequence` and `data`: others than its own.
+
+    Raises:
+        UserError: it is neither.
+    """
+    folder = Path(os.path.expanduser(name))
+    if is_run(name) or not (folder / CONFIG).is_file():
+        run = Run.find(name)
+        config = run.config()
+        OmegaConf.update(config, "init_from", literal(str(run.path)) if sequence else None)  # whether it has as many positions
+    else:
+        inside = GlobalHydra.instance().is_initialized()  # of a command of ours
+        with nullcontext() if inside else initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("train")
+        config.init_from = literal(str(folder))
+        run, config, told = Run(folder), begun_from_weights(config, []), read_json(folder / CONFIG)
+        config.sequence = min(LONGEST, told.get("max_position_embeddings", told.get("n_positions", LONGEST)))
+    config.sequence = sequence or config.sequence
+    if data is not None:
+        own = {key: config.data[key] for key in ("tokenizer", "vocabulary") if key in config.data}
+        OmegaConf.update(config, "data", literal({**data, **own}), merge=False)
+    return run, config
 
 
 def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple[Tokenizer, ParallelModel, dict[str, Any]]":
@@ -25,6 +60,9 @@ def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple
     """
     from leanlm.training import build, checkpoint
 
+    if not is_run(str(run.path)):
+        tokenizer = tokenizer_of(run)
+        return tokenizer, build.parallel_model(config, plan, tokenizer.vocabulary, Weights(run.path)), {}
     if which not in FOLDERS:
         raise UserError(f"checkpoint={which}: choose one of {', '.join(FOLDERS)}")
     newest, damaged = checkpoint.newest_whole(run.path / FOLDERS[which])
@@ -40,4 +78,4 @@ def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple
 
 
 def tokenizer_of(run: Run) -> Tokenizer:
-    return tokenizers.restore(json.loads((run.path / "tokenizer.json").read_text()))
+    return tokenizers.given(str(run.path))
