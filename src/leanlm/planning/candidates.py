@@ -155,7 +155,7 @@ class Estimate:
 
     def _state(self, plan: Choice) -> float:
         """Bytes of the optimizer's state."""
-        if plan.offload in ("optimizer", "all"):
+        if plan.offloads("optimizer"):
             return 0
         size = self._held(plan) * self.averages * (0.25 if plan.state == "int8" else 1)
         return size / (plan.replicate if plan.zero1 else 1)
@@ -164,7 +164,7 @@ class Estimate:
         """Bytes that are kept for backward, and a pipeline's buffers."""
         rows, divided = plan.micro_batch(self.config.global_batch), plan.tensor**constants.TENSOR_DIVIDES
         block = self.kept * rows / divided  # of one block and micro-batch
-        if plan.offload in ("activations", "all"):
+        if plan.offloads("activations"):
             kept = block
         else:
             ahead = constants.IN_FLIGHT.get(plan.schedule, constants.IN_FLIGHT["others"]) * plan.pipeline

@@ -117,10 +117,7 @@ def bubble(order: dict[int, list[Work]], cost: list[float]) -> float:
     """Share of the time that the devices of a pipeline wait, by playing a schedule with the given costs.
 
     A full backward costs twice a forward, its halves (inputs, weights) as much as a forward each; communication is free.
-
-    Args:
-        order: device -> its work in order.
-        cost: of each stage's forward pass of a micro-batch, in any unit.
+    `order`: device -> its work in order. `cost`: of each stage's forward pass of a micro-batch, in any unit.
 
     Raises:
         ValueError: the devices wait for each other.

@@ -156,17 +156,5 @@ def this_machine() -> Device:
         stored[key] = measured()
         with suppress(OSError, UserError):  # where nothing can be written, each process measures
             write(writable(file.parent) / file.name, json.dumps(stored, indent=1))
-    rates = stored[key]
-    return Device(
-        name=f"this machine ({cores()} cores)",
-        accelerator="cpu",
-        memory=memory_limit(),
-        **rates["alone"],
-        pair=rates["pair"],
-        link=rates["links"]["send"],
-        links=rates["links"],
-        latency=rates["latency"],
-        process=tuple(rates["process"]),
-        common=rates["common"],
-        shared=True,
-    )
+    rates = stored[key] | {"process": tuple(stored[key]["process"]), "link": stored[key]["links"]["send"], "shared": True}
+    return Device(f"this machine ({cores()} cores)", "cpu", memory_limit(), **rates.pop("alone"), **rates)

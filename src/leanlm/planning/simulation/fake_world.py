@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlm.data.batches import Batch
 from leanlm.memory import offload
-from leanlm.optimizers import build, low_bit
+from leanlm.optimizers import low_bit
 from leanlm.planning.simulation import patches, repetitions
 from leanlm.planning.simulation.compiled import compiler_of
 from leanlm.planning.simulation.trace import Trace, Work
@@ -57,8 +57,7 @@ def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
             *repetitions.few_pieces(trace),
             *repetitions.alike_tensors(trace),
             *(patches.sending() if plan.pipeline > 1 else ()),
-            *((place, "scratch", lambda: file) for place in (offload, build)),
-            (build, "host_memory", lambda: file),
+            (offload, "storage", lambda like: file),
             compiler_of(trace),
             *(patches.kernels_of_a_gpu(trace.card, trace.to_host) if trace.card is not None else ()),
         ]
