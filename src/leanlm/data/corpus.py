@@ -42,10 +42,7 @@ def stdlib(path: str | None = None) -> Corpus:
     """The source files of the running Python's standard library: some 13 MB that every machine has.
 
     Files are split by a hash of their name: 98% train, 1% validation, 1% test. Test suites, caches and installed
-    packages are left out.
-
-    Args:
-        path: another folder of `*.py` files to read instead.
+    packages are left out. `path`: another folder of `*.py` files to read instead.
     """
     root = Path(os.path.expanduser(path or sysconfig.get_paths()["stdlib"]))
     if not root.is_dir():

@@ -62,18 +62,13 @@ class Scratch:
         size = torch.Size(size)
         length = -(-size.numel() * dtype.itemsize // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         free = self.free.get(length)
-        if free:
-            part = free.pop()
-        else:
-            self._claim(length)
-            part = mmap.mmap(self.file.fileno(), length, offset=self.size)
-            self.size += length
+        part = free.pop() if free else self._grown(length)
         made = torch.frombuffer(part, dtype=dtype, count=size.numel()).view(size)
         self.mapped[made.data_ptr()] = part
         return made
 
-    def _claim(self, length: int) -> None:
-        """Make the file longer, with room on the disk: the process would be killed when it came to write where none is left."""
+    def _grown(self, length: int) -> mmap.mmap:
+        """A place at the end, with room on the disk: the process would be killed when it came to write where none is left."""
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self.file.fileno(), self.size, length)
@@ -84,6 +79,8 @@ class Scratch:
                 f"strategy.offload has {self.size:,} bytes in {self.folder}, and there is no room for {length:,} more "
                 f"({error.strerror}): set LEANLM_CACHE to a folder on a larger disk"
             ) from None
+        self.size += length
+        return mmap.mmap(self.file.fileno(), length, offset=self.size - length)
 
     def holds(self, tensor: Tensor) -> bool:
         return tensor.data_ptr() in self.mapped
@@ -166,9 +163,7 @@ def activations(module: nn.Module) -> AbstractContextManager[Any]:
 
     def pack(tensor: Tensor) -> Any:
         mine = local(tensor)
-        if mine.nbytes < max(SMALLEST, 1) or not _dense(mine):
-            return tensor.detach()
-        if place(mine) in map(place, module.parameters()):
+        if mine.nbytes < max(SMALLEST, 1) or not _dense(mine) or place(mine) in map(place, module.parameters()):
             return tensor.detach()
         key = place(mine), mine.storage_offset(), mine.shape, mine.stride(), mine.dtype, mine._version
         original, before = known.get(key, (None, None))

@@ -29,14 +29,12 @@ def levels(recompute: str, blocks: Sequence[nn.Module], compiled: bool = False) 
     Raises:
         ValueError: `recompute` is none of CHOICES.
     """
-    if recompute in ("none", "blocks"):
-        return ["keep" if recompute == "none" else recompute] * len(blocks)
     if recompute == "operators":
         recurrent = [any(isinstance(part, nn.RNNBase) for part in block.modules()) for block in blocks]
         return ["keep" if compiled or its else recompute for its in recurrent]
     if recompute.isdecimal() and int(recompute) > 1:
         return ["keep" if i % int(recompute) else "blocks" for i in range(len(blocks))]
-    share = float(recompute)
+    share = float({"none": "1", "blocks": "0"}.get(recompute, recompute))
     if not 0 <= share <= 1:
         raise ValueError(recompute)
     kept = int(share * len(blocks) + 1e-9)

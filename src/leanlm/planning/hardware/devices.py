@@ -15,7 +15,7 @@ from leanlm.common.machine import cores, memory_limit
 from leanlm.config.device_sheets import size
 from leanlm.planning.constants import SLICE
 from leanlm.planning.hardware import gpus
-from leanlm.planning.hardware.probe import VERSION, measured
+from leanlm.planning.hardware.probe import VERSION, measured, sent
 
 LISTS = ("memory", "speed")  # of a config, what may be given for each device
 SIZES = ("total", "context", "workspace", "communicator")
@@ -92,6 +92,10 @@ class Device:
             overhead=two.overhead * crowd,
             latency=self.latency * crowd + SLICE * (crowd - 1),
         )
+
+    def sending(self, kind: str, payload: float, ranks: int) -> float:
+        """Seconds in which each of several ranks sends its part of a payload."""
+        return payload * sent(kind, ranks) / self.links.get(kind, self.link)
 
     def crowd(self, processes: int) -> float:
         """How many of so many processes share a core; 1 if each has one of its own."""

@@ -103,9 +103,8 @@ class _Kernels:
         self.stored = self._stored()
         self.group = self._groups()
         self.members: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for node in self.nodes:
-            if node in self.group:
-                self.members[self.group[node]].append(node)
+        for node, root in self.group.items():
+            self.members[root].append(node)
         self.order = self._order()
         self.last = {part: i for i, kernel in enumerate(self.order) for part in self._needs(kernel)}
 
