@@ -219,18 +219,21 @@ class _Kernels:
                 self._run_together(kernel, here, done, trace)
             for part in done:
                 here.pop(part, None)
-        return list(self._values(self.results, here, trace))
+        return self._values(list(self.results), here, trace)
 
     def _values(self, parts: Any, here: dict[fx.Node, Any], trace: Trace) -> Any:
         """What stands for nodes; views are made of what is in memory."""
-        return fx.map_arg(parts, lambda node: self._value(node, here, trace))
-
-    def _value(self, node: fx.Node, here: dict[fx.Node, Any], trace: Trace) -> Any:
-        if node not in self.views:
-            return here[node]
-        function: Any = node.target
+        if isinstance(parts, list | tuple):
+            return type(parts)(self._values(part, here, trace) for part in parts)
+        if isinstance(parts, dict):
+            return {key: self._values(part, here, trace) for key, part in parts.items()}
+        if not isinstance(parts, fx.Node):
+            return parts
+        if parts not in self.views:
+            return here[parts]
         with trace.uncounted():
-            return function(*self._values(node.args, here, trace), **self._values(node.kwargs, here, trace))
+            function: Any = parts.target
+            return function(*self._values(parts.args, here, trace), **self._values(parts.kwargs, here, trace))
 
     def _run_together(self, kernel: fx.Node, here: dict[fx.Node, Any], done: list[fx.Node], trace: Trace) -> None:
         mine = self.members[kernel]
