@@ -71,8 +71,8 @@ def choose(settings: Settings, scale: float = 1.0, beside: int | None = None) ->
     count = devices.count(config.device, settings.devices)
     device = devices.of_config(config.device, count).scaled(scale)
     if count == 1 and device.shared:  # several have one with torch beside them anyhow
-        held = device.process[2]
-        device = replace(device, memory=device.memory - (held if beside is None or config.restarts else beside))
+        held = device.process[2] if beside is None or config.restarts else beside
+        device = replace(device, memory=device.memory - held)
     vocabulary = tokens(settings).tokenizer.vocabulary
     answer = search(settings, vocabulary, device, count, () if config.resume else config.allow, wanted=4)
     budget = report.budgets(device, count)

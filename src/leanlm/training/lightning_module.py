@@ -109,7 +109,7 @@ class LanguageModel(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parallel, plan = self.parallel, self.plan
         copies = parallel.mesh["replicate"] if parallel.mesh is not None and plan.zero1 else None
-        optimizer = build(parallel.named_parameters(), self.optimizer, copies, plan.offloads_optimizer, self.rounding)
+        optimizer = build(parallel.named_parameters(), self.optimizer, copies, plan.offloads("optimizer"), self.rounding)
         if plan.step_in_backward:
             self.in_backward = gradients.StepInBackward(parallel, optimizer)
         return optimizer
