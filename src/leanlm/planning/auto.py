@@ -12,7 +12,7 @@ from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run
 from leanlm.config.schema import Settings
 from leanlm.launch import supervisor
-from leanlm.launch.processes import WorkerFailed, launch
+from leanlm.launch.processes import WorkerFailed, launch, memory_ended
 from leanlm.launch.ranks import on_rank_0, say
 from leanlm.planning import report
 from leanlm.planning.choice import Choice
@@ -42,7 +42,7 @@ def train(work: Work, settings: Settings, path: Path, command: list[str] | None 
         try:
             return launch(work, (chosen, path), chosen.plan.world, True, settings.config.restarts)
         except WorkerFailed as failure:
-            if scale == SCALES[-1] or not failure.out_of_memory:
+            if scale == SCALES[-1] or not memory_ended(failure):
                 raise
             say(f"memory ended: {str(failure).splitlines()[-1]}\nplanning for less; the curve goes on from the last checkpoint")
         if any(Run(path).checkpoints.glob("step-*")):
