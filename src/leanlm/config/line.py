@@ -22,9 +22,7 @@ class Line:
         self.asked = parser.parse_intermixed_args(arguments)
         self.flags = [argument for argument in arguments if argument not in self.asked.overrides]
         self.overrides = words.read(self.asked.overrides, self.asked.multirun, self.asked.config_dir)
-        self.informs = bool(
-            self.asked.help or self.asked.hydra_help or self.asked.info or self.asked.cfg or self.asked.shell_completion
-        )  # instead of running anything
+        self.informs = any(getattr(self.asked, flag) for flag in ("help", "hydra_help", "info", "cfg", "shell_completion"))
         self.sweeps = self.asked.multirun and not self.informs
 
     @cached_property
