@@ -8,7 +8,7 @@ from leanlm.planning.query import OWN, Ask, plan
 
 def job(asked: Ask) -> None:
     ours = OWN | {"device", "strategy"}
-    task = words.typed(HydraConfig.get().overrides.task)
+    task = map(words.typed, HydraConfig.get().overrides.task)
     plan(asked, [word for word in task if word.partition("=")[0].partition(".")[0] not in ours])
 
 

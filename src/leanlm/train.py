@@ -6,9 +6,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from leanlm.common.errors import refuse
 from leanlm.common.run_folder import Run, full_disk
 from leanlm.config import command_line
-from leanlm.config.checks import check, check_folder
+from leanlm.config.checks import check, folder_problems
 from leanlm.config.resume import goes_on
 from leanlm.config.schema import Config, Settings
 from leanlm.launch.processes import launch
@@ -27,7 +28,7 @@ def train(config: DictConfig, path: Path | None = None, isolate: bool = False, c
     if not launched():
         tokens(settings)  # The text is prepared once, before there are several processes.
     with Run.folder(config.run_dir or config.resume, path or Run.new_path("run"), rank()) as folder:
-        check_folder(settings.config)  # again: another run may have been quicker
+        refuse(folder_problems(settings.config))  # again: another run may have been quicker
         if settings.plan.auto and not launched():
             from leanlm.planning import auto
 
@@ -50,8 +51,7 @@ def work(settings: Settings, path: Path) -> dict[str, Any]:
 
 def job(config: DictConfig) -> float:
     """One job of a command line; its validation loss is what a sweeper of Hydra's may minimise."""
-    config, path, sweep, command = command_line.job(config)
-    return train(config, path, sweep, command)["loss"]
+    return train(*command_line.job(config))["loss"]
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def test_whatever_is_typed_is_used_and_can_be_typed_again() -> None:
             (override,) = words.read([f"{key}={text}"])
             value = parser.parse_override(override).value()
             assert OmegaConf.create({"value": value}).value == text
-            assert words.typed([override]) == [f"{key}={text}"]
+            assert words.typed(override) == f"{key}={text}"
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("generate", words.read([f"prompt={HARDEST[0]}", f"run={HARDEST[1]}"]))
     asked = typed(config, Generate)[1]
@@ -88,7 +88,7 @@ def test_commas_in_a_sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     ]
     jobs = Line(asked).jobs()
     assert len(jobs) == 2 * 2 * 2
-    assert {tuple(words.typed(job)) for job in jobs} == {
+    assert {tuple(map(words.typed, job)) for job in jobs} == {
         ("data.path=a,b", f"run_dir={one}", "sample=g,h", f"logger={two}", f"resume={three}", "hydra.sweep.dir=k,l")
         for one in ("c d", "e=f") for two in ("[]", "csv") for three in "ij"
     }  # fmt: skip

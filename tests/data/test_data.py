@@ -179,8 +179,8 @@ def test_published_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     served = tmp_path / "served"
     served.mkdir()
     (served / "input.txt").write_bytes(content)
-    source = corpora.Download(served.as_uri(), {"input.txt": hashlib.sha256(content).hexdigest()})
-    monkeypatch.setattr(corpora, "TINYSHAKESPEARE", source)
+    source = served.as_uri(), {"input.txt": hashlib.sha256(content).hexdigest()}
+    monkeypatch.setitem(corpora.PUBLISHED, "tinyshakespeare", source)
     monkeypatch.setenv("LEANLM_CACHE", str(tmp_path / "cache"))
     got = corpora.tinyshakespeare()
     assert b"".join(got.chunks("train")) + b"".join(got.chunks("validation")) == content

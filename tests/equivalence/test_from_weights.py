@@ -2,12 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from runner import losses, run_all
 
-from leanlm.data.tokenizer import Subwords
+from leanlm.common.run_folder import Run
+from leanlm.data.corpus import text as text_of
+from leanlm.data.tokenizer import Subwords, given
+from leanlm.inference.continuation import Generate, continuation
+from leanlm.inference.evaluation import Evaluate, evaluate
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,3 +60,35 @@ def test_same_curve(plan: str, runs: dict[str, list[float]]) -> None:
     assert len(runs[plan]) == STEPS
     assert runs[plan] == pytest.approx(runs["single"], abs=1e-9)
     assert runs[plan][-1] < runs[plan][0] - 0.5
+
+
+CPU: dict[str, Any] = {"accelerator": "cpu"}
+
+
+@torch.no_grad()
+def test_a_folder_is_scored_and_goes_on_as_transformers_has_it(folder: Path, text: Path) -> None:
+    model, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), given(str(folder))
+    data = {"_target_": "leanlm.data.corpus.text", "path": str(text)}
+    found = evaluate(Evaluate(run=str(folder), data=data, sequence=32, device=CPU))
+    numbers = [tokenizer.start, *tokenizer.encode(b"".join(text_of(str(text)).chunks("validation"))).tolist()]
+    rows = [numbers[first : first + 33] for first in range(0, len(numbers) - 1, 32)]
+    nats = sum(
+        torch.nn.functional.cross_entropy(model(torch.tensor([row[:-1]])).logits[0], torch.tensor(row[1:]), reduction="sum")
+        for row in rows
+    )
+    assert found["tokens"] == len(numbers) - 1
+    assert found["loss"] == pytest.approx(float(nats) / found["tokens"], abs=1e-5)
+    begun = [tokenizer.start, *tokenizer.encode(b"the of").tolist()]
+    theirs = model.generate(torch.tensor([begun]), max_new_tokens=12, do_sample=False, eos_token_id=None)[0, len(begun) :]
+    ours = continuation(Generate(run=str(folder), prompt="the of", tokens=12, temperature=0, device=CPU))
+    assert "".join(ours) == tokenizer.decode(theirs.tolist())
+
+
+def test_a_run_begins_from_another(folder: Path, text: Path, tmp_path: Path) -> None:
+    asked = ["data=text", f"data.path={text}", "sequence=16", "global_batch=8", "optim=adamw", "logger=csv", "device=cpu",
+             "sample_tokens=2"]  # fmt: skip
+    run_all({tmp_path / "first": [*asked, "model=gpt2", "model.width=16", "model.depth=1", "model.heads=2", "max_steps=5"]})
+    run_all({tmp_path / "then": [*asked, f"init_from={tmp_path / 'first'}", "max_steps=1", "optim.lr=1e-12", "seed=9"]})
+    first, then = (Run(tmp_path / name).results() for name in ("first", "then"))
+    assert then["loss"] == pytest.approx(first["loss"], abs=1e-6)
+    assert then["parameters"] == first["parameters"]

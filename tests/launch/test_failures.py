@@ -77,7 +77,7 @@ def test_all_end_and_the_message_names_rank_and_cause(fault: str, plan: str, tex
     assert "rank 1 of 2 failed" in done.stderr
     assert CAUSES[fault] in done.stderr
     assert not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tmp_path)], "every process has ended"
-    assert checkpoint.newest_whole(Run(tmp_path / "run").checkpoints)[0].name == "step-00000003"
+    assert checkpoint.newest_whole(Run(tmp_path / "run").checkpoints).name == "step-00000003"
 
 
 def environment(cwd: Path, fault: str) -> dict[str, str]:

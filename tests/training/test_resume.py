@@ -332,9 +332,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         (line,) = error.value.problems
         assert line.startswith("no checkpoint of step 2 was written: File too large: make room, then resume the run")
         assert [each.name for each in tmp_path.iterdir()] == ["step-00000001"]
-        assert checkpoint.newest_whole(tmp_path) == (tmp_path / "step-00000001", [])
+        assert checkpoint.newest_whole(tmp_path) == tmp_path / "step-00000001"
     save(2)
-    assert checkpoint.newest_whole(tmp_path)[0] == tmp_path / "step-00000002"
+    assert checkpoint.newest_whole(tmp_path) == tmp_path / "step-00000002"
 
 
 def test_a_full_disk_ends_a_run_in_one_line(whole: tuple[str, Path], text: Path, tmp_path: Path) -> None:
@@ -375,10 +375,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(repl
     with pytest.raises(UserError, match="lower optim.lr .*; the last checkpoint is ") as error:
         run_all({tmp_path / "run": [*overrides("lstm", text), *diverging, *plan]}, replicate)
     assert len(error.value.problems) == 1
-    last, damaged = checkpoint.newest_whole(Run(tmp_path / "run").checkpoints)
+    last = checkpoint.newest_whole(Run(tmp_path / "run").checkpoints)
     assert last is not None
     assert str(last) in str(error.value)
-    assert damaged == []
+    assert last == checkpoint.checkpoints(Run(tmp_path / "run").checkpoints)[-1]  # none after it is damaged
     assert not list(Run(tmp_path / "run").checkpoints.glob(".writing-*"))
     settings = check(composed(*overrides("lstm", text)))
     assert all(weight.isfinite().all() for weight in final_weights(tmp_path / "run", settings).values())
@@ -423,5 +423,5 @@ def test_a_damaged_checkpoint_does_not_crowd_out_whole_ones(keep: int, tmp_path:
     (tmp_path / "step-00000009" / "manifest.json").unlink()
     for step in (2, 3):  # resumed after step 1
         checkpoint.save(tmp_path, net.named_parameters(), optimizer, {}, {"step": step}, keep)
-        assert checkpoint.newest_whole(tmp_path) == (tmp_path / f"step-{step:08d}", [])
+        assert checkpoint.newest_whole(tmp_path) == checkpoint.checkpoints(tmp_path)[-1] == tmp_path / f"step-{step:08d}"
     assert len(checkpoint.checkpoints(tmp_path)) == keep

@@ -38,13 +38,11 @@ def _cgroups() -> list[Path]:
     except OSError:
         return []
     found = []
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
-        root = Path("/sys/fs/cgroup") if not kinds else Path("/sys/fs/cgroup/memory")
-        if kinds and "memory" not in kinds.split(","):
-            continue
-        inner = root / path.lstrip("/")
-        found += [folder for folder in (inner, *inner.parents) if folder == root or root in folder.parents]
+    for _, kinds, path in (line.split(":", 2) for line in lines):
+        if not kinds or "memory" in kinds.split(","):
+            root = Path("/sys/fs/cgroup", "memory" if kinds else "")
+            inner = root / path.lstrip("/")
+            found += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
     return found
 
 

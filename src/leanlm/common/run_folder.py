@@ -62,7 +62,7 @@ class Run:
         if rank:
             yield Path(named or wished)
             return
-        folder = _made(Path(named)) if named else claim(wished)
+        folder = claim(Path(named or wished), shared=bool(named))
         with _alone(folder):
             try:
                 yield folder
@@ -99,14 +99,18 @@ class Run:
         return json.loads(self.result.read_text())
 
 
-def claim(path: Path) -> Path:
+def claim(path: Path, shared: bool = False) -> Path:
     """Make the folder `path`, or the first of `path_2`, `path_3`, ... that is not there: no other process gets the same.
+    `shared`: the folder `path` itself, which may be there.
 
     Raises:
         UserError: it cannot be made.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if shared:
+            path.mkdir(exist_ok=True)
+            return path
         for number in count(1):
             folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
             with suppress(FileExistsError):
@@ -115,14 +119,6 @@ def claim(path: Path) -> Path:
     except OSError as error:
         raise UserError(f"the folder {path} cannot be made: {error.strerror}") from None
     raise AssertionError
-
-
-def _made(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {path} cannot be made: {error.strerror}") from None
-    return path
 
 
 @contextmanager

@@ -16,16 +16,14 @@ from leanlm.common.errors import UserError
 from leanlm.common.files import literal
 from leanlm.config.schema import Config
 from leanlm.data.corpus import Corpus
-from leanlm.models.contract import Model
 
 MOVED = {"strategy.precision": "precision", "strategy.optimizer_state": "optim.state"}  # in runs of earlier versions, too
 
 NEEDED = ("model", "data", "device")  # groups that are not complete without a choice
-KINDS = {
-    "model": "a class derived from leanlm.models.contract.Model",
-    "data": "a function that is declared to return a leanlm.data.corpus.Corpus (`-> Corpus`)",
-    "callbacks": "a class derived from Lightning's Callback",
-    "logger": "a class derived from Lightning's Logger",
+BASES = {  # group -> the class from which what it names is derived
+    "model": "leanlm.models.contract.Model",
+    "callbacks": "lightning.pytorch.callbacks.Callback",
+    "logger": "lightning.pytorch.loggers.Logger",
 }
 
 
@@ -57,6 +55,11 @@ def typed(config: DictConfig, schema_class: type = Config) -> tuple[list[str], A
     return problems, None if problems else OmegaConf.to_object(schema)
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What may have been meant instead, in brackets; empty: nothing that is known is like it."""
+    return "".join(f" (did you mean {each}?)" for each in difflib.get_close_matches(word, list(known), 1))
+
+
 def moved(key: str, value: Any) -> str:
     """What to write instead of a key that has moved."""
     return f"a plan does not change the curve, so it is {MOVED[key]}={value} now, a key of the run"
@@ -75,8 +78,13 @@ def target(group: str, node: dict[str, Any]) -> Any:
         found = resolve_name(name)
     except (ImportError, AttributeError, ValueError, TypeError):
         raise UserError(f"{group}._target_={name}: there is no such class or function") from None
-    if not _belongs(found, group.partition(".")[0]):
-        raise UserError(f"{group}._target_={name}: it must be {KINDS[group.partition('.')[0]]}")
+    if base := BASES.get(group.partition(".")[0]):
+        fits, kind = inspect.isclass(found) and issubclass(found, resolve_name(base)), f"a class derived from {base}"
+    else:
+        fits = inspect.isfunction(inspect.unwrap(found)) and typing.get_type_hints(found).get("return") is Corpus
+        kind = "a function that is declared to return a leanlm.data.corpus.Corpus (`-> Corpus`)"
+    if not fits:
+        raise UserError(f"{group}._target_={name}: it must be {kind}")
     return found
 
 
@@ -84,15 +92,6 @@ def made(group: str, node: dict[str, Any], skip: Iterable[str] = (), **given: An
     """What the `_target_` of a node makes of its other keys, but for those to `skip`, and of the arguments `given`."""
     arguments = {key: value for key, value in node.items() if key != "_target_" and key not in skip}
     return target(group, node)(**given, **arguments)
-
-
-def _belongs(found: Any, group: str) -> bool:
-    if group == "data":
-        return inspect.isfunction(inspect.unwrap(found)) and typing.get_type_hints(found).get("return") is Corpus
-    base: type = Model
-    if group != "model":
-        base = resolve_name("lightning.pytorch:Callback" if group == "callbacks" else "lightning.pytorch.loggers:Logger")
-    return inspect.isclass(found) and issubclass(found, base)
 
 
 def argument_problems(group: str, node: dict, given: set[str], skip: set[str]) -> list[str]:
@@ -115,9 +114,7 @@ def argument_problems(group: str, node: dict, given: set[str], skip: set[str]) -
         if key in skip:
             continue
         if key not in names:
-            near = difflib.get_close_matches(key, names, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"{group}.{key}={value}: {called.__name__} has no such argument{hint}")
+            problems.append(f"{group}.{key}={value}: {called.__name__} has no such argument{nearest(key, names)}")
         elif key in hints and not _matches(value, hints[key]):
             problems.append(f"{group}.{key}={value}: it must be {_say(hints[key])}")
     return problems

@@ -1,6 +1,6 @@
 """Checks of `conf/callbacks` and `conf/logger`: packages that are not installed, arguments, what cannot work."""
 
-import importlib.util
+from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import Any
 
@@ -38,12 +38,8 @@ def callback_problems(config: Config) -> list[str]:
             found += problems
         elif own := getattr(resolve_name(node["_target_"]), "problems", None):
             arguments = {key: value for key, value in node.items() if key not in OURS}
-            run = {
-                "max_steps": config.max_steps,
-                "accelerator": config.device["accelerator"],
-                "precision": config.precision,
-            }
-            found += [f"{where}: {problem}" for problem in own(**run, **arguments)]
+            of_run = {"max_steps": config.max_steps, "accelerator": config.device["accelerator"], "precision": config.precision}
+            found += [f"{where}: {problem}" for problem in own(**of_run, **arguments)]
     return found
 
 
@@ -54,10 +50,8 @@ def class_name(node: dict[str, Any]) -> str:
 
 def missing_packages(nodes: dict[str, Any] | None) -> list[str]:
     """Packages that these loggers or callbacks need and that are not installed."""
-    needed = [(name, node.get("needs")) for name, node in (nodes or {}).items()]
     return [
         f"{name} needs a package that is not installed: pip install {package}"
-        for name, package in needed
-        if package
-        and importlib.util.find_spec(str(package).partition(".")[0]) is None  # of a package inside it imports the outer
+        for name, node in (nodes or {}).items()  # `find_spec` of a package inside another would import the outer
+        if (package := node.get("needs")) and find_spec(str(package).partition(".")[0]) is None
     ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from leanlm.common.errors import UserError
+from leanlm.common.errors import UserError, refuse
 from leanlm.common.precision import PRECISIONS, automatic
 from leanlm.config.arguments import argument_problems, made, typed
 from leanlm.config.callbacks import callback_problems, missing_packages
@@ -41,8 +41,7 @@ def check(config: DictConfig, needs_text: bool = True, needs_tokenizer: bool = T
     `needs_text`: whether its corpus has to be there. `needs_tokenizer`: and what it is read with, which a run holds itself.
     """
     problems, checked = typed(config)
-    if problems:
-        raise UserError(*problems)
+    refuse(problems)
     if checked.precision == "auto":
         checked.precision = automatic(checked.device)
     devices = world_size() if launched() else checked.devices
@@ -55,13 +54,12 @@ def check(config: DictConfig, needs_text: bool = True, needs_tokenizer: bool = T
     if not problems:
         problems += model_problems(checked, plan) + on_gpus(plan, checked.device["accelerator"])
     corpus, found = _corpus(checked, needs_tokenizer) if needs_text else (Corpus({}), [])
-    problems += _folder(checked) + found
+    problems += folder_problems(checked) + found
     if not problems and not checked.resume:
         problems += weights_problems(checked)
     if needs_text and not problems:
         problems += fits(checked, {split: corpus.size(split) for split in corpus.splits}, at_most=True)
-    if problems:
-        raise UserError(*problems)
+    refuse(problems)
     return Settings(checked, replace(plan, compile=settle_compile(checked, plan)), corpus, devices)
 
 
@@ -95,13 +93,8 @@ def _values(config: Config, devices: int | None) -> list[str]:
     ]
 
 
-def check_folder(config: Config) -> None:
-    """Raise UserError with what is in the way of a run in its `run_dir`."""
-    if problems := _folder(config):
-        raise UserError(*problems)
-
-
-def _folder(config: Config) -> list[str]:
+def folder_problems(config: Config) -> list[str]:
+    """What is in the way of a run in its `run_dir`."""
     path, resumed = config.run_dir, config.resume
     chosen = {ATTEMPT, PREDICTED} & os.environ.keys()  # by the planner, perhaps once more after memory has ended
     if not path or chosen or (resumed and Path(path).resolve() == Path(resumed).resolve()):

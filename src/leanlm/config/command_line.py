@@ -1,6 +1,5 @@
 """What all commands share: one check of the whole command line, Hydra, and one clear line for each mistake."""
 
-import difflib
 import os
 import re
 import shlex
@@ -9,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,20 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from leanlm.common.errors import UserError
+from leanlm.common.errors import UserError, refuse
 from leanlm.common.files import CONF, literal
 from leanlm.common.run_folder import Run, claim
 from leanlm.config import words
-from leanlm.config.arguments import MOVED, leaves, moved, typed
+from leanlm.config.arguments import MOVED, leaves, moved, nearest, typed
 from leanlm.config.checks import check
 from leanlm.config.help import help_text
 from leanlm.config.line import Line
 from leanlm.config.pretrained import begun_from_weights
 from leanlm.config.resume import effective
 from leanlm.config.schema import Config
-from leanlm.launch.processes import (
-    Stopped,
-    WorkerFailed,
-    ended_by_closed_pipes,
-    in_utf8,
-    leave,
-    memory_ended,
-    survive_closed_pipes,
-)
+from leanlm.launch.processes import Stopped, WorkerFailed, ended_by_closed_pipes, in_utf8, leave, memory_ended
 from leanlm.launch.ranks import adopt_slurm, launched, rank, say, world_size
+from leanlm.launch.signals import handled, named
 from leanlm.launch.supervisor import OUT_OF_MEMORY
 
 
@@ -56,8 +49,8 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
     @hydra.main(config_path=str(CONF), config_name=name, version_base="1.3")
     def hydra_job(config: DictConfig) -> Any:
         adopt_slurm()  # here, not before Hydra starts: submitit runs only this function in the jobs that it queues
-        if schema is Config:
-            survive_closed_pipes()
+        if schema is Config:  # a closed pipe is an error of the one that writes to it: a logger, or `say`
+            handled(named("SIGPIPE"), signal.SIG_IGN)
         try:
             task = list(HydraConfig.get().overrides.task)
             return function(config if schema is Config else typed(begun_from_weights(config, task), schema)[1])
@@ -95,10 +88,9 @@ def _complain(error: BaseException) -> int:
         lines, status = ["interrupted"], 128 + signal.SIGINT
     elif isinstance(error, BrokenPipeError):
         lines, status = [], 128 + signal.SIGPIPE
-    elif isinstance(error, WorkerFailed):
-        lines, status = [f"error: {error}"], OUT_OF_MEMORY if error.out_of_memory else 1
     else:
-        lines, status = traceback.format_exception(error), OUT_OF_MEMORY if memory_ended(repr(error)) else 1
+        lines = [f"error: {error}"] if isinstance(error, WorkerFailed) else traceback.format_exception(error)
+        status = OUT_OF_MEMORY if memory_ended(error) else 1
     for line in lines:
         print(line.rstrip("\n"), file=sys.stderr, flush=True)
     return status
@@ -131,8 +123,7 @@ def check_jobs(line: Line, name: str, schema: type) -> None:
                 missing = isinstance(error, MissingMandatoryValue)
                 found.append(f"{error.full_key}: {'write a value for it' if missing else str(error).splitlines()[0]}")
             problems += [problem for problem in found if problem not in problems]
-    if problems:
-        raise UserError(*problems)
+    refuse(problems)
 
 
 def sweep_folder(line: Line, name: str) -> list[str]:
@@ -156,14 +147,10 @@ def sweep_folder(line: Line, name: str) -> list[str]:
 def _compose(name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
     """Compose a job; if Hydra refuses, find every override at fault, where Hydra itself names the first, and compose the
     others."""
-    try:
+    with suppress(*words.REFUSALS):
         return compose(name, overrides=overrides), []
-    except words.REFUSALS as error:
-        first = error
     base = config = compose(name)
-    problems: list[str] = []
-    good: list[str] = []
-    unknown: set[str] = set()
+    problems, good, unknown = list[str](), list[str](), set[str]()
     for override in overrides:
         key = override.partition("=")[0]
         if key.partition(".")[0] in unknown:  # keys of a group that could not be chosen
@@ -174,26 +161,23 @@ def _compose(name: str, overrides: list[str]) -> tuple[DictConfig, list[str]]:
         except words.REFUSALS as error:
             problems.append(_explain(override, overrides, base, error))
             unknown.add(key)
-    return config, problems or [str(first).splitlines()[0]]
+    return config, problems
 
 
 def _explain(override: str, overrides: list[str], base: DictConfig, error: Exception) -> str:
     key, _, value = override.partition("=")
+    name = key.lstrip("+~")
     if (read := words.parsed(override)) and read.is_sweep_override():
         return f"{override}: several values need -m, which makes a job of each"
-    if options := words.options(key.lstrip("+~"), overrides):
+    if options := words.options(name, overrides):
         if value in options:  # but a part of it is not there: a plugin that is not installed
             return f"{override}: {str(error).splitlines()[0].rstrip('.')}; conf/{key}/{value}.yaml says what to install"
-        near = difflib.get_close_matches(value, options, 1)
-        return f"{override}: there is no {key} of that name; choose one of {', '.join(options)}" + (
-            f" (did you mean {near[0]}?)" if near else ""
-        )
-    if key.lstrip("+~") in MOVED:
-        return f"{override}: {moved(key.lstrip('+~'), value)}"
+        return f"{override}: there is no {key} of that name; choose one of {', '.join(options)}{nearest(value, options)}"
+    if name in MOVED:
+        return f"{override}: {moved(name, value)}"
     if OmegaConf.select(base, key) is None:
-        known = list(leaves(base)) + [folder.name for folder in Path(CONF).iterdir() if folder.is_dir()]
-        near = difflib.get_close_matches(key, known, 1)
-        return f"{override}: there is no key {key}" + (f"; did you mean {near[0]}?" if near else "; see --help for the keys")
+        known = [*leaves(base), *(folder.name for folder in CONF.iterdir() if folder.is_dir())]
+        return f"{override}: there is no key {key}" + (nearest(key, known) or "; see --help for the keys")
     return f"{override}: {str(error).splitlines()[0]}"
 
 
@@ -205,11 +189,11 @@ def job(config: DictConfig) -> tuple[DictConfig, Path, bool, list[str] | None]:
     config = effective(config, given)
     if hydra.mode != RunMode.MULTIRUN:
         name = "_".join(str(hydra.runtime.choices.get(group) or "no") for group in ("data", "model", "strategy"))
-        return config, Run.new_path(name), False, words.typed(sys.argv[1:])
+        return config, Run.new_path(name), False, [*map(words.typed, sys.argv[1:])]
     name = f"{hydra.job.num}_{hydra.job.override_dirname}".rstrip("_")
     name = re.sub(r"[^\w.+-]+", "-", name).encode()[:120].decode(errors="ignore")  # which a shell takes without quotes
     path = Path(hydra.sweep.dir, name)
     if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and (path / "config.yaml").is_file():
         config.resume = literal(str(path))  # SLURM has queued the job again
-    say(f"\njob {hydra.job.num}: {shlex.join(words.typed(given))}")
+    say(f"\njob {hydra.job.num}: {shlex.join(map(words.typed, given))}")
     return config, path, True, None

@@ -48,9 +48,8 @@ def help_text(name: str, overrides: list[str]) -> str:
         how = "several, as in [best,ema], of" if group in SEVERAL else "one of"
         lines += ["", *_row(f"{group} = {_shown(choices.get(group))}", f"{how} {', '.join(options)}")]
         lines += [line for file in chosen for line in _row("", " ".join(heading(file)))]
-        described: dict[str, str] = {}
-        for file in chosen or options.values():  # each of them may be among several that are chosen at once
-            described |= comments(file)
+        several = map(comments, chosen or options.values())  # each of them may be among those that are chosen at once
+        described = {key: comment for each in several for key, comment in each.items()}
         lines += _rows(config.get(group) or DictConfig({}), described, "  .")
     return "\n".join([*lines, END])
 

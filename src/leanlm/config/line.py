@@ -8,7 +8,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
-from leanlm.common.errors import UserError
+from leanlm.common.errors import UserError, refuse
 from leanlm.config import words
 
 
@@ -22,9 +22,7 @@ class Line:
         self.asked = parser.parse_intermixed_args(arguments)
         self.flags = [argument for argument in arguments if argument not in self.asked.overrides]
         self.overrides = words.read(self.asked.overrides, self.asked.multirun, self.asked.config_dir)
-        self.informs = bool(
-            self.asked.help or self.asked.hydra_help or self.asked.info or self.asked.cfg or self.asked.shell_completion
-        )  # instead of running anything
+        self.informs = any(getattr(self.asked, flag) for flag in ("help", "hydra_help", "info", "cfg", "shell_completion"))
         self.sweeps = self.asked.multirun and not self.informs
 
     @cached_property
@@ -32,8 +30,7 @@ class Line:
         """The overrides as Hydra's parser understands them. Raises UserError with all that it does not."""
         read = {override: words.parsed(override) for override in self.overrides}
         bad = [override for override, found in read.items() if found is None or not found.key_or_group]
-        if bad:
-            raise UserError(*(f"{override}: not of the form key=value" for override in bad))
+        refuse(f"{override}: not of the form key=value" for override in bad)
         return [found for found in read.values() if found]
 
     def for_hydra(self) -> list[str]:
@@ -54,8 +51,8 @@ class Line:
         if not self.sweeps:
             return [self.overrides]
         intervals = [override for override in self.parsed if isinstance(override.value(), IntervalSweep)]
-        if intervals and not named & {"hydra/sweeper", "experiment"}:
-            raise UserError(*(f"{one.input_line}: an interval needs hydra/sweeper=optimize" for one in intervals))
+        if not named & {"hydra/sweeper", "experiment"}:
+            refuse(f"{one.input_line}: an interval needs hydra/sweeper=optimize" for one in intervals)
         try:
             if not intervals and "hydra/sweeper" not in named:
                 return BasicSweeper.split_arguments(self.parsed, max_batch_size=None)[0]

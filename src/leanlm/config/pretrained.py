@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from leanlm.common.errors import UserError
+from leanlm.common.errors import UserError, refuse
 from leanlm.common.files import literal
 from leanlm.common.run_folder import Run
 from leanlm.config.of_model import model_without_storage
@@ -35,8 +35,7 @@ def begun_from_weights(config: DictConfig, overrides: list[str]) -> DictConfig:
     given = [override.key_or_group for override in map(parsed, overrides) if override]
     others = [key for key in given if (key.partition(".")[0] == "model" and key not in OWN) or key in
               ("data.tokenizer", "data.vocabulary")]  # fmt: skip
-    if others:
-        raise UserError(*(f"{key}=...: init_from gives the model and the tokenizer: leave it out" for key in others))
+    refuse(f"{key}=...: init_from gives the model and the tokenizer: leave it out" for key in others)
     folder = str(Run.find("latest").path if config.init_from == "latest" else Path(os.path.expanduser(config.init_from)))
     if is_run(folder):
         model: Any = OmegaConf.to_container(Run.find(folder).config().model)

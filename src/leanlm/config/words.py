@@ -7,7 +7,6 @@ can read their values.
 import os
 import re
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -73,12 +72,8 @@ def _read(override: str, multirun: bool, groups: list[Path]) -> str:
     return f"{key}={value}" if parsed(f"{key}={value}") else f"{key}={quoted(value)}"
 
 
-def typed(overrides: Iterable[str]) -> list[str]:
-    """What a person types for the overrides of one job: the way back from `read`."""
-    return [_typed(override) for override in overrides]
-
-
-def _typed(override: str) -> str:
+def typed(override: str) -> str:
+    """What a person types for an override: the way back from `read`."""
     key, _, value = override.partition("=")
     if key.lstrip("+") not in TEXTS | PATHS or value == "null":
         return override

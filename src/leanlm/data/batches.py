@@ -15,25 +15,15 @@ from leanlm.models.head import IGNORE
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank.
+    """One micro-batch of one rank."""
 
-    Attributes:
-        input: tokens read, `[rows, sequence]`.
-        target: tokens to predict, `[rows, sequence]`, IGNORE where not counted.
-        rows: their row numbers in the global batch, `[rows]`.
-        step: the optimizer step, from 0.
-        micro: number of the micro-batch within the step on this rank.
-        fresh: carried state starts anew with this batch.
-        step_tokens: counted targets in the whole global batch.
-    """
-
-    input: Tensor
-    target: Tensor
-    rows: Tensor
-    step: int
-    micro: int
-    fresh: bool
-    step_tokens: int
+    input: Tensor  # tokens read, `[rows, sequence]`
+    target: Tensor  # tokens to predict, `[rows, sequence]`, IGNORE where not counted
+    rows: Tensor  # their row numbers in the global batch, `[rows]`
+    step: int  # of the optimizer, from 0
+    micro: int  # number of the micro-batch within the step on this rank
+    fresh: bool  # whether carried state starts anew with this batch
+    step_tokens: int  # counted targets in the whole global batch
 
 
 @dataclass(frozen=True)
@@ -173,11 +163,9 @@ class WholeSplit:
 
     def __iter__(self) -> Iterator[Batch]:
         pieces = -(-self.length // self.sequence)
-        for group in range(len(self) // pieces):
+        for group, piece in (divmod(number, pieces) for number in range(len(self))):
             first = (group * self.replicas + self.rank) * self.rows
-            lanes = np.arange(first, first + self.rows)
-            for piece in range(pieces):
-                yield self._piece(lanes, piece)
+            yield self._piece(np.arange(first, first + self.rows), piece)
 
     def _piece(self, lanes: NDArray[np.int64], piece: int) -> Batch:
         total = len(self.tokens)

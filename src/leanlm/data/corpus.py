@@ -42,10 +42,7 @@ def stdlib(path: str | None = None) -> Corpus:
     """The source files of the running Python's standard library: some 13 MB that every machine has.
 
     Files are split by a hash of their name: 98% train, 1% validation, 1% test. Test suites, caches and installed
-    packages are left out.
-
-    Args:
-        path: another folder of `*.py` files to read instead.
+    packages are left out. `path`: another folder of `*.py` files to read instead.
     """
     root = Path(os.path.expanduser(path or sysconfig.get_paths()["stdlib"]))
     if not root.is_dir():
@@ -115,7 +112,7 @@ def _texts(files: list[Path]) -> list[Path]:
 
 def _divided(pieces: list[Piece], validation: float) -> dict[str, list[Piece]]:
     """Training and validation text: pieces cut at a share of their bytes, moved to the next line end."""
-    rest = sum(piece.size for piece in pieces)
+    size = rest = sum(piece.size for piece in pieces)
     place = int((1 - validation) * rest)
     for i, piece in enumerate(pieces):
         if place < piece.size:
@@ -125,13 +122,12 @@ def _divided(pieces: list[Piece], validation: float) -> dict[str, list[Piece]]:
                 return {"train": train, "validation": held}
             break
         place, rest = place - piece.size, rest - piece.size
-    size = sum(piece.size for piece in pieces)
     raise UserError(f"data.validation={validation:g} of {size:,} bytes leaves one of two splits empty: take another share")
 
 
 def tinyshakespeare(path: str | None = None) -> Corpus:
     """Tiny Shakespeare, split as nanoGPT splits it: the first 90% to train on, the last 10% to validate."""
-    file = _fetch(path, "tinyshakespeare", "input.txt", TINYSHAKESPEARE)
+    file = _fetch(path, "tinyshakespeare", "input.txt")
     size = file.stat().st_size
     return Corpus({"train": [Piece(file, 0, int(0.9 * size))], "validation": [Piece(file, int(0.9 * size), size)]})
 
@@ -139,33 +135,30 @@ def tinyshakespeare(path: str | None = None) -> Corpus:
 def wikitext2(path: str | None = None) -> Corpus:
     """WikiText-2 (Merity et al. 2016), the tokenised version with `<unk>`, as papers use it."""
     names = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
-    return Corpus({split: [whole(_fetch(path, "wikitext-2", name, WIKITEXT2))] for split, name in names.items()})
+    return Corpus({split: [whole(_fetch(path, "wikitext-2", name))] for split, name in names.items()})
 
 
-@dataclass(frozen=True)
-class Download:
-    url: str  # of the folder
-    sha256: dict[str, str]  # file name -> digest of its content
+# Corpus -> the folder that it is published in, and the sha256 of each file that results were measured on.
+PUBLISHED = {
+    "tinyshakespeare": (
+        "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare",
+        {"input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
+    ),
+    "wikitext-2": (
+        "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2",
+        {
+            "train.txt": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
+            "valid.txt": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+            "test.txt": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+        },
+    ),
+}
 
 
-TINYSHAKESPEARE = Download(
-    "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare",
-    {"input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
-)
-WIKITEXT2 = Download(
-    "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2",
-    {
-        "train.txt": "9e9fa1ad55b1c2c95b08e37dd8e653f638fac2c6de904b79e813611eefbc985f",
-        "valid.txt": "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
-        "test.txt": "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
-    },
-)
-
-
-def _fetch(path: str | None, corpus: str, name: str, source: Download) -> Path:
+def _fetch(path: str | None, corpus: str, name: str) -> Path:
     """A checked local copy of a file: from `path`, or `LEANLM_DATA/<corpus>`, or downloaded; `.xz` is unpacked.
 
-    Raises UserError when the bytes are not those that published results were measured on.
+    Raises UserError when the bytes are not those of PUBLISHED.
     """
     if path is None and "LEANLM_DATA" in os.environ:
         path = str(Path(os.environ["LEANLM_DATA"]) / corpus)
@@ -176,11 +169,11 @@ def _fetch(path: str | None, corpus: str, name: str, source: Download) -> Path:
         if not given.is_file() and not packed.is_file():
             raise UserError(f"data={corpus}: neither {given} nor {packed.name} beside it exists; set data.path")
         file = whole(given if given.is_file() else packed).path
-        _check(file.read_bytes(), name, source, str(given))
+        _check(file.read_bytes(), PUBLISHED[corpus][1][name], str(given))
         return file
     kept = cache_folder() / "downloads" / corpus / name
     if not kept.is_file():
-        url = f"{source.url}/{name}"
+        url = f"{PUBLISHED[corpus][0]}/{name}"
         try:
             with urllib.request.urlopen(url, timeout=60) as reply:
                 content = reply.read()
@@ -188,12 +181,12 @@ def _fetch(path: str | None, corpus: str, name: str, source: Download) -> Path:
             raise UserError(
                 f"data={corpus}: {name} could not be downloaded ({error}); set data.path or LEANLM_DATA to a copy"
             ) from None
-        _check(content, name, source, url)
+        _check(content, PUBLISHED[corpus][1][name], url)
         write(writable(kept.parent) / name, [content])
     return kept
 
 
-def _check(content: bytes, name: str, source: Download, origin: str) -> None:
+def _check(content: bytes, expected: str, origin: str) -> None:
     digest = hashlib.sha256(content).hexdigest()
-    if digest != source.sha256[name]:
-        raise UserError(f"{origin} is not the published file: sha256 {digest}, expected {source.sha256[name]}")
+    if digest != expected:
+        raise UserError(f"{origin} is not the published file: sha256 {digest}, expected {expected}")

@@ -12,7 +12,6 @@ class PreparationBar:
     def __init__(self) -> None:
         self.bar: Any = None
         self.stage = ""
-        self.since = time.monotonic()
 
     def __enter__(self) -> "PreparationBar":
         return self
@@ -20,11 +19,12 @@ class PreparationBar:
     def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.stop()
+            self.bar = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
         if what != self.stage:
             self.__exit__()
-            self.bar, self.stage, self.since = None, what, time.monotonic()
+            self.stage, self.since = what, time.monotonic()
         seconds = time.monotonic() - self.since
         if not sys.stderr.isatty():
             if done == total and seconds > 1:

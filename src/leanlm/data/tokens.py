@@ -33,19 +33,12 @@ Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 
 @dataclass(frozen=True)
 class Tokens:
-    """A corpus ready to train on.
+    """A corpus ready to train on."""
 
-    Attributes:
-        fingerprint: names the text and the tokenizer.
-        tokenizer: makes text of tokens.
-        splits: split name -> memory-mapped token numbers `[tokens]`.
-        bytes: split name -> bytes of text.
-    """
-
-    fingerprint: str
+    fingerprint: str  # names the text and the tokenizer
     tokenizer: Tokenizer
-    splits: dict[str, NDArray[np.unsignedinteger]]
-    bytes: dict[str, int]
+    splits: dict[str, NDArray[np.unsignedinteger]]  # split name -> memory-mapped token numbers `[tokens]`
+    bytes: dict[str, int]  # split name -> bytes of text
 
     def describe(self, corpus: Corpus) -> str:
         """What was found, in a line."""

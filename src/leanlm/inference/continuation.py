@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from leanlm.common.errors import UserError
+from leanlm.common.errors import refuse
 from leanlm.config.arguments import typed
 from leanlm.config.checks import without_planner
 from leanlm.data.tokenizer import stream
@@ -42,11 +42,9 @@ def continuation(asked: Generate, check_memory: Callable[..., None] | None = Non
     """
     run, found = find(asked.run)
     problems, config = typed(found)
-    if problems := [*asked.problems(), *problems]:
-        raise UserError(*problems)
+    refuse([*asked.problems(), *problems])
     config.device, plan, tokenizer = asked.device or config.device, Plan(), tokenizer_of(run)
-    if problems := without_planner(config.device):
-        raise UserError(*problems)
+    refuse(without_planner(config.device))
     prompt = [tokenizer.start, *map(int, tokenizer.encode(asked.prompt.encode()))]
     if check_memory is not None and config.device.get("memory"):
         check_memory(config, plan, tokenizer.vocabulary, len(prompt), asked.tokens)

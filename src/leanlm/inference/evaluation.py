@@ -1,13 +1,10 @@
 """The loss of a trained model."""
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from leanlm.common.errors import UserError
 from leanlm.common.files import write
@@ -55,13 +52,8 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
     given |= {"devices": asked.devices, "strategy": asdict(asked.strategy)}
     if asked.strategy.pipeline == 1:
         given["strategy"]["accumulate_grad_batches"] = 1
-    given |= {
-        key: value
-        for key, value in (("val_lanes", asked.lanes), ("val_overlap", asked.overlap), ("device", asked.device))
-        if value is not None
-    }
-    for key, value in given.items():
-        OmegaConf.update(config, key, value, merge=False)
+    instead = {"val_lanes": asked.lanes, "val_overlap": asked.overlap, "device": asked.device}
+    config.update(given | {key: value for key, value in instead.items() if value is not None})
     rows = asked.rows or config.global_batch
     plan, _ = resolve(Plan(**given["strategy"]), asked.devices, 0)  # what cannot work about it, `check` says
     data_parallel_size = max(1, plan.data_parallel_size)
@@ -85,6 +77,7 @@ def _work(settings: Settings, path: Path, split: str, text: str | None, which: s
     import numpy as np
 
     from leanlm.training import build, data
+    from leanlm.training.lightning_module import measures
 
     with process_group(settings.config.device["accelerator"]):
         tokenizer, parallel, state = restore(settings.config, settings.plan, Run(path), which)
@@ -101,10 +94,4 @@ def _work(settings: Settings, path: Path, split: str, text: str | None, which: s
         build.trainer(settings, [], []).validate(module, batches, verbose=False)
         found = module.split_loss.compute()
     loss, count = float(found["loss"]), int(found["tokens"])
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
-        "bits_per_byte": loss * len(numbers) / size / math.log(2),  # as if tokens that are not counted cost the mean
-        "tokens": count,
-        "log_probability": -loss * count,
-    }
+    return measures(loss, len(numbers), size) | {"tokens": count, "log_probability": -loss * count}

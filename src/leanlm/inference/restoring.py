@@ -16,7 +16,6 @@ from leanlm.config.pretrained import begun_from_weights, is_run
 from leanlm.config.schema import Config
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.tokenizer import Tokenizer
-from leanlm.launch.ranks import say
 from leanlm.models.pretrained import CONFIG, Weights, read_json
 from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.strategies.plan import Plan
@@ -65,12 +64,10 @@ def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple
         return tokenizer, build.parallel_model(config, plan, tokenizer.vocabulary, Weights(run.path)), {}
     if which not in FOLDERS:
         raise UserError(f"checkpoint={which}: choose one of {', '.join(FOLDERS)}")
-    newest, damaged = checkpoint.newest_whole(run.path / FOLDERS[which])
-    for line in damaged:
-        say(line)
+    newest = checkpoint.newest_whole(run.path / FOLDERS[which])
     if newest is None:
         what = "best checkpoint (callbacks=best keeps one)" if which == "best" else "checkpoint"
-        raise UserError(f"{run.path} has no {what}" + (" that is whole" if damaged else " yet"))
+        raise UserError(f"{run.path} has no {what} yet")
     tokenizer = tokenizer_of(run)
     parallel = build.parallel_model(config, plan, tokenizer.vocabulary)
     _, state = checkpoint.load(newest, parallel.named_parameters(), None, prefer_average=True)

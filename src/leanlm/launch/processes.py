@@ -47,11 +47,6 @@ def ended_by_closed_pipes() -> Iterator[None]:
         give_back(before)
 
 
-def survive_closed_pipes() -> None:
-    """From here on such a pipe is an error of the one that writes to it, which may be a logger of a run. See `ranks.say`."""
-    handled(named("SIGPIPE"), signal.SIG_IGN)
-
-
 class Stopped(Exception):
     """The run was told to stop, and saved a checkpoint."""
 
@@ -63,15 +58,11 @@ class Stopped(Exception):
 class WorkerFailed(Exception):
     """A worker process failed; the message names the rank and holds its traceback."""
 
-    @property
-    def out_of_memory(self) -> bool:
-        """Whether the device had not enough memory; the system's killer leaves no other trace than its signal."""
-        return "SIGKILL" in str(self) or memory_ended(str(self))
 
-
-def memory_ended(text: str) -> bool:
-    """Whether an error says that there was not enough memory."""
-    return any(word in text for word in ("can't allocate memory", "not enough memory", "out of memory", "MemoryError"))
+def memory_ended(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory; the system's killer leaves no other trace than its signal."""
+    signs = ("can't allocate memory", "not enough memory", "out of memory", "MemoryError", "SIGKILL")
+    return any(sign in f"{type(error).__name__}: {error}" for sign in signs)
 
 
 def launch(function: Callable[..., Any], arguments: tuple, processes: int, isolate: bool = False, restarts: int = 0) -> Any:

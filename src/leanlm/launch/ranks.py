@@ -1,6 +1,7 @@
 """Which process this is of how many, whoever started them: `launch`, torchrun or SLURM."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from leanlm.common.errors import UserError
+from leanlm.common.errors import UserError, refuse
 from leanlm.common.machine import cores
 
 PATIENCE = timedelta(days=7)  # for what one rank does while others wait, such as preparing a text
@@ -71,11 +72,8 @@ def adopt_slurm() -> None:
 
 def _tasks_of_node(listed: str, node: int) -> int:
     """Of SLURM's list of the tasks of each node, such as `2(x3),1`."""
-    counts: list[int] = []
-    for part in listed.split(","):
-        count, _, times = part.rstrip(")").partition("(x")
-        counts += [int(count)] * int(times or 1)
-    return counts[node]
+    parts = re.findall(r"(\d+)(?:\(x(\d+)\))?", listed)
+    return [int(count) for count, times in parts for _ in range(int(times or 1))][node]
 
 
 def drop_output() -> None:
@@ -150,20 +148,16 @@ def on_rank_0(make: Callable[[], Any]) -> Any:
     Raises:
         UserError: on all ranks, where rank 0 has met it.
     """
-    made: list[Any] = [_tried(make) if rank() == 0 or _patient is None else None]
-    if _patient is not None:
-        dist.broadcast_object_list(made, group=_patient)
-    value, problems = made[0]
-    if problems:
-        raise UserError(*problems)
-    return value
-
-
-def _tried(make: Callable[[], Any]) -> tuple[Any, tuple[str, ...]]:
+    found: list[Any] = [None, ()]  # what is made, and problems
     try:
-        return make(), ()
+        if rank() == 0 or _patient is None:
+            found[0] = make()
     except UserError as error:
-        return None, error.problems
+        found[1] = error.problems
+    if _patient is not None:
+        dist.broadcast_object_list(found, group=_patient)
+    refuse(found[1])
+    return found[0]
 
 
 def on_rank_0_first(make: Callable[[], Any]) -> Any:

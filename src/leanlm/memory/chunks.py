@@ -21,18 +21,14 @@ def unneeded(hidden: Tensor, classes: int) -> bool:
 
 
 def chunk_size(hidden: Tensor, classes: int, padding: int = 0) -> int:
-    """Tokens in a chunk of `hidden [n, h]`, such that the last one is not short.
+    """Tokens in a chunk of `hidden [n, h]`, which has the type of the logits, such that the last one is not short.
 
-    Args:
-        hidden: in the type of the logits.
-        classes: logits of a token.
-        padding: unused numbers that lie beside them in memory.
+    `classes`: logits of a token. `padding`: unused numbers that lie beside them in memory.
     """
+    most = CHUNK
     if kernels.on_gpu(hidden):
         pays = SUM * hidden.shape[1] * classes
         most = max(LEAST, min(pays, logits_memory(hidden.device))) // hidden.dtype.itemsize
-    else:
-        most = CHUNK
     size, tokens = max(SHORTEST, most // (classes + padding)), len(hidden)
     return max(EVEN, round(tokens / max(1, round(tokens / size)) / EVEN) * EVEN)
 

@@ -73,9 +73,8 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The loss of tokens `target [n]` given `hidden [n, h]`, and its gradients.
 
-    Args:
-        split: of a vocabulary that is split over devices; `weight [vocabulary, h]` and `bias` are then this device's.
-        needs: whether the gradients of hidden, weight and bias are wanted.
+    `split`: of a vocabulary that is split over devices; `weight [vocabulary, h]` and `bias` are then this device's. `needs`:
+    whether the gradients of hidden, weight and bias are wanted.
     """
     if kernels.on_gpu(hidden) and split is None:
         return by_rows(hidden, weight, bias, target, needs)
@@ -87,14 +86,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        split: Split | None,
-        training: bool,  # in here gradients are always off, and what needs one is told as if they were on
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, split: Split | None, training: bool
     ) -> Tensor:
+        # `training` is asked before: in here gradients are always off, and what needs one is told as if they were on
         needs = [need and training for need in ctx.needs_input_grad[:3]]
         loss, *gradients = loss_and_gradients(hidden, weight, bias, target, split, needs)
         if not training:  # nothing will read them; recomputation compares their shapes

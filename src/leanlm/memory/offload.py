@@ -43,16 +43,15 @@ class HostMemory:
     def release(self, tensor: Tensor) -> None:
         """Nothing: it takes none of the GPU's memory."""
 
+    def forget(self, tensor: Tensor) -> None:
+        self.held.discard(tensor.data_ptr())
+
 
 class Scratch:
-    """Tensors in an unnamed file that ends with the process.
+    """Tensors in an unnamed file that ends with the process, in a folder where the disk has room."""
 
-    Args:
-        folder: where the disk has room; None: the system's folder for temporary files.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or tempfile.gettempdir()
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self.size = 0
         self.mapped: dict[int, mmap.mmap] = {}  # address -> what is mapped there
@@ -63,18 +62,13 @@ class Scratch:
         size = torch.Size(size)
         length = -(-size.numel() * dtype.itemsize // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         free = self.free.get(length)
-        if free:
-            part = free.pop()
-        else:
-            self._claim(length)
-            part = mmap.mmap(self.file.fileno(), length, offset=self.size)
-            self.size += length
+        part = free.pop() if free else self._grown(length)
         made = torch.frombuffer(part, dtype=dtype, count=size.numel()).view(size)
         self.mapped[made.data_ptr()] = part
         return made
 
-    def _claim(self, length: int) -> None:
-        """Make the file longer, with room on the disk: the process would be killed when it came to write where none is left."""
+    def _grown(self, length: int) -> mmap.mmap:
+        """A place at the end, with room on the disk: the process would be killed when it came to write where none is left."""
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self.file.fileno(), self.size, length)
@@ -85,6 +79,8 @@ class Scratch:
                 f"strategy.offload has {self.size:,} bytes in {self.folder}, and there is no room for {length:,} more "
                 f"({error.strerror}): set LEANLM_CACHE to a folder on a larger disk"
             ) from None
+        self.size += length
+        return mmap.mmap(self.file.fileno(), length, offset=self.size - length)
 
     def holds(self, tensor: Tensor) -> bool:
         return tensor.data_ptr() in self.mapped
@@ -100,7 +96,7 @@ class Scratch:
         self.free.setdefault(len(part), []).append(part)
 
 
-StateStorage = HostMemory | Scratch  # where an optimizer's state is between two steps
+Storage = HostMemory | Scratch
 
 
 @cache
@@ -116,6 +112,11 @@ def host_memory() -> HostMemory:
     return HostMemory()
 
 
+def storage(like: Tensor) -> Storage:
+    """Where that goes which leaves the memory of a tensor's device."""
+    return host_memory() if kernels.on_gpu(like) else scratch()
+
+
 def release_all() -> None:
     """Let the pages of all that is in this process's file leave memory, after something has read them."""
     for part in scratch().mapped.values() if scratch.cache_info().currsize else ():
@@ -123,36 +124,24 @@ def release_all() -> None:
 
 
 class _Kept:
-    """An activation in the file, until it has been read."""
+    """An activation elsewhere, until it has been read; a GPU's machine does not wait for the copies."""
 
-    def __init__(self, file: Scratch, tensor: Tensor) -> None:
-        self.file, self.strides = file, tensor.stride()
-        self.tensor = file.empty(tensor.shape, tensor.dtype)
-        self._as_it_was().copy_(tensor)
-        file.release(self.tensor)
+    def __init__(self, storage: Storage, tensor: Tensor) -> None:
+        self.storage, self.strides, self.device = storage, tensor.stride(), tensor.device
+        self.tensor = storage.empty(tensor.shape, tensor.dtype)
+        self._as_it_was().copy_(tensor, non_blocking=True)
+        storage.release(self.tensor)
 
     def _as_it_was(self) -> Tensor:
         return self.tensor.as_strided(self.tensor.shape, self.strides)  # kernels choose their order of summation by strides
 
     def read(self) -> Tensor:
-        found = self._as_it_was().clone()
-        self.file.release(self.tensor)
+        found = self._as_it_was().to(self.device, non_blocking=True, copy=True)
+        self.storage.release(self.tensor)
         return found
 
     def __del__(self) -> None:
-        self.file.forget(self.tensor)
-
-
-class _Pinned:
-    """An activation of a GPU in its machine's memory; the machine does not wait for the copies."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.device = tensor.device
-        self.tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=True)
-        self.tensor.copy_(tensor, non_blocking=True)
-
-    def read(self) -> Tensor:
-        return self.tensor.to(self.device, non_blocking=True)
+        self.storage.forget(self.tensor)
 
 
 def _dense(tensor: Tensor) -> bool:
@@ -170,19 +159,17 @@ def activations(module: nn.Module) -> AbstractContextManager[Any]:
 
     torch.autograd.graph.save_on_cpu would copy these too, and once for each layer what several read.
     """
-    known: dict[tuple, tuple[StorageWeakRef, weakref.ref[_Kept | _Pinned]]] = {}  # what several layers read is kept once
+    known: dict[tuple, tuple[StorageWeakRef, weakref.ref[_Kept]]] = {}  # what several layers read is kept once
 
     def pack(tensor: Tensor) -> Any:
         mine = local(tensor)
-        if mine.nbytes < max(SMALLEST, 1) or not _dense(mine):
-            return tensor.detach()
-        if place(mine) in map(place, module.parameters()):
+        if mine.nbytes < max(SMALLEST, 1) or not _dense(mine) or place(mine) in map(place, module.parameters()):
             return tensor.detach()
         key = place(mine), mine.storage_offset(), mine.shape, mine.stride(), mine.dtype, mine._version
-        storage, before = known.get(key, (None, None))
-        kept = before() if before is not None and storage is not None and not storage.expired() else None
+        original, before = known.get(key, (None, None))
+        kept = before() if before is not None and original is not None and not original.expired() else None
         if kept is None:
-            kept = _Pinned(mine.detach()) if kernels.on_gpu(mine) else _Kept(scratch(), mine.detach())
+            kept = _Kept(storage(mine), mine.detach())
             known[key] = StorageWeakRef(mine.untyped_storage()), weakref.ref(kept)
         return kept, layout(tensor)
 

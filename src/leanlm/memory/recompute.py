@@ -19,15 +19,6 @@ CHOICES = "none, blocks, operators, 2 or more (every k-th block), or 0 to 1 (sha
 DEAR = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product")
 
 
-def problems(recompute: str) -> list[str]:
-    """What is wrong with `Plan.recompute`."""
-    try:
-        levels(recompute, [])
-    except ValueError:
-        return [f"strategy.recompute={recompute}: choose {CHOICES}"]
-    return []
-
-
 def levels(recompute: str, blocks: Sequence[nn.Module], compiled: bool = False) -> list[str]:
     """For each of a device's blocks: `keep`, `operators` or `blocks`.
 
@@ -38,14 +29,12 @@ def levels(recompute: str, blocks: Sequence[nn.Module], compiled: bool = False) 
     Raises:
         ValueError: `recompute` is none of CHOICES.
     """
-    if recompute in ("none", "blocks"):
-        return ["keep" if recompute == "none" else recompute] * len(blocks)
     if recompute == "operators":
         recurrent = [any(isinstance(part, nn.RNNBase) for part in block.modules()) for block in blocks]
         return ["keep" if compiled or its else recompute for its in recurrent]
     if recompute.isdecimal() and int(recompute) > 1:
         return ["keep" if i % int(recompute) else "blocks" for i in range(len(blocks))]
-    share = float(recompute)
+    share = float({"none": "1", "blocks": "0"}.get(recompute, recompute))
     if not 0 <= share <= 1:
         raise ValueError(recompute)
     kept = int(share * len(blocks) + 1e-9)
@@ -59,12 +48,9 @@ def recomputed(function: Callable[..., Any], *inputs: Any, level: str = "blocks"
         return function(*inputs)
     if torch.compiler.is_compiling():  # where there are no losses to be made again, nor a choice of operators
         return checkpoint(function, *inputs, use_reentrant=False)
-    contexts: Any = partial(create_selective_checkpoint_contexts, _policy) if level == "operators" else _contexts
+    selective: Any = partial(create_selective_checkpoint_contexts, _policy)
+    contexts = selective if level == "operators" else lambda: (repeated(), nullcontext())
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-def _contexts() -> tuple[Any, Any]:
-    return repeated(), nullcontext()
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

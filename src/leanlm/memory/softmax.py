@@ -26,13 +26,10 @@ def _by_torch(logits: Tensor, target: Tensor, classes: int, gradient: bool) -> T
 
 @torch.library.custom_op("leanlm::cross_entropy_", mutates_args=("logits",))
 def cross_entropy_(logits: Tensor, target: Tensor, classes: int, gradient: bool) -> Tensor:
-    """Negative log-likelihood of each row in nats, `[n]`, float32 or wider; 0 where a target is negative.
+    """Negative log-likelihood of each row in nats, `[n]`, float32 or wider; 0 where a target `[n]` is negative.
 
-    Args:
-        logits: `[n, columns]`, of which the first `classes` count. With `gradient` they become the gradient of the sum over
-            rows, which is 0 in the other columns; else they are left in whatever state.
-        target: `[n]`.
-        gradient: whether it is wanted.
+    Of `logits [n, columns]` the first `classes` count. With `gradient` they become the gradient of the sum over rows, which is
+    0 in the other columns; else they are left in whatever state.
     """
     return _by_torch(logits, target, classes, gradient)
 

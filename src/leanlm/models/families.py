@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from leanlm.common.errors import UserError
+from leanlm.common.errors import UserError, refuse
 
 NEEDED = object()  # the default of a key that config.json must have
 
@@ -216,6 +216,5 @@ def family_of(config: dict[str, Any], where: str) -> tuple[Family, dict[str, Any
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type={kind} is not known here; the families are {', '.join(FAMILIES)}")
     arguments, problems = FAMILIES[kind].arguments(config)
-    if problems:
-        raise UserError(*(f"{where}: {problem}" for problem in problems))
+    refuse(f"{where}: {problem}" for problem in problems)
     return FAMILIES[kind], arguments

@@ -12,13 +12,8 @@ from leanlm.optimizers.base import Optimizer, put_away
 
 
 class AdamW(Optimizer):
-    """Decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101).
-
-    Args:
-        groups: of parameters.
-        kind: of `low_bit.BITS`; how the averages are kept.
-        settings: lr, betas, eps, weight_decay; and those of `Optimizer`.
-    """
+    """Decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101). `kind`, of `low_bit.BITS`: how the averages are
+    kept. `settings`: lr, betas, eps, weight_decay; and those of `Optimizer`."""
 
     def __init__(self, groups: list[dict[str, Any]], kind: str = "fp32", **settings: Any) -> None:
         defaults = {key: settings.pop(key) for key in ("lr", "betas", "eps", "weight_decay") if key in settings}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from leanlm.common.dtensors import dtensor_like, is_dtensor, local, with_layout
-from leanlm.memory.offload import StateStorage
+from leanlm.memory.offload import Storage
 from leanlm.optimizers.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Optimizer(torch.optim.Optimizer):
         *asked: Any,
         rounding: Rounding | None = None,
         copies: "DeviceMesh | None" = None,
-        scratch: StateStorage | None = None,
+        scratch: Storage | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(*asked, **settings)
@@ -40,10 +40,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         self.update()
         return loss
 
@@ -69,7 +66,7 @@ def owned(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
     return optimizer.owned(parameter) if isinstance(optimizer, Optimizer) else parameter
 
 
-def put_away(state: dict[str, Tensor], scratch: StateStorage) -> None:
+def put_away(state: dict[str, Tensor], scratch: Storage) -> None:
     """Move the tensors of a parameter's state away, and let what they took leave memory."""
     for key, value in state.items():
         mine = local(value)

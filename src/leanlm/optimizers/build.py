@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from leanlm.common.dtensors import is_dtensor
-from leanlm.memory.offload import host_memory, scratch
+from leanlm.memory import offload
 from leanlm.models import kernels
 from leanlm.optimizers.adafactor import Adafactor
 from leanlm.optimizers.adamw import AdamW
@@ -25,13 +25,13 @@ def build(
     named: Iterable[tuple[str, nn.Parameter]],
     optim: Optim,
     copies: "DeviceMesh | None" = None,
-    offload: bool = False,
+    offloads: bool = False,
     rounding: Rounding | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of named parameters; each of its groups has its peak rate as `peak_lr`.
 
     Fused kernels take tensors of one device mesh at a time, so parameters that are distributed otherwise are other groups.
-    `named`: global name and parameter, or the part of it that this device has. `offload`: keep the averages in the memory of a
+    `named`: global name and parameter, or the part of it that this device has. `offloads`: keep the averages in the memory of a
     GPU's machine, or in a file. For `copies` and `rounding` see `Optimizer`.
     """
     hidden, groups = _groups(named, optim)
@@ -39,9 +39,8 @@ def build(
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=_fuses_sgd(groups), foreach=False)
     if optim.name == "adafactor":
         return Adafactor(groups, lr=optim.lr, foreach=False)  # foreach: temporary copies of all parameters at once
-    ours: dict[str, Any] = {"rounding": rounding, "copies": copies, "scratch": None}
-    if offload:
-        ours["scratch"] = host_memory() if kernels.on_gpu((hidden or groups)[0]["params"][0]) else scratch()
+    scratch = offload.storage((hidden or groups)[0]["params"][0]) if offloads else None
+    ours: dict[str, Any] = {"rounding": rounding, "copies": copies, "scratch": scratch}
     parts: list[torch.optim.Optimizer] = []  # a middle stage may have matrices only
     if hidden:
         parts.append(Muon(hidden, lr=optim.muon_lr, momentum=optim.momentum, **ours))

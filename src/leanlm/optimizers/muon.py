@@ -80,11 +80,7 @@ class Muon(Optimizer, torch.optim.Muon):
 def orthogonal(stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Of each matrix in a stack about the nearest orthogonal one, as torch's Muon takes it: a quintic Newton-Schulz iteration.
 
-    Args:
-        stack: [matrices, rows, columns], in bf16. It is divided by the norms of its matrices.
-        coefficients: of the polynomial.
-        steps: of the iteration.
-        eps: the least norm that is divided by.
+    `stack`: [matrices, rows, columns], in bf16. It is divided by the norms of its matrices, which count as `eps` at least.
     """
     if len(stack) == 1:
         return _zeropower_via_newtonschulz(stack[0], coefficients, steps, eps)[None]

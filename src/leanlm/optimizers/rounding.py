@@ -17,12 +17,9 @@ class Rounding:
 
     What it draws is a function of (seed, step, name, element of the whole parameter): the copies of a weight stay one, and its
     parts get what the whole would, under every plan and after a resume.
-
-    Attributes:
-        step: of the run.
     """
 
-    step = 0
+    step = 0  # of the run
 
     def __init__(self, seed: int, named: Iterable[tuple[str, Tensor]]) -> None:
         self.keys = {parameter: stable_hash(seed, "rounding", name) for name, parameter in named}

@@ -12,7 +12,7 @@ from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run
 from leanlm.config.schema import Settings
 from leanlm.launch import supervisor
-from leanlm.launch.processes import WorkerFailed, launch
+from leanlm.launch.processes import WorkerFailed, launch, memory_ended
 from leanlm.launch.ranks import on_rank_0, say
 from leanlm.planning import report
 from leanlm.planning.choice import Choice
@@ -42,7 +42,7 @@ def train(work: Work, settings: Settings, path: Path, command: list[str] | None 
         try:
             return launch(work, (chosen, path), chosen.plan.world, True, settings.config.restarts)
         except WorkerFailed as failure:
-            if scale == SCALES[-1] or not failure.out_of_memory:
+            if scale == SCALES[-1] or not memory_ended(failure):
                 raise
             say(f"memory ended: {str(failure).splitlines()[-1]}\nplanning for less; the curve goes on from the last checkpoint")
         if any(Run(path).checkpoints.glob("step-*")):
@@ -71,8 +71,8 @@ def choose(settings: Settings, scale: float = 1.0, beside: int | None = None) ->
     count = devices.count(config.device, settings.devices)
     device = devices.of_config(config.device, count).scaled(scale)
     if count == 1 and device.shared:  # several have one with torch beside them anyhow
-        held = device.process[2]
-        device = replace(device, memory=device.memory - (held if beside is None or config.restarts else beside))
+        held = device.process[2] if beside is None or config.restarts else beside
+        device = replace(device, memory=device.memory - held)
     vocabulary = tokens(settings).tokenizer.vocabulary
     answer = search(settings, vocabulary, device, count, () if config.resume else config.allow, wanted=4)
     budget = report.budgets(device, count)

@@ -12,7 +12,6 @@ from leanlm.memory import offload
 from leanlm.planning import constants
 from leanlm.planning.choice import Choice
 from leanlm.planning.hardware.devices import MARGIN, Device
-from leanlm.planning.hardware.probe import sent
 from leanlm.planning.parts import groups
 from leanlm.planning.simulation.step import Stages, stages
 from leanlm.strategies import balance
@@ -155,7 +154,7 @@ class Estimate:
 
     def _state(self, plan: Choice) -> float:
         """Bytes of the optimizer's state."""
-        if plan.offload in ("optimizer", "all"):
+        if plan.offloads("optimizer"):
             return 0
         size = self._held(plan) * self.averages * (0.25 if plan.state == "int8" else 1)
         return size / (plan.replicate if plan.zero1 else 1)
@@ -164,7 +163,7 @@ class Estimate:
         """Bytes that are kept for backward, and a pipeline's buffers."""
         rows, divided = plan.micro_batch(self.config.global_batch), plan.tensor**constants.TENSOR_DIVIDES
         block = self.kept * rows / divided  # of one block and micro-batch
-        if plan.offload in ("activations", "all"):
+        if plan.offloads("activations"):
             kept = block
         else:
             ahead = constants.IN_FLIGHT.get(plan.schedule, constants.IN_FLIGHT["others"]) * plan.pipeline
@@ -204,18 +203,14 @@ class Estimate:
     def _sending(self, plan: Choice, device: Device) -> float:
         """Seconds of communication."""
         micros, mine = plan.accumulate_grad_batches, self.parameters * 4 / (plan.pipeline * plan.tensor)
-
-        def sending(kind: str, payload: float, ranks: int) -> float:
-            return payload * sent(kind, ranks) / device.links.get(kind, device.link)
-
         seconds = 0.0
         if plan.shard > 1:  # gathered forward and backward; and by Muon, as whole matrices
-            seconds += sending("all-gather", (2 * micros + self.muon) * mine, plan.shard)
-            seconds += sending("reduce-scatter", micros * mine, plan.shard)
+            seconds += device.sending("all-gather", (2 * micros + self.muon) * mine, plan.shard)
+            seconds += device.sending("reduce-scatter", micros * mine, plan.shard)
         if plan.replicate > 1:
             times = constants.ZERO1_SENDS if plan.zero1 else 1
-            seconds += sending("all-reduce", mine / plan.shard, plan.replicate) * times
+            seconds += device.sending("all-reduce", mine / plan.shard, plan.replicate) * times
         if plan.tensor > 1:  # hidden states twice forward and twice backward
             hidden = 4 * self.hidden * plan.micro_batch(self.config.global_batch) * micros * self.blocks / plan.pipeline
-            seconds += sending("all-reduce", hidden, plan.tensor)
+            seconds += device.sending("all-reduce", hidden, plan.tensor)
         return seconds

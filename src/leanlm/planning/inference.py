@@ -25,9 +25,7 @@ def rows_that_fit(settings: Settings, vocabulary: int) -> Settings:
         UserError: one row for each data-parallel rank is too much.
     """
     config, plan = settings.config, settings.plan
-    device = devices.of_config(config.device)
-    if plan.world > 1:
-        device = device.share(plan.world)
+    device = devices.of_config(config.device).share(plan.world)
     unit = plan.data_parallel_size * plan.accumulate_grad_batches
     rows = config.global_batch // unit
     ends = {0, plan.world - 1}  # of a pipeline the last has the head

@@ -65,11 +65,9 @@ def plan(asked: Ask, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if asked.json:
         print(json.dumps(result, indent=2))
         return result
-    of_data = "of the data; vocabulary=... plans for another"
-    own = "as asked for: choose data and data.tokenizer to match" if asked.vocabulary else of_data
+    own = "as asked for: let data and data.tokenizer match" if asked.vocabulary else "of the data; or write vocabulary=..."
     print(f"vocabulary of {vocabulary:,} types ({own})")
-    precision = settings.config.precision
-    if asked.precision == "auto" and precision != "fp32":
+    if asked.precision == "auto" and (precision := settings.config.precision) != "fp32":
         print(f"precision=auto is {precision} on this device, which may move the curve; precision=fp32 does not")
     report.show(answer, device, count, size, overrides)
     if asked.picture:

@@ -37,10 +37,6 @@ def arguments(choice: Choice) -> str:
     return " ".join([*written, *choice.changed])
 
 
-def _name(choice: Choice) -> str:
-    return arguments(choice) or "one device"
-
-
 def command(plan: Choice, overrides: Sequence[str]) -> str:
     """The command line that trains with a plan, as a shell takes it. `overrides`: more of it, as a person types them."""
     return pasted("leanlm.train", *overrides, *arguments(plan).split())
@@ -107,7 +103,8 @@ def show(answer: "Answer", device: Device, devices: int, tokens: int, overrides:
             print(f"{arguments(found.plan)}: needs {mib(found.fullest.peak)}, {reason(found)}")
     least = answer.least
     needed = f"{mib(max(enough(least)))} per device" if device.alike else ", ".join(map(mib, enough(least)))
-    print(f"\nthe smallest budget that would do, of the plans looked at:\n{needed}, with {_name(least.plan)}")
+    plan = arguments(least.plan) or "one device"
+    print(f"\nthe smallest budget that would do, of the plans looked at:\n{needed}, with {plan}")
 
 
 def _print_table(plans: "list[Prediction]", first: int, tokens: int) -> None:
@@ -144,7 +141,7 @@ def draw(answer: "Answer", path: Path) -> None:
     limits = [found.fullest.memory / 2**30 for found in plans]
     rows = [row + edge for row in range(len(plans)) for edge in (-0.5, 0.5)]
     axes.plot([limit for limit in limits for _ in range(2)], rows, color="black", linestyle="--", label="budget")
-    names = [_name(found.plan).replace("strategy.", "").replace("_grad_batches", "") for found in plans]
+    names = [(arguments(found.plan) or "one device").replace("strategy.", "").replace("_grad_batches", "") for found in plans]
     labels = [f"{name}  ({found.seconds:.3g} s)" for name, found in zip(names, plans, strict=True)]
     axes.set_yticks(range(len(plans)), labels)
     axes.invert_yaxis()

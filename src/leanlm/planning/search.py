@@ -50,10 +50,7 @@ def search(settings: Settings, vocabulary: int, device: Device, devices: int, al
            unfit: int = 4) -> Answer:  # fmt: skip
     """Simulate plans from the fastest on until `wanted` of them fit, and report so many `unfit` ones.
 
-    Args:
-        settings: of a training run; `plan` gives what is not searched.
-        device: of which each rank has one, or all share one machine.
-        allow: levers labelled `changes` that may be used.
+    `settings.plan` gives what is not searched; `allow`: levers labelled `changes` that may be used.
 
     Raises:
         UserError: no simulation has ended in time.

@@ -21,7 +21,7 @@ def compare(paths: list[Path], into: Path) -> Path:
     from rich.console import Console
     from rich.table import Table
 
-    folders = [folder for path in paths for folder in (Run.jobs(path) if _is_sweep(path) else [path])]
+    folders = [job for path in paths for job in ([path] if (path / "config.yaml").is_file() else Run.jobs(path) or [path])]
     names = [folder.resolve().name for folder in folders]
     labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
     runs = {label: Run(folder) for label, folder in zip(labels, folders, strict=True)}
@@ -55,10 +55,6 @@ def compare(paths: list[Path], into: Path) -> Path:
     bars(results, into / "comparison.png")
     console.print(f"pictures: {into / 'comparison-loss.png'}, {into / 'comparison.png'}")
     return into / "comparison.png"
-
-
-def _is_sweep(path: Path) -> bool:
-    return not (path / "config.yaml").is_file() and bool(Run.jobs(path))
 
 
 def curve(run: Run) -> dict[float, float]:

@@ -117,10 +117,7 @@ def bubble(order: dict[int, list[Work]], cost: list[float]) -> float:
     """Share of the time that the devices of a pipeline wait, by playing a schedule with the given costs.
 
     A full backward costs twice a forward, its halves (inputs, weights) as much as a forward each; communication is free.
-
-    Args:
-        order: device -> its work in order.
-        cost: of each stage's forward pass of a micro-batch, in any unit.
+    `order`: device -> its work in order. `cost`: of each stage's forward pass of a micro-batch, in any unit.
 
     Raises:
         ValueError: the devices wait for each other.
@@ -154,17 +151,15 @@ def _needs(work: Work, last: int) -> set[Work]:
 def order_of(schedule: Any) -> dict[int, list[Work]]:
     """The order of work of one of torch's schedules, for `bubble`."""
     order = {
-        device: [work for action in actions if action for work in _computations(action)]
+        device: [
+            (each.computation_type.value, each.stage_index, each.microbatch_index)
+            for action in filter(None, actions)
+            for each in action.sub_actions or [action]
+            if each.computation_type.value in ("F", "B", "I", "W")
+        ]
         for device, actions in schedule.pipeline_order.items()
     }
     if type(schedule).__name__ == "Schedule1F1B":  # torch 2.11 and 2.13 count the last device's forward passes from 1 on
         last = max(order)
         order[last] = [(kind, stage, micro - (kind == "F")) for kind, stage, micro in order[last]]
     return order
-
-
-def _computations(action: Any) -> list[Work]:
-    if action.sub_actions:
-        return [work for each in action.sub_actions for work in _computations(each)]
-    kind = action.computation_type.value
-    return [(kind, action.stage_index, action.microbatch_index)] if kind in ("F", "B", "I", "W") else []

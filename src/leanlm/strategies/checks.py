@@ -85,7 +85,10 @@ def _levers(plan: Plan) -> Iterator[str]:
         yield f"strategy.accumulate_grad_batches={plan.accumulate_grad_batches}: it counts micro-batches, at least 1"
     if plan.recompute_window < -1:
         yield f"strategy.recompute_window={plan.recompute_window}: tokens, 0 for none, or -1 for four times the square root"
-    yield from recompute.problems(plan.recompute)
+    try:
+        recompute.levels(plan.recompute, [])
+    except ValueError:
+        yield f"strategy.recompute={plan.recompute}: choose {recompute.CHOICES}"
     for key, choices in (("offload", offload.CHOICES), ("rnn_kernel", kernels.CHOICES)):
         if getattr(plan, key) not in choices:
             yield f"strategy.{key}={getattr(plan, key)}: choose one of {', '.join(choices)}"

@@ -77,11 +77,6 @@ class ParallelModel:
         """Whether this rank's loss counts: several ranks may compute the same."""
         return self.last in self.stages and self.coordinate("tensor") == 0
 
-    @property
-    def data_parallel_rank(self) -> int:
-        """Which of the groups that read different rows this rank belongs to."""
-        return self.plan.data_parallel_rank(rank())
-
     def gather_rows(self, part: Tensor) -> Tensor:
         """`[rows of this rank, ...]` -> `[global batch, ...]`."""
         if self.mesh is None or self.plan.data_parallel_size == 1:
@@ -130,7 +125,7 @@ class ParallelModel:
     def carry(self, state: dict[str, Tensor], global_batch: int) -> None:
         """Take up what `carried` returned, perhaps under another plan."""
         rows = global_batch // self.plan.data_parallel_size
-        first = self.data_parallel_rank * rows
+        first = self.plan.data_parallel_rank(rank()) * rows
         mine = {name: part[first : first + rows].to(self.device) for name, part in state.items()}
         for stage in self.stages.values():
             stage.carry(mine, first, self.plan.accumulate_grad_batches)

@@ -84,11 +84,9 @@ class Plan:
 
     def stages_on(self, device: int) -> list[int]:
         """Numbers of the stages on a device of the pipeline, in rising order."""
-        found = []
-        for first in range(0, self.stages, self.pipeline):
-            upwards = SCHEDULES[self.schedule].v_shape and first // self.pipeline % 2 == 1
-            found.append(first + (self.pipeline - 1 - device if upwards else device))
-        return found
+        turns = SCHEDULES[self.schedule].v_shape
+        firsts = enumerate(range(0, self.stages, self.pipeline))
+        return [first + (self.pipeline - 1 - device if turns and i % 2 else device) for i, first in firsts]
 
     def micro_batch(self, global_batch: int) -> int:
         """Rows in one forward pass."""
@@ -99,15 +97,9 @@ class Plan:
         """Whether training is compiled."""
         return self.compile is True
 
-    @property
-    def offloads_optimizer(self) -> bool:
-        """Whether the averages of the optimizer lie elsewhere between two steps."""
-        return self.offload in ("optimizer", "all")
-
-    @property
-    def offloads_activations(self) -> bool:
-        """Whether what backward needs lies elsewhere until then."""
-        return self.offload in ("activations", "all")
+    def offloads(self, what: str) -> bool:
+        """Whether the `optimizer`'s averages, or the `activations` that backward needs, lie elsewhere until they are used."""
+        return self.offload in (what, "all")
 
     @property
     def order(self) -> str:

@@ -39,8 +39,7 @@ def logits_after(parallel: ParallelModel) -> Callable[[list[int]], Tensor]:
     def logits(history: list[int]) -> Tensor:
         nonlocal read
         first = read if parallel.net.carries_state else max(0, len(history) - parallel.net.sequence)
-        for stage in parallel.stages.values():
-            stage.begin(0, fresh=read == 0)
+        parallel.begin(0, fresh=read == 0)
         read = len(history)
         tokens = torch.tensor([history[first:]], device=parallel.device)
         found = relay(parallel, tokens, torch.zeros(1, dtype=torch.long), None)

@@ -71,9 +71,9 @@ class Stage(nn.Module):
             keys = kernels.to_device(row_keys(self.seed, self.step, rows, self.dropouts), x.device)
         with (
             torch.autocast(x.device.type, self.autocast) if self.autocast else nullcontext(),
-            activations(self) if self.training and self.plan.offloads_activations else nullcontext(),
+            activations(self) if self.training and self.plan.offloads("activations") else nullcontext(),
         ):
-            out, after = self._as_planned()(x, targets, states, keys)
+            out, after = self._read_as_planned(x, targets, states, keys)
         if self.carries_state and self.training:
             self.after[int(rows[0])] = [tuple(part.detach() for part in state) for state in after]
         elif self.carries_state:
@@ -112,17 +112,14 @@ class Stage(nn.Module):
             draw(mine, keys[:, place : place + len(mine)], first)
         return part(*inputs)
 
-    def _as_planned(self) -> Callable[..., tuple[Tensor, States]]:
+    def _read_as_planned(self, x: Tensor, targets: Tensor | None, states: Any, keys: Tensor | None) -> tuple[Tensor, States]:
         """`read`, or what the plan puts in its place in training."""
         if self.training and self.graph is not None:
-            return self._read_compiled
-        return self._read_in_windows if self.training and self.plan.recompute_window else self.read
-
-    def _read_compiled(self, x: Tensor, targets: Tensor | None, states: Any, keys: Tensor | None) -> tuple[Tensor, States]:
-        if keys is not None:
-            draw(self.dropouts, keys)
-        assert self.graph is not None
-        return self.graph(x, targets)
+            if keys is not None:
+                draw(self.dropouts, keys)
+            return self.graph(x, targets)
+        read = self._read_in_windows if self.training and self.plan.recompute_window else self.read
+        return read(x, targets, states, keys)
 
     def _read_in_windows(self, x: Tensor, targets: Tensor | None, states: Any, keys: Tensor | None) -> tuple[Tensor, States]:
         """As `read`, a piece of the sequence at a time, each computed again in backward from the states before it."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanlm.common.errors import UserError
+from leanlm.common.errors import UserError, refuse
 from leanlm.common.files import write
 from leanlm.launch.ranks import on_rank_0, rank, say
 from leanlm.memory import offload
@@ -201,22 +201,27 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all as they were written, and what is wrong with those after it.
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all as they were written; says what is wrong with those after it. None: there is no
+    checkpoint yet. All ranks must call it: one reads the files, the others wait.
 
-    All ranks must call it: one reads the files, the others wait.
+    Raises:
+        UserError: all of them are damaged.
     """
-    return on_rank_0(lambda: _newest_whole(folder))
 
+    def find() -> Path | None:
+        damaged: list[str] = []
+        for each in reversed(checkpoints(folder)):
+            wrong = damage(each)
+            if wrong is None:
+                for line in damaged:
+                    say(f"{line}; using {each.name}, the one before it")
+                return each
+            damaged.append(f"{each} is damaged: {wrong}")
+        refuse([*damaged, f"{folder} has no whole checkpoint: start a new run"] if damaged else [])
+        return None
 
-def _newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    damaged: list[str] = []
-    for checkpoint in reversed(checkpoints(folder)):
-        wrong = damage(checkpoint)
-        if wrong is None:
-            return checkpoint, damaged
-        damaged.append(f"{checkpoint} is damaged: {wrong}")
-    return None, damaged
+    return on_rank_0(find)
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from leanlm.common.errors import UserError
+from leanlm.common.errors import refuse
 from leanlm.config.checks import fits
 from leanlm.config.schema import Config, Settings
 from leanlm.data.batches import GlobalBatches, Lanes, WholeSplit, Windows
@@ -35,8 +35,7 @@ def tokens(settings: Settings) -> Tokens:
     for split, numbers in made.splits.items() if left_out else ():
         if all(np.isin(numbers[first : first + MANY], left_out).all() for first in range(0, len(numbers), MANY)):
             problems.append(f"data.ignore leaves nothing to count: it names all {len(numbers):,} tokens of the {split} split")
-    if problems:
-        raise UserError(*problems)
+    refuse(problems)
     return made
 
 

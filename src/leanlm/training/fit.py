@@ -1,7 +1,6 @@
 """One training run on one rank: the folder, the text, the model as the plan cuts it, the step, the trainer; then the result."""
 
 import json
-import math
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -34,7 +33,7 @@ from leanlm.training.callbacks.checkpoints import Checkpoints
 from leanlm.training.callbacks.progress import Progress
 from leanlm.training.callbacks.record import Record
 from leanlm.training.checkpoint import load, newest_whole, state_of
-from leanlm.training.lightning_module import LanguageModel
+from leanlm.training.lightning_module import LanguageModel, measures
 
 
 def fit(settings: Settings, path: Path) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def begin(settings: Settings, tokens: Tokens, start: Path | None) -> ParallelMod
     given = Weights(Path(source)) if source and not is_run(source) else None
     parallel = build.parallel_model(config, plan, tokens.tokenizer.vocabulary, given)
     if source and given is None:
-        whole, _ = newest_whole(Run(source).checkpoints)
+        whole = newest_whole(Run(source).checkpoints)
         if whole is None:
             raise UserError(f"init_from={source}: it has no whole checkpoint")
         load(whole, parallel.named_parameters(), None, prefer_average=True)
@@ -96,17 +95,13 @@ def checkpoint_to_start_from(settings: Settings, tokens: Tokens) -> Path | None:
     """The checkpoint to resume from, None to begin at step 0.
 
     Raises:
-        UserError: there is none that is whole, it is of another text, or the run has done its steps.
+        UserError: all are damaged, it is of another text, or the run has done its steps.
     """
     if not settings.config.resume:
         return None
     run = Run(settings.config.resume)
-    start, damaged = newest_whole(run.checkpoints)
-    for line in damaged:
-        say(f"{line}; " + (f"using {start.name}, the one before it" if start else "there is none before it"))
+    start = newest_whole(run.checkpoints)
     if start is None:
-        if damaged:
-            raise UserError(f"{run.path} has no whole checkpoint to resume from; start a new run")
         say(f"{run.path} has no checkpoint yet: beginning at step 0")
         return None
     state = state_of(start)
@@ -121,10 +116,9 @@ def checkpoint_to_start_from(settings: Settings, tokens: Tokens) -> Path | None:
 
 def make_folder(run: Run, config: dict[str, Any], tokens: Tokens, start: Path | None) -> None:
     """The folder of a run with its configuration, its tokenizer and, if it goes on from another, the rows of that."""
-    if start and start.parent.parent.resolve() != run.path.resolve():
-        run.path.mkdir(parents=True, exist_ok=True)
-        shutil.copy(start.parent.parent / run.metrics.name, run.metrics)
     run.create({**config, "resume": None, "run_dir": None})
+    if start and start.parent.parent.resolve() != run.path.resolve():
+        shutil.copy(start.parent.parent / run.metrics.name, run.metrics)
     write(run.path / "tokenizer.json", json.dumps(tokens.tokenizer.state()))
 
 
@@ -144,11 +138,9 @@ def announce(settings: Settings, tokens: Tokens, module: LanguageModel, run: Run
 
 def result_of(settings: Settings, tokens: Tokens, module: LanguageModel, trainer: pl.Trainer, record: Record) -> dict[str, Any]:
     """What `result.json` holds. All ranks must call it."""
-    nats, speed = record.val_loss, record.tokens / record.seconds
+    speed = record.tokens / record.seconds
     result = {
-        "loss": nats,
-        "perplexity": math.exp(min(nats, 700)),
-        "bits_per_byte": nats * len(tokens.splits["validation"]) / tokens.bytes["validation"] / math.log(2),
+        **measures(record.val_loss, len(tokens.splits["validation"]), tokens.bytes["validation"]),
         "steps": trainer.global_step,
         "tokens": record.tokens,
         "tokens_per_second": speed,

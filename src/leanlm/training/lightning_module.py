@@ -1,5 +1,6 @@
 """The LightningModule: one global batch a step, normalised by its own count of tokens, under any plan."""
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,7 @@ class LanguageModel(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parallel, plan = self.parallel, self.plan
         copies = parallel.mesh["replicate"] if parallel.mesh is not None and plan.zero1 else None
-        optimizer = build(parallel.named_parameters(), self.optimizer, copies, plan.offloads_optimizer, self.rounding)
+        optimizer = build(parallel.named_parameters(), self.optimizer, copies, plan.offloads("optimizer"), self.rounding)
         if plan.step_in_backward:
             self.in_backward = gradients.StepInBackward(parallel, optimizer)
         return optimizer
@@ -179,3 +180,9 @@ class TokenLoss(Metric):
 def held_bytes(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of these tensors on this rank."""
     return sum(local(tensor).nbytes for tensor in tensors if tensor is not None)
+
+
+def measures(loss: float, tokens: int, size: int) -> dict[str, float]:
+    """A loss in nats per token, and what it comes to for a text of so many tokens, `size` bytes: as if the tokens that are not
+    counted cost the mean."""
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": loss * tokens / size / math.log(2)}

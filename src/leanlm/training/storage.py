@@ -104,11 +104,8 @@ def load(tensors: dict[str, Tensor], folder: Path) -> None:
     Raises:
         UserError: on all ranks: the files do not hold them.
     """
-    group = patient()
-    planner, reader = ReadsTensors(), Reader(folder)
-    if reason := failure(
-        lambda: dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
-    ):
+    how: dict[str, Any] = {"process_group": patient(), "no_dist": patient() is None}
+    if reason := failure(lambda: dcp.load(tensors, storage_reader=Reader(folder), planner=ReadsTensors(), **how)):
         raise UserError(f"{folder} cannot be read: {reason}")
 
 
@@ -127,9 +124,9 @@ def failure(action: Callable[[], None]) -> str | None:
     except BaseException as error:  # torch's CheckpointException, with what has failed on each rank, is no Exception
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         first = min(causes, key=lambda cause: not isinstance(cause, UserError | OSError))
-        if isinstance(first, OSError):
-            return f"{first.strerror}: make room, then resume the run" if first.errno in FULL else str(first)
-        if isinstance(first, UserError):
+        if isinstance(first, OSError) and first.errno in FULL:
+            return f"{first.strerror}: make room, then resume the run"
+        if isinstance(first, UserError | OSError):
             return str(first)
         raise first from None
     return None

@@ -15,7 +15,7 @@ from leanlm.common.machine import cores, memory_limit
 from leanlm.config.device_sheets import size
 from leanlm.planning.constants import SLICE
 from leanlm.planning.hardware import gpus
-from leanlm.planning.hardware.probe import VERSION, measured
+from leanlm.planning.hardware.probe import VERSION, measured, sent
 
 LISTS = ("memory", "speed")  # of a config, what may be given for each device
 SIZES = ("total", "context", "workspace", "communicator")
@@ -93,6 +93,10 @@ class Device:
             latency=self.latency * crowd + SLICE * (crowd - 1),
         )
 
+    def sending(self, kind: str, payload: float, ranks: int) -> float:
+        """Seconds in which each of several ranks sends its part of a payload."""
+        return payload * sent(kind, ranks) / self.links.get(kind, self.link)
+
     def crowd(self, processes: int) -> float:
         """How many of so many processes share a core; 1 if each has one of its own."""
         return max(1.0, processes / cores()) if self.shared else 1.0
@@ -156,17 +160,5 @@ def this_machine() -> Device:
         stored[key] = measured()
         with suppress(OSError, UserError):  # where nothing can be written, each process measures
             write(writable(file.parent) / file.name, json.dumps(stored, indent=1))
-    rates = stored[key]
-    return Device(
-        name=f"this machine ({cores()} cores)",
-        accelerator="cpu",
-        memory=memory_limit(),
-        **rates["alone"],
-        pair=rates["pair"],
-        link=rates["links"]["send"],
-        links=rates["links"],
-        latency=rates["latency"],
-        process=tuple(rates["process"]),
-        common=rates["common"],
-        shared=True,
-    )
+    rates = stored[key] | {"process": tuple(stored[key]["process"]), "link": stored[key]["links"]["send"], "shared": True}
+    return Device(f"this machine ({cores()} cores)", "cpu", memory_limit(), **rates.pop("alone"), **rates)

@@ -4,7 +4,6 @@ from collections import Counter
 
 from leanlm.planning.constants import KERNEL, LAYOUT, OVERLAP, REACHED
 from leanlm.planning.hardware.devices import Device
-from leanlm.planning.hardware.probe import sent
 from leanlm.planning.simulation.trace import Work
 from leanlm.strategies.plan import Plan
 
@@ -33,8 +32,7 @@ def seconds(work: dict[str, Counter[Work]], micros: int, plan: Plan, device: Dev
 
 
 def _sending(kind: Work, device: Device) -> float:
-    link = device.links.get(kind.collective, device.link)
-    return device.latency + kind.size * sent(kind.collective, kind.ranks) / link
+    return device.latency + device.sending(kind.collective, kind.size, kind.ranks)
 
 
 def _computing(kind: Work, device: Device) -> float:

@@ -91,20 +91,20 @@ class _Kernels:
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.place = {node: i for i, node in enumerate(graph.graph.nodes)}
-        self.nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+        nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
         self.inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         self.results = next(node for node in graph.graph.nodes if node.op == "output").args[0]
         self.constants = {node: getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"}
-        self.views = {node for node in self.nodes if _is_view(node)}
+        self.views = {node for node in nodes if _is_view(node)}
+        self.nodes = [node for node in nodes if node not in self.views]
         self.alone = {node for node in self.nodes if _stands_alone(node)}
         self.bare = {node for node in self.alone if _name(node) == "addmm" and self._others_add_the_bias(node)}
         self.reads: dict[fx.Node, set[fx.Node]] = {}  # what each needs in memory
         self.stored = self._stored()
         self.group = self._groups()
         self.members: dict[fx.Node, list[fx.Node]] = defaultdict(list)
-        for node in self.nodes:
-            if node in self.group:
-                self.members[self.group[node]].append(node)
+        for node, root in self.group.items():
+            self.members[root].append(node)
         self.order = self._order()
         self.last = {part: i for i, kernel in enumerate(self.order) for part in self._needs(kernel)}
 
@@ -135,12 +135,10 @@ class _Kernels:
         wanted = {*self._bases(self.results), *(part for node in self.alone for part in self._bases(self._arguments(node)))}
         users: dict[fx.Node, set[fx.Node]] = defaultdict(set)
         for node in self.nodes:
-            for part in self._bases(self._arguments(node)) if node not in self.views else ():
+            for part in self._bases(self._arguments(node)):
                 users[part].add(node)
         found: set[fx.Node] = set()
         for node in self.nodes:
-            if node in self.views:
-                continue
             reads: set[fx.Node] = set()
             for part in self._bases(self._arguments(node)):
                 fused = part.op == "call_function" and part not in self.alone and part not in found
@@ -165,8 +163,6 @@ class _Kernels:
             return node
 
         for node in self.nodes:
-            if node in self.views or node not in self.reads:
-                continue
             below = max((depth.get(part, 0) for part in self.reads[node]), default=0)
             depth[node] = below + (node in self.alone)
             if node not in self.stored:
@@ -183,7 +179,6 @@ class _Kernels:
     def _order(self) -> list[fx.Node]:
         """Operations that stand alone, and one member of each group, each as soon as it can run or is needed."""
         order: dict[fx.Node, None] = {}
-        waiting = {root: len(members) for root, members in self.members.items()}
 
         def need(kernel: fx.Node) -> None:
             if kernel in order:
@@ -196,10 +191,8 @@ class _Kernels:
         for node in self.nodes:
             if node in self.alone:
                 need(node)
-            elif node in self.group:
-                waiting[self.group[node]] -= 1
-                if not waiting[self.group[node]]:
-                    need(self.group[node])
+            elif node in self.group and node is self.members[self.group[node]][-1]:
+                need(self.group[node])
         return list(order)
 
     def _needs(self, kernel: fx.Node) -> list[fx.Node]:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlm.data.batches import Batch
 from leanlm.memory import offload
-from leanlm.optimizers import build, low_bit
+from leanlm.optimizers import low_bit
 from leanlm.planning.simulation import patches, repetitions
 from leanlm.planning.simulation.compiled import compiler_of
 from leanlm.planning.simulation.trace import Trace, Work
@@ -49,16 +50,15 @@ def everything(trace: Trace, plan: Plan, rank: int) -> Iterator[None]:
     file = _File(trace)
     with ExitStack() as stack:
         stack.enter_context(ranks(rank, plan.world))
-        _forget_tables()
-        stack.callback(_forget_tables)
         replaced = [
             *patches.meshes_with_numbers(),
             *(patches.resizing(trace.resized) if plan.shard > 1 else ()),
             *repetitions.few_pieces(trace),
             *repetitions.alike_tensors(trace),
             *(patches.sending() if plan.pipeline > 1 else ()),
-            *((place, "scratch", lambda: file) for place in (offload, build)),
-            (build, "host_memory", lambda: file),
+            (offload, "storage", lambda like: file),
+            # each simulation makes the tables of a quantised state: they weigh in every run, and these have no storage
+            *((low_bit, name, cache(getattr(low_bit, name).__wrapped__)) for name in ("code_values", "nearest")),
             compiler_of(trace),
             *(patches.kernels_of_a_gpu(trace.card, trace.to_host) if trace.card is not None else ()),
         ]
@@ -88,12 +88,6 @@ def _forget_meshes() -> None:
     DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
     for place, name in ((_redistribute._gen_transform_infos, "cache_clear"), (debug, "_clear_fast_path_sharding_prop_cache")):
         getattr(place, name, lambda: None)()  # torch 2.11 has not all of them
-
-
-def _forget_tables() -> None:
-    """Each simulation makes the tables of a quantised state: they weigh in every run, and these have no storage."""
-    low_bit.code_values.cache_clear()
-    low_bit.nearest.cache_clear()
 
 
 class _File(offload.Scratch):
@@ -137,8 +131,7 @@ def with_buckets(trace: Trace, plan: Plan, model: nn.Module) -> nn.Module:
         if parameter.grad is not None and parameter.grad.untyped_storage()._cdata != flat.untyped_storage()._cdata:
             place.copy_(parameter.grad)
             parameter.grad = place
-            payload = Work(collective="all-reduce", size=place.numel() * place.element_size(), ranks=dist.get_world_size())
-            trace.work[trace.phase][payload] += 1
+            trace.did(Work(collective="all-reduce", size=place.nbytes, ranks=dist.get_world_size()))
 
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(into_bucket)

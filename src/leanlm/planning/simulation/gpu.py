@@ -80,9 +80,8 @@ def _launches_of_lists(func: Any, args: Any) -> int:
     """Of an operation on lists of tensors (torch's MultiTensorApply.cuh): a kernel takes so many tensors of each list, in so
     many chunks in all. Tensors of several types, or that lie otherwise than those of another list, have one each."""
     first = args[0]
-    lists = [
-        part for part in args[:5] if isinstance(part, list) and part and isinstance(part[0], Tensor)
-    ]  # the sixth are steps
+    # the sixth are steps
+    lists = [part for part in args[:5] if isinstance(part, list) and part and isinstance(part[0], Tensor)]
     mixed = len({part.dtype for each in lists for part in each}) > 1 and func._overloadpacket is not aten._foreach_copy_
     if mixed or any(part.stride() != own.stride() for each in lists for part, own in zip(each, first, strict=True)):
         return len(first)

@@ -121,7 +121,7 @@ def kernels_of_a_gpu(card: Any, to_host: Callable[[int], None]) -> list[Patch]:
         (kernels, "on_gpu", lambda tensor: True),
         (kernels, "add_product_", _add_product_),
         (chunks, "logits_memory", lambda device: memory),
-        (offload, "_Pinned", partial(_InHostMemory, to_host)),
+        (offload, "_Kept", partial(_InHostMemory, to_host)),
         (F, "scaled_dot_product_attention", _attention),
         (F, "rms_norm", _rms_norm),
         (nn.RNNBase, "flatten_parameters", lambda self: None),
@@ -172,7 +172,7 @@ def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | 
 class _InHostMemory:
     """An activation in host memory."""
 
-    def __init__(self, to_host: Callable[[int], None], tensor: Tensor) -> None:
+    def __init__(self, to_host: Callable[[int], None], storage: Any, tensor: Tensor) -> None:
         self.to_host, self.layout, self.dtype = to_host, (tensor.shape, tensor.stride()), tensor.dtype
         to_host(tensor.nbytes)
 

@@ -22,7 +22,6 @@ from leanlm.planning.simulation import gpu
 from leanlm.planning.simulation.operations import caller, dispatches, flops_of, lstm_scratch, lstm_workspace, read_again
 
 WORKSPACES = "workspaces"  # the part that is cuBLAS's
-HOST = "host"  # kind of communication
 BEFORE = "before"  # phase in which the optimizer gets its state, which no run has
 COLLECTIVES = {"allreduce": "all-reduce", "all_reduce": "all-reduce", "allgather": "all-gather", "all_gather": "all-gather",
                "reduce_scatter": "reduce-scatter", "send": "send", "recv": "recv", "broadcast": "broadcast"}  # fmt: skip
@@ -73,12 +72,7 @@ class Trace(TorchDispatchMode):
         self.handles: set[bool] = set()  # of cuBLAS: whether one is of autograd's thread
         self.count = 0
         self.times = 1  # that what runs now counts for
-        self.phase, self.faked, self.counting = "build", False, True
-
-    def __enter__(self) -> "Trace":
-        self.faked = active_fake_mode() is not None
-        super().__enter__()
-        return self
+        self.phase, self.counting = "build", True
 
     def uncounted(self) -> AbstractContextManager[Any]:
         """Within it, storages come and go, and operations are no work."""
@@ -112,8 +106,7 @@ class Trace(TorchDispatchMode):
         """A storage was emptied, or got its memory again: torch resizes it past the dispatcher."""
         number, now = self.known[place(tensor)], here(tensor).untyped_storage().nbytes()
         if now != self.sizes[number]:
-            fresh, small = self._pages([now])
-            self.did(Work(fresh=fresh, small=small))
+            self.did(Work(0, 0, *self._pages([now])))
             self._resize(number, now)
 
     def leave(self, tensor: Any) -> None:
@@ -130,7 +123,7 @@ class Trace(TorchDispatchMode):
 
     def to_host(self, size: int) -> None:
         """So many bytes go to the memory of a GPU's machine, or come from there."""
-        self.did(Work(collective=HOST, size=size))
+        self.did(Work(collective="host", size=size))
 
     def did(self, work: Work) -> None:
         """Something was done in this phase."""
@@ -140,15 +133,15 @@ class Trace(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # of each fake tensor it is asked often
             return args[0].fake_device
         kwargs = kwargs or {}
-        inputs = _tensors((args, kwargs))
-        if self.faked and inputs and all(type(part) is Tensor for part in inputs):  # row numbers and meshes, which have values
+        inputs, faked = _tensors((args, kwargs)), active_fake_mode() is not None
+        if faked and inputs and all(type(part) is Tensor for part in inputs):  # row numbers and meshes, which have values
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         self._come_back(inputs)
         name = func._schema.name
         if name == "aten::_local_scalar_dense":
             return {torch.bool: False}.get(args[0].dtype, 1)
-        sums = self.faked and name == "aten::add" and len(inputs) == 2 and _by_autograd()
+        sums = faked and name == "aten::add" and len(inputs) == 2 and _by_autograd()
         if sums and self.known.get(place(inputs[0])) in self.summed:  # as it does with real tensors
             func, name, sums = torch.ops.aten.add_.Tensor, "aten::add_", False
         out = self._run(func, name, args, kwargs)

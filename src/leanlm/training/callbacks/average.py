@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,10 +27,7 @@ class WeightAverage(pl.Callback):
     def __init__(self, decay: float = 0.999) -> None:
         self.decay = decay
         self.in_place = False  # of the weights
-        self.sharded: list[Any] = []  # parts of the model under FSDP2
         self.named: list[tuple[str, Tensor]] = []
-        self.averages: list[Tensor] = []
-        self.weights: list[Tensor] = []
 
     @classmethod
     def problems(cls, precision: str, decay: float = 0.999, **_: Any) -> list[str]:
@@ -39,8 +37,8 @@ class WeightAverage(pl.Callback):
         return found
 
     def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
-        self.sharded = [part for part in module.parallel.net.modules() if hasattr(part, "reshard")]
-        self.sharded += [stage for stage in module.parallel.stages.values() if hasattr(stage, "reshard")]
+        parts = chain(module.parallel.net.modules(), module.parallel.stages.values())
+        self.sharded = [part for part in parts if hasattr(part, "reshard")]  # under FSDP2
         weights = [(name, weight.detach()) for name, weight in module.parallel.named_parameters()]
         self.named = [(name, weight.clone()) for name, weight in weights]
         self.weights, self.averages = ([local(part) for _, part in pairs] for pairs in (weights, self.named))
@@ -49,17 +47,7 @@ class WeightAverage(pl.Callback):
         if batch.micro == module.plan.batches_per_step - 1 and module.counts:  # a step without targets changes nothing
             torch._foreach_lerp_(self.averages, self.weights, 1 - self.decay)
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
-        self.swap()
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
-        self.swap()
-
-    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
-        """What follows, such as a sample, is made with the averages."""
-        self.swap()
-
-    def swap(self) -> None:
+    def swap(self, *_: Any, **__: Any) -> None:
         """Averages to the place of the weights, or back."""
         self.in_place = not self.in_place
         for part in self.sharded:  # FSDP2 may have kept the whole weights of a part after its forward pass
@@ -68,6 +56,9 @@ class WeightAverage(pl.Callback):
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
+
+    on_validation_epoch_start = on_validation_epoch_end = swap
+    on_train_end = swap  # what follows, such as a sample, is made with the averages
 
 
 def averages(trainer: pl.Trainer) -> list[tuple[str, Tensor]]:

@@ -41,11 +41,10 @@ class Profiler(pl.Callback):
         if batch.micro == module.plan.batches_per_step - 1:
             self.profile.step()
 
-    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         self.profile.stop()
 
-    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        self.profile.stop()
+    on_exception = on_train_end
 
     def write(self, found: profile) -> None:
         self.folder.mkdir(exist_ok=True)

@@ -44,16 +44,12 @@ class Progress(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         say(f"step {trainer.global_step}/{trainer.max_steps}  validation loss {self.record.val_loss:.4f}")  # above the bar
 
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._stop()
-
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+    on_exception = on_train_end
 
     def _status(self) -> str:
         row = self.record.row
