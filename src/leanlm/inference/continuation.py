@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from leanlm.common.errors import refuse
+from leanlm.common.precision import automatic
 from leanlm.config.arguments import typed
 from leanlm.config.checks import without_planner
 from leanlm.data.tokenizer import stream
@@ -45,6 +46,8 @@ def continuation(asked: Generate, check_memory: Callable[..., None] | None = Non
     refuse([*asked.problems(), *problems])
     config.device, plan, tokenizer = asked.device or config.device, Plan(), tokenizer_of(run)
     refuse(without_planner(config.device))
+    if config.precision == "auto":  # of a folder that is no run
+        config.precision = automatic(config.device)
     prompt = [tokenizer.start, *map(int, tokenizer.encode(asked.prompt.encode()))]
     if check_memory is not None and config.device.get("memory"):
         check_memory(config, plan, tokenizer.vocabulary, len(prompt), asked.tokens)
