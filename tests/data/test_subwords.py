@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from leanlm.common.errors import UserError
 from leanlm.data import corpus, tokenizer
-from leanlm.data.tokenizer import Subwords
+from leanlm.data.tokenizer import Subwords, given
 from leanlm.data.tokens import prepare
 
 CODE = "".join(
@@ -110,4 +110,4 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     for content in ('{"model_type": "gpt2"}', "not json", "[1]"):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(UserError, match=r"^data.tokenizer=.*tokenizer.json: not a tokenizer.json[^\n]*$"):
-            Subwords.given(str(tmp_path / "tokenizer.json"))
+            given(str(tmp_path / "tokenizer.json"))

@@ -18,7 +18,7 @@ from leanlm.config.checks import check
 from leanlm.config.schema import Settings
 from leanlm.memory import chunks, loss
 from leanlm.models import kernels
-from leanlm.models.transformer import attend
+from leanlm.models.attention import attend
 from leanlm.planning import inference as reading
 from leanlm.planning.candidates import families
 from leanlm.planning.choice import Choice

@@ -19,6 +19,7 @@ from leanlm.common.precision import PRECISIONS, automatic
 from leanlm.config.arguments import argument_problems, made, typed
 from leanlm.config.callbacks import callback_problems, missing_packages
 from leanlm.config.of_model import model_problems, settle_compile
+from leanlm.config.pretrained import weights_problems
 from leanlm.config.schema import ALLOWED, Config, Settings
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.corpus import Corpus
@@ -55,6 +56,8 @@ def check(config: DictConfig, needs_text: bool = True, needs_tokenizer: bool = T
         problems += model_problems(checked, plan) + on_gpus(plan, checked.device["accelerator"])
     corpus, found = _corpus(checked, needs_tokenizer) if needs_text else (Corpus({}), [])
     problems += _folder(checked) + found
+    if not problems and not checked.resume:
+        problems += weights_problems(checked)
     if needs_text and not problems:
         problems += fits(checked, {split: corpus.size(split) for split in corpus.splits}, at_most=True)
     if problems:
@@ -144,14 +147,11 @@ def _corpus(config: Config, needs_tokenizer: bool) -> tuple[Corpus, list[str]]:
 
 
 def _tokenizer(data: dict[str, Any]) -> list[str]:
-    problems = []
+    problems: list[str] = []
     name, vocabulary = data.get("tokenizer"), data.get("vocabulary")
-    if not isinstance(name, str) or (name not in tokenizers.NAMES and not os.path.isfile(os.path.expanduser(name))):
-        choices = ", ".join(tokenizers.NAMES)
-        problems.append(f"data.tokenizer={name}: one of {choices}, or the path of a tokenizer.json (no such file)")
-    elif name not in tokenizers.NAMES:
+    if name not in tokenizers.NAMES:
         try:
-            tokenizers.Subwords.given(name)
+            tokenizers.given(str(name))
         except UserError as error:
             problems += error.problems
     if not isinstance(vocabulary, int) or (name == "bpe" and vocabulary < 257):

@@ -27,6 +27,7 @@ from leanlm.config.arguments import MOVED, leaves, moved, typed
 from leanlm.config.checks import check
 from leanlm.config.help import help_text
 from leanlm.config.line import Line
+from leanlm.config.pretrained import begun_from_weights
 from leanlm.config.resume import effective
 from leanlm.config.schema import Config
 from leanlm.launch.processes import (
@@ -58,7 +59,8 @@ def run(name: str, schema: type, function: Callable[[Any], Any]) -> None:
         if schema is Config:
             survive_closed_pipes()
         try:
-            return function(config if schema is Config else typed(config, schema)[1])
+            task = list(HydraConfig.get().overrides.task)
+            return function(config if schema is Config else typed(begun_from_weights(config, task), schema)[1])
         except Stopped as stopped:
             raise SystemExit(128 + stopped.signum) from None
         except Exception as error:
@@ -122,7 +124,7 @@ def check_jobs(line: Line, name: str, schema: type) -> None:
                 if schema is Config:
                     check(effective(config, job))
                 else:
-                    found += typed(config, schema)[0]
+                    found += typed(begun_from_weights(config, job), schema)[0]
             except UserError as error:
                 found += error.problems
             except OmegaConfBaseException as error:

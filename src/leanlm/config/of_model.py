@@ -40,7 +40,7 @@ def can_compile(config: Config, plan: Plan) -> bool:
 
 def worth_compiling(config: Config, plan: Plan) -> bool:
     """Whether a run on a GPU is long enough for compiling to be earned back, roughly."""
-    net = _model(config.model, 256, config.sequence)
+    net = model_without_storage(config.model, 256, config.sequence)
     operations = 3 * sum(costs(net).values()) * config.global_batch / plan.world  # of a step, on each device
     blocks = -(-len(net.blocks) // plan.pipeline)
     step = max(operations / RATE, EACH * blocks * plan.accumulate_grad_batches)
@@ -57,12 +57,12 @@ def model_problems(config: Config, plan: Plan) -> list[str]:
 @cache
 def _facts(model: str, sequence: int) -> tuple[int, dict[str, int], bool, bool, bool]:
     """What `of_model` asks of a model, given as its config group in JSON: the planner asks for hundreds of plans."""
-    net = _model(json.loads(model), MANY, sequence)
+    net = model_without_storage(json.loads(model), MANY, sequence)
     adaptive = isinstance(net.head, AdaptiveHead)
     return len(net.blocks), net.tensor_units(), bool(net.tensor_split), net.carries_state, adaptive
 
 
-def _model(node: dict[str, Any], vocabulary: int, sequence: int) -> Model:
+def model_without_storage(node: dict[str, Any], vocabulary: int, sequence: int) -> Model:
     """The model of a config group, without storage."""
     with without_storage():
         return made("model", node, vocabulary=vocabulary, sequence=sequence)

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from leanlm.common.errors import UserError
 from leanlm.common.files import literal
 from leanlm.common.run_folder import Run
+from leanlm.config.pretrained import begun_from_weights
 from leanlm.config.schema import Settings
 from leanlm.config.words import parsed
 from leanlm.launch.ranks import restarted, say
@@ -21,7 +22,7 @@ HYDRA = ("hydra.", "hydra/")  # keys and groups of Hydra's own
 
 
 def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """The configuration to run: with `resume`, the old run's own with the new overrides on top.
+    """The configuration to run: with `resume`, the old run's own with the new overrides on top; with `init_from`, its model.
 
     Raises:
         UserError: an override would change the mathematics of the run.
@@ -29,7 +30,7 @@ def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
     if not config.resume:
         if restarted() and config.run_dir and Path(config.run_dir, "config.yaml").is_file():
             config.resume = literal(config.run_dir)  # torchrun has begun its processes again
-        return config
+        return begun_from_weights(config, overrides)
     run = Run.find(config.resume)
     merged = run.config()
     merged.resume, merged.run_dir = literal(str(run.path)), None

@@ -30,6 +30,7 @@ class Config:
     checkpoint_every: int = SHIPPED["checkpoint_every"]
     keep_checkpoints: int = SHIPPED["keep_checkpoints"]
     resume: str | None = SHIPPED["resume"]
+    init_from: str | None = SHIPPED["init_from"]
     restarts: int = SHIPPED["restarts"]
     run_dir: str | None = SHIPPED["run_dir"]
     precision: str = SHIPPED["precision"]

@@ -129,24 +129,24 @@ class Subwords:
     """A model of the `tokenizers` library: byte-level BPE trained on the corpus, or a given `tokenizer.json`.
 
     What the file says of sequences (truncation, padding, marks at the ends) is not for a text, and left out.
+
+    Args:
+        model: as JSON.
+        beside: what the files beside it say, see `_beside`.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, beside: dict[str, Any] | None = None) -> None:
         from tokenizers import Tokenizer as Model
 
+        self.beside = beside or {}
         self.model = Model.from_str(json.dumps(json.loads(model) | dict.fromkeys(("truncation", "padding", "post_processor"))))
-        self.vocabulary = 1 + max(self.model.get_vocab().values())  # there may be holes
+        known = 1 + max(self.model.get_vocab().values())  # there may be holes
+        self.vocabulary = self.beside.get("vocabulary", known)
+        if known > self.vocabulary:
+            raise UserError(f"it has {known:,} token types, the model beside it {self.vocabulary:,}")
         marks = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]", "<eos>", "\n", "Ċ", "<0x0A>")
-        numbers = [self.model.token_to_id(mark) for mark in marks]
+        numbers = [self.model.token_to_id(mark) for mark in (*self.beside.get("marks", ()), *marks)]
         self.start: int = next((number for number in numbers if number is not None), 0)
-
-    @classmethod
-    def given(cls, path: str) -> "Subwords":
-        """That of a `tokenizer.json`. Raises UserError if it is none."""
-        try:
-            return cls(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises no other
-            raise UserError(f"data.tokenizer={path}: not a tokenizer.json of the tokenizers library: {error}") from None
 
     @classmethod
     def train(cls, chunks: Iterable[bytes], vocabulary: int) -> "Subwords":
@@ -199,7 +199,7 @@ class Subwords:
         return [] if number is None else [number]
 
     def state(self) -> dict:
-        return {"kind": "subword", "model": self.model.to_str()}
+        return {"kind": "subword", "model": self.model.to_str(), **({"beside": self.beside} if self.beside else {})}
 
 
 def _pieces(chunks: Iterable[bytes]) -> Iterator[str]:
@@ -250,7 +250,44 @@ def train(name: str, vocabulary: int, chunks: Callable[[str | None], Iterable[by
         return Words.train(chunks("train"))
     if name == "bpe":
         return Subwords.train(chunks("train"), vocabulary)
-    return Subwords.given(name)
+    return given(name)
+
+
+def given(path: str) -> Tokenizer:
+    """That of a `tokenizer.json`, of a folder in Hugging Face's layout that has one, or of a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    place = Path(os.path.expanduser(path))
+    file = place / "tokenizer.json" if place.is_dir() else place
+    if not file.is_file():
+        raise UserError(f"data.tokenizer={path}: one of {', '.join(NAMES)}, or the path of a tokenizer.json (no such file)")
+    try:
+        text = file.read_text(encoding="utf-8")
+        if (place / "config.yaml").is_file():
+            return restore(json.loads(text))
+        return Subwords(text, _beside(place) if place.is_dir() else None)
+    except Exception as error:  # the library raises no other
+        raise UserError(f"data.tokenizer={path}: not a tokenizer.json of the tokenizers library: {error}") from None
+
+
+def _beside(folder: Path) -> dict[str, Any]:
+    """What a folder in Hugging Face's layout says of its tokenizer: `vocabulary`, the rows of the model's embedding; `marks`,
+    the token that begins a text, then the one that ends it; `stop`, tokens that end an answer; `chat`, a template."""
+    read = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+            for name in ("config", "tokenizer_config", "generation_config") if (folder / f"{name}.json").is_file()}  # fmt: skip
+    told, config = read.get("tokenizer_config", {}), read.get("config", {})
+    marks = [told.get("bos_token"), told.get("eos_token")]
+    stop = read.get("generation_config", {}).get("eos_token_id", config.get("eos_token_id"))
+    template = folder / "chat_template.jinja"
+    found = {
+        "vocabulary": config.get("vocab_size"),
+        "marks": [mark["content"] if isinstance(mark, dict) else mark for mark in marks if mark],
+        "stop": stop if isinstance(stop, list) else [stop] if isinstance(stop, int) else None,
+        "chat": template.read_text(encoding="utf-8") if template.is_file() else told.get("chat_template"),
+    }
+    return {key: value for key, value in found.items() if value}
 
 
 def restore(state: dict) -> Tokenizer:

@@ -145,10 +145,11 @@ def _tokenizer_key(tokenizer: str | Tokenizer, vocabulary: int) -> list:
         return [tokenizer, vocabulary, IN_ONE_PIECE]
     if tokenizer in tokenizers.NAMES:
         return [tokenizer, None]
-    if isinstance(tokenizer, str):
+    if isinstance(tokenizer, str) and os.path.isfile(os.path.expanduser(tokenizer)):
         content = Path(os.path.expanduser(tokenizer)).read_bytes()
     else:
-        content = json.dumps(tokenizer.state()).encode()
+        made = tokenizers.given(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        content = json.dumps(made.state()).encode()
     return [hashlib.sha256(content).hexdigest(), IN_ONE_PIECE]
 
 

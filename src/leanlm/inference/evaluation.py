@@ -49,7 +49,8 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
     """
     run = Run.find(asked.run)
     config = run.config()
-    given: dict[str, Any] = {"devices": asked.devices, "strategy": asdict(asked.strategy), "callbacks": None, "logger": None}
+    given: dict[str, Any] = dict.fromkeys(("callbacks", "logger", "init_from"))
+    given |= {"devices": asked.devices, "strategy": asdict(asked.strategy)}
     if asked.strategy.pipeline == 1:
         given["strategy"]["accumulate_grad_batches"] = 1
     given |= {

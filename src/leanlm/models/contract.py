@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from leanlm.models.dropout import RowDropout
 from leanlm.models.head import Head, head_problems
 
+SIZES = ("width", "depth", "heads", "embedding", "head_size", "window")  # arguments of models that count something
+
 
 class Model(nn.Module):
     """Base of all language models.
@@ -30,7 +32,8 @@ class Model(nn.Module):
 
     # What a tensor axis may split: name of a submodule, `*` for any block -> "vocabulary" (an embedding, or the head's
     # projection, by token types), "colwise" (a linear layer by outputs), "rowwise" (by inputs, which a colwise layer made),
-    # "input" (a module whose input only colwise layers read: its gradient is then summed once for all of them).
+    # "input" (a module whose input only colwise layers read: its gradient is then summed once for all of them), "partial" (an
+    # RMSNorm that each device applies to outputs of a colwise layer: the gradient of its scale is summed).
     tensor_split: ClassVar[dict[str, str]] = {}
 
     embed: nn.Module  # (tokens [b, s], position of the first token) -> hidden [b, s, h]
@@ -51,7 +54,7 @@ class Model(nn.Module):
     def problems(cls, **arguments: Any) -> list[str]:
         """What cannot work about constructor arguments that are of the right types, one line each."""
         given = cls.given(arguments)
-        sizes = {key: given[key] for key in ("width", "depth", "heads", "embedding") if given.get(key) is not None}
+        sizes = {key: given[key] for key in SIZES if given.get(key) is not None}
         found = [f"{key}={size}: it must be at least 1" for key, size in sizes.items() if size < 1]
         if not 0 <= given.get("dropout", 0) < 1:
             found.append(f"dropout={given['dropout']}: a share of at least 0 and below 1")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanlm.models import kernels
+from leanlm.models.attention import Attention, KVCache, Rotary
 from leanlm.models.contract import Model
 from leanlm.models.dropout import RowDropout
 from leanlm.models.head import make_head
@@ -29,15 +29,20 @@ class Transformer(Model):
         depth: number of blocks.
         heads: query heads per block.
         kv_heads: key-value heads, shared by groups of query heads (GQA, Ainslie et al. 2023); None: as many as heads.
+        head_size: numbers of a head; None: width / heads.
         mlp_width: inner size of the MLP; None: 4 * width.
         positions: learned table (GPT-2) or rotary (RoPE, Su et al. 2021).
         rope_base: wavelength base of the rotary positions.
+        rope_scaling: how their wavelengths are stretched, see `attention.Rotary`; None: not at all.
+        window: tokens that a position attends to, itself among them (Mistral 7B, Jiang et al. 2023); None: all up to it.
         norm: LayerNorm or RMSNorm, before each sublayer and before the head.
         norm_eps: added to the variance.
         norm_weight: whether norms have a learned scale.
         qk_norm: RMS-normalise queries and keys per head (Dehghani et al. 2023).
+        qk_norm_weight: whether these norms have a learned scale, and add `norm_eps` (Qwen3).
         activation: gelu, gelu_tanh (GPT-2's approximation), relu2 (So et al. 2021), swiglu (Shazeer 2020).
         bias: biases in linear layers and LayerNorms.
+        qkv_bias: biases in the layers of queries, keys and values (Qwen2); None: as `bias`.
         tied: share the embedding's weights with the head's.
         cutoffs: numbers of the types at which the bands of an adaptive softmax begin; None: a plain one.
         zero_init: start the projections back to the residual stream at zero.
@@ -53,6 +58,8 @@ class Transformer(Model):
         "blocks.*.attention.query": "colwise",
         "blocks.*.attention.key": "colwise",
         "blocks.*.attention.value": "colwise",
+        "blocks.*.attention.query_norm": "partial",
+        "blocks.*.attention.key_norm": "partial",
         "blocks.*.attention.out": "rowwise",
         "blocks.*.mlp": "input",
         "blocks.*.mlp.up": "colwise",
@@ -70,15 +77,20 @@ class Transformer(Model):
         depth: int = 12,
         heads: int = 12,
         kv_heads: int | None = None,
+        head_size: int | None = None,
         mlp_width: int | None = None,
         positions: Literal["learned", "rope"] = "learned",
         rope_base: float = 10000.0,
+        rope_scaling: dict[str, float] | None = None,
+        window: int | None = None,
         norm: Norm = "layernorm",
         norm_eps: float = 1e-5,
         norm_weight: bool = True,
         qk_norm: bool = False,
+        qk_norm_weight: bool = False,
         activation: Activation = "gelu_tanh",
         bias: bool = True,
+        qkv_bias: bool | None = None,
         tied: bool = True,
         cutoffs: list[int] | None = None,
         zero_init: bool = False,
@@ -95,8 +107,16 @@ class Transformer(Model):
             return nn.LayerNorm(width, norm_eps, norm_weight, bias)
 
         def make_block() -> nn.Module:
-            base = rope_base if positions == "rope" else None
-            attention = Attention(width, heads, self.units["kv_heads"], bias, qk_norm, base, sequence)
+            attention = Attention(
+                (width, heads, self.units["kv_heads"], head_size or width // heads),
+                sequence,
+                bias=bias,
+                qkv_bias=bias if qkv_bias is None else qkv_bias,
+                rotary=Rotary(rope_base, **(rope_scaling or {})) if positions == "rope" else None,
+                window=window,
+                qk_norm=qk_norm,
+                norm_eps=norm_eps if qk_norm_weight else None,
+            )
             mlp = MLP(width, self.units["mlp_width"], activation, bias)
             return Block(make_norm(), attention, make_norm(), mlp, dropout)
 
@@ -112,13 +132,15 @@ class Transformer(Model):
         given, found = cls.given(arguments), super().problems(**arguments)
         width, heads = given["width"], given["heads"]
         groups = given["kv_heads"] or heads
+        found += Rotary.problems(given["rope_scaling"] or {})
         if width < 1 or heads < 1:
             return found
-        if width % heads:
+        size = given["head_size"] or width // heads
+        if width % heads and not given["head_size"]:
             near = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: abs(n - heads))
             found.append(f"width={width} does not divide by heads={heads}: write heads={near}")
-        elif given["positions"] == "rope" and width // heads % 2:
-            found.append(f"rope turns pairs, but width={width} / heads={heads} = {width // heads} is odd")
+        elif given["positions"] == "rope" and size % 2:
+            found.append(f"rope turns pairs, but a head of size {size} (head_size, or width={width} / heads={heads}) is odd")
         if heads % groups:
             found.append(f"heads={heads} does not divide by kv_heads={groups}")
         return found
@@ -126,7 +148,7 @@ class Transformer(Model):
     def tensor_units(self) -> dict[str, int]:
         return self.units
 
-    def start(self, batch: int) -> list["KVCache"]:
+    def start(self, batch: int) -> list[KVCache]:
         return [block.attention.cache(batch) for block in self.blocks.values() if isinstance(block, Block)]
 
     def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
@@ -156,100 +178,16 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, norm1: nn.Module, attention: "Attention", norm2: nn.Module, mlp: "MLP", dropout: float) -> None:
+    def __init__(self, norm1: nn.Module, attention: Attention, norm2: nn.Module, mlp: "MLP", dropout: float) -> None:
         super().__init__()
         self.attention_norm, self.attention = norm1, attention
         self.mlp_norm, self.mlp = norm2, mlp
         self.attention_dropout, self.mlp_dropout = RowDropout(dropout), RowDropout(dropout)
 
-    def forward(self, hidden: Tensor, state: "KVCache | None" = None) -> tuple[Tensor, "KVCache | None"]:
+    def forward(self, hidden: Tensor, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
         hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), state))
         hidden = hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))
         return hidden, state
-
-
-class KVCache:
-    """Keys and values of the tokens read so far, `[b, g, capacity, d]` each, filled up to `length`."""
-
-    def __init__(self, keys: Tensor) -> None:
-        self.keys, self.values, self.length = keys, torch.zeros_like(keys), 0
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + key.shape[2]
-        self.keys[:, :, self.length : end] = key
-        self.values[:, :, self.length : end] = value
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
-class Attention(nn.Module):
-    def __init__(
-        self, width: int, heads: int, kv_heads: int, bias: bool, qk_norm: bool, rope_base: float | None, capacity: int
-    ) -> None:
-        super().__init__()
-        self.size = width // heads
-        self.kv_heads, self.qk_norm, self.rope_base, self.capacity = kv_heads, qk_norm, rope_base, capacity
-        self.query = nn.Linear(width, width, bias=bias)
-        self.key = nn.Linear(width, kv_heads * self.size, bias=bias)
-        self.value = nn.Linear(width, kv_heads * self.size, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
-
-    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
-        def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, self.size)).transpose(1, 2)  # [b, s, n*d] -> [b, n, s, d]
-
-        query, key, value = map(split, together(hidden, self.query, self.key, self.value))
-        if self.qk_norm:
-            query, key = F.rms_norm(query, (self.size,)), F.rms_norm(key, (self.size,))
-        start = cache.length if cache else 0
-        if self.rope_base:
-            query, key = rotate((query, key), start, self.rope_base)
-        mask = None
-        if cache:
-            key, value = cache.append(key, value)
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(start)
-        out = attend(query, key, value, mask)
-        return self.out(out.transpose(1, 2).flatten(2))  # [b, n, s, d] -> [b, s, h]
-
-    def cache(self, batch: int) -> KVCache:
-        weight = self.key.weight
-        return KVCache(weight.new_zeros(batch, self.kv_heads, self.capacity, self.size))
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention, causal unless there is a mask; query `[b, n, s, d]`, key and value `[b, g, t, d]`."""
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        grouped = key.shape[1] != query.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
-
-    low = kernels.low_precision(query)
-    if kernels.on_gpu(query):
-        if low == torch.float32 and key.shape[1] != query.shape[1]:
-            # its float32 kernel knows no groups: torch would keep the probabilities of all pairs of positions
-            key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
-        return attention(query, key, value)
-    if low != torch.float32 and query.dtype != torch.float64:
-        # the CPU's flash kernel takes 3 times as long in bf16 as in fp32 at 64 to 128 positions
-        with torch.autocast("cpu", enabled=False):
-            return attention(query.float(), key.float(), value.float()).to(low)
-    return attention(query, key, value)
-
-
-def rotate(parts: tuple[Tensor, ...], start: int, base: float) -> list[Tensor]:
-    """Rotary positions on `x [b, n, s, d]`, each of which begins at position `start`; pairs (i, i + d/2) as Llama's code has
-    it."""
-    x = parts[0]
-    half = x.shape[-1] // 2
-    compute = torch.promote_types(x.dtype, torch.float32)  # angles lose positions in bf16
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=compute) / half)
-    angle = torch.arange(start, start + x.shape[2], device=x.device, dtype=compute)[:, None] * frequency  # [s, d/2]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-
-    def turned(first: Tensor, second: Tensor) -> Tensor:
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-    return [turned(part[..., :half], part[..., half:]) for part in parts]
 
 
 class MLP(nn.Module):

@@ -43,7 +43,7 @@ def plan(asked: Ask, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     device, count = devices.of_config(asked.device, asked.devices), devices.count(asked.device, asked.devices)
     node = {key: value for key, value in vars(asked).items() if key not in OWN}
-    node["device"] = {"accelerator": "cpu"}
+    node |= {"device": {"accelerator": "cpu"}, "init_from": None}  # a plan does not depend on what the weights are
     if asked.precision == "auto":
         node["precision"] = automatic(asked.device)
     settings = check(OmegaConf.create(literal(asdict(Config(**node)))))

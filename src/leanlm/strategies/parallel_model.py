@@ -5,6 +5,7 @@ The order is fixed (as in torchtitan's parallelize.py): stages, then the tensor 
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from leanlm.common.errors import UserError
 from leanlm.launch.ranks import rank
 from leanlm.memory import malloc
 from leanlm.memory.tied import add_rows
-from leanlm.models.contract import Model, ties
+from leanlm.models.contract import Model, initial, ties
 from leanlm.strategies import balance, placing
 from leanlm.strategies.plan import AXES, Plan
 from leanlm.strategies.stage import Stage
@@ -28,9 +29,9 @@ class ParallelModel:
     """What one rank holds of a model: `net`, without the parts that other ranks hold, and its stages."""
 
     def __init__(self, net: Model, plan: Plan, seed: int, device: torch.device, cost: dict[str, float] | None = None,
-                 autocast: torch.dtype | None = None) -> None:  # fmt: skip
+                 autocast: torch.dtype | None = None, value_of: placing.Values | None = None) -> None:  # fmt: skip
         """`net` has no storage yet if the plan cuts it; what is kept goes to `device`. `cost`: of the parts, for a pipeline.
-        `autocast`: see `Stage`."""
+        `autocast`: see `Stage`. `value_of`: where initial values come from; None: from the name and `seed`."""
         self.net, self.plan, self.device = net, plan, device
         self.ties, self.width, self.vocabulary, self.dtype = ties(net), net.width, net.vocabulary, next(net.parameters()).dtype
         self.parameters = sum(parameter.numel() for parameter in net.parameters())  # of the whole model, tied ones once
@@ -54,7 +55,7 @@ class ParallelModel:
             from leanlm.strategies.tensor import split_matrices
 
             split_matrices(net, self.mesh["tensor"])
-        self._fill_and_shard(seed)
+        self._fill_and_shard(value_of or partial(initial, net, seed))
         if net.head is not None and plan.tensor == 1 and not plan.compiled:  # a compiler sums these gradients itself
             add_rows(net, net.head)
         self._parameters = list(net.named_parameters())  # found once: to look through all modules takes as long as some layers
@@ -155,10 +156,10 @@ class ParallelModel:
         if self.last not in numbers:
             self.net.head = None  # type: ignore[assignment]
 
-    def _fill_and_shard(self, seed: int) -> None:
+    def _fill_and_shard(self, value_of: placing.Values) -> None:
         for stage in self.stages.values():
             for part in (*stage.blocks.values(), stage):
-                placing.fill(part, self.net, self.ties, seed, self.device)
+                placing.fill(part, self.net, self.ties, value_of, self.device)
                 if self.mesh is not None and self.plan.shard > 1:
                     placing.shard(part, self.mesh, self.plan)
                     malloc.trim()  # or memory would come to that of the whole model, although no rank ever holds it

@@ -5,21 +5,24 @@ one part.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leanlm.common.dtensors import dtensor_like, is_dtensor, local_part
-from leanlm.models.contract import Model, initial
 from leanlm.strategies.plan import Plan
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+Values = Callable[[str, Tensor], Tensor]  # name of a parameter, one of its shape and type -> its initial value on the CPU
+
+
 @torch.no_grad()
-def fill(part: nn.Module, net: Model, global_names: dict[str, str], seed: int, device: torch.device) -> None:
+def fill(part: nn.Module, net: nn.Module, global_names: dict[str, str], value_of: Values, device: torch.device) -> None:
     """Give storage on a device and initial values to the parameters of a part of `net` that have none.
 
     `global_names`: of tied parameters that have another name; tied ones of a part become one.
@@ -32,7 +35,7 @@ def fill(part: nn.Module, net: Model, global_names: dict[str, str], seed: int, d
             if name not in filled and not parameter.is_meta:
                 continue
             if name not in filled:
-                value = initial(net, seed, name, parameter).to(device)
+                value = value_of(name, parameter).to(device)
                 if is_dtensor(parameter):
                     value = dtensor_like(local_part(value, parameter).clone(), parameter, value.shape)
                 filled[name] = nn.Parameter(value)

@@ -23,6 +23,9 @@ def split_matrices(net: Model, mesh: DeviceMesh) -> None:
 def _split(module: Any, kind: str, mesh: DeviceMesh) -> None:
     if kind == "input":
         module.register_forward_pre_hook(partial(_sum_gradient_once, mesh))
+    elif kind == "partial":
+        if getattr(module, "weight", None) is not None:
+            module.forward = partial(_scaled_in_parts, module, mesh)
     elif isinstance(module, nn.Embedding):
         _split_rows(module, mesh)
     elif isinstance(module, nn.AdaptiveLogSoftmaxWithLoss):
@@ -50,6 +53,12 @@ def _look_up(embedding: Any, mesh: DeviceMesh, tokens: Tensor) -> Tensor:
     here = (position >= 0) & (position < len(weight))
     found = nn.functional.embedding(position.where(here, 0), weight).masked_fill(~here[..., None], 0)
     return DTensor.from_local(found, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()]).to_local()
+
+
+def _scaled_in_parts(norm: Any, mesh: DeviceMesh, x: Tensor) -> Tensor:
+    """RMSNorm of this device's heads, whose whole scale each device holds: its gradient is summed over the devices."""
+    weight = DTensor.from_local(norm.weight, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+    return nn.functional.rms_norm(x, norm.normalized_shape, weight, norm.eps)
 
 
 def _sum_gradient_once(mesh: DeviceMesh, module: nn.Module, inputs: tuple) -> tuple:

@@ -21,6 +21,7 @@ from leanlm.config.schema import Config, Settings
 from leanlm.launch.ranks import local_world_size, rank, world_size
 from leanlm.models import kernels
 from leanlm.models.contract import Model, initialize, without_storage
+from leanlm.models.pretrained import Weights
 from leanlm.strategies import balance
 from leanlm.strategies.lightning import strategy
 from leanlm.strategies.parallel_model import ParallelModel
@@ -41,14 +42,14 @@ def model(config: Config, plan: Plan, vocabulary: int) -> Model:
     return net
 
 
-def parallel_model(config: Config, plan: Plan, vocabulary: int) -> ParallelModel:
-    """What this rank holds of the configured model, with its initial weights. All ranks must call it."""
+def parallel_model(config: Config, plan: Plan, vocabulary: int, weights: Weights | None = None) -> ParallelModel:
+    """What this rank holds of the configured model, with initial weights or those given. All ranks must call it."""
     with without_storage() if plan.splits_model else nullcontext():
         net = model(config, plan, vocabulary)
     if not plan.splits_model:
-        initialize(net, config.seed)
+        initialize(net, config.seed) if weights is None else weights.fill(net)
     cost = balance.costs(net) if plan.pipeline > 1 else None
-    return ParallelModel(net, plan, config.seed, device(config), cost, PRECISIONS[config.precision][1])
+    return ParallelModel(net, plan, config.seed, device(config), cost, PRECISIONS[config.precision][1], weights)
 
 
 def device(config: Config) -> torch.device:

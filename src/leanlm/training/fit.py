@@ -17,12 +17,14 @@ from leanlm.common.files import write
 from leanlm.common.machine import memory_now, peak_memory
 from leanlm.common.precision import gpu_has_bf16
 from leanlm.common.run_folder import Run
+from leanlm.config.pretrained import is_run
 from leanlm.config.schema import Settings
 from leanlm.data.prefetch import prefetched
 from leanlm.data.tokenizer import Tokenizer, stream
 from leanlm.data.tokens import Tokens
 from leanlm.launch.ranks import comfort, of_ranks, on_rank_0, on_rank_0_first, rank, say
 from leanlm.models.generation import LogitsAfter, generate
+from leanlm.models.pretrained import Weights
 from leanlm.reporting.pictures import loss_curve
 from leanlm.reporting.summary import summary
 from leanlm.strategies import relay
@@ -31,7 +33,7 @@ from leanlm.training import build, data, utilization
 from leanlm.training.callbacks.checkpoints import Checkpoints
 from leanlm.training.callbacks.progress import Progress
 from leanlm.training.callbacks.record import Record
-from leanlm.training.checkpoint import newest_whole, state_of
+from leanlm.training.checkpoint import load, newest_whole, state_of
 from leanlm.training.lightning_module import LanguageModel
 
 
@@ -45,7 +47,7 @@ def fit(settings: Settings, path: Path) -> dict[str, Any]:
         make_folder(run, settings.as_run(), tokens, start)
     before = of_ranks(memory_now())
 
-    parallel = build.parallel_model(asked, settings.plan, tokens.tokenizer.vocabulary)
+    parallel = begin(settings, tokens, start)
     module = build.module(settings, parallel)
     announce(settings, tokens, module, run)
 
@@ -74,6 +76,20 @@ def fit(settings: Settings, path: Path) -> dict[str, Any]:
                 file.write(f"--- step {trainer.global_step}\n{sample}\n")
         summary(result, sample, run)
     return result
+
+
+def begin(settings: Settings, tokens: Tokens, start: Path | None) -> ParallelModel:
+    """The model as the plan cuts it, with initial weights or those of `init_from`, if it does not go on from a checkpoint. All
+    ranks must call it."""
+    config, plan, source = settings.config, settings.plan, None if start else settings.config.init_from
+    given = Weights(Path(source)) if source and not is_run(source) else None
+    parallel = build.parallel_model(config, plan, tokens.tokenizer.vocabulary, given)
+    if source and given is None:
+        whole, _ = newest_whole(Run(source).checkpoints)
+        if whole is None:
+            raise UserError(f"init_from={source}: it has no whole checkpoint")
+        load(whole, parallel.named_parameters(), None, prefer_average=True)
+    return parallel
 
 
 def checkpoint_to_start_from(settings: Settings, tokens: Tokens) -> Path | None:

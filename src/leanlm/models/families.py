@@ -1,0 +1,221 @@
+"""Families of published models, as data: how their config.json and their weights name what a Transformer has here.
+
+A family of the Llama kind is one entry in FAMILIES. Names of weights have `*` for the number of a block.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from leanlm.common.errors import UserError
+
+NEEDED = object()  # the default of a key that config.json must have
+
+
+class Rule(NamedTuple):
+    """A tensor of theirs: one parameter of ours or, one behind the other along the outputs, several; perhaps transposed."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attributes:
+    model_type: in config.json.
+    architecture: the class of transformers.
+    keys: argument of the Transformer -> their key, and its value where config.json has none.
+    fixed: arguments that all models of the family have.
+    same: their key -> the only value with which their mathematics is ours, also where config.json has none.
+    rules: of the weights.
+    prefix: of the names of weights, which some files leave out.
+    """
+
+    model_type: str
+    architecture: str
+    keys: dict[str, tuple[str, Any]]
+    fixed: dict[str, Any]
+    same: dict[str, Any]
+    rules: tuple[Rule, ...]
+    prefix: str
+
+    def arguments(self, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Arguments of the Transformer for a config.json, and what in that cannot be understood, one line each."""
+        problems = [f"it has no {key}" for key, default in self.keys.values() if default is NEEDED and key not in config]
+        found = self.fixed | {ours: config.get(key, default) for ours, (key, default) in self.keys.items()}
+        if found["positions"] == "rope":
+            rope, wrong = _rope(config)
+            found, problems = found | rope, problems + wrong
+        problems += [
+            f"{key}={config[key]}: only {wanted} is computed here"
+            for key, wanted in self.same.items()
+            if config.get(key, wanted) != wanted
+        ]
+        kinds = set(config.get("layer_types") or ())
+        if len(kinds) > 1 or kinds - {"sliding_attention" if found.get("window") else "full_attention"}:
+            problems.append(f"layer_types={sorted(kinds)}: one kind of attention in all layers is computed here")
+        known = {*self.same, *(key for key, _ in self.keys.values()), *WITHOUT_EFFECT}
+        unknown = [key for key in config if key not in known and not key.startswith("_")]
+        problems += [f"{key}={config[key]}: not understood, it may change the model" for key in unknown]
+        return found, problems
+
+    def config(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """The config.json of a Transformer with all its arguments, or None if it is of another family."""
+        ours = {key: value for key, value in arguments.items() if key not in OURS_ALONE}
+        if arguments["cutoffs"] or any(ours.pop(key) != value for key, value in self.fixed.items()):
+            return None
+        scaling, base = ours.pop("rope_scaling"), ours.pop("rope_base")
+        config = self.same | {key: ours.pop(name) for name, (key, _) in self.keys.items()}
+        if any(value not in (None, False) for value in ours.values()):
+            return None
+        if self.fixed["positions"] == "rope":
+            kind = "linear" if scaling and len(scaling) == 1 else "llama3"
+            config |= {"rope_theta": base, "rope_scaling": {"rope_type": kind, **scaling} if scaling else None}
+        return {"model_type": self.model_type, "architectures": [self.architecture], **config}
+
+
+OURS_ALONE = ("vocabulary", "sequence", "dropout", "init", "zero_init", "cutoffs")
+SCALING = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+# They say how a model is trained, generates, is stored, or what other heads it may have.
+WITHOUT_EFFECT = {
+    "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id", "chunk_size_feed_forward",
+    "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range",
+    "is_encoder_decoder", "is_llama_config", "label2id", "layer_types", "max_position_embeddings", "max_window_layers",
+    "model_type", "n_ctx", "n_positions", "output_attentions", "output_hidden_states", "output_past", "pad_token_id",
+    "predict_special_tokens", "pretraining_tp", "problem_type", "reorder_and_upcast_attn", "resid_pdrop", "return_dict",
+    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "torch_dtype",
+    "transformers.js_config", "transformers_version", "unk_token_id", "use_cache", "vocab_size",
+}  # fmt: skip
+
+
+def _rope(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """`rope_base` and `rope_scaling`: transformers 5 writes both as `rope_parameters`, earlier ones as two keys."""
+    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    base = scaling.pop("rope_theta", config.get("rope_theta", 10000.0))
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    if scaling.keys() != set(SCALING.get(kind, ["?"])):
+        return {}, [f"rope_scaling={kind} with {scaling}: computed here are {SCALING}"]
+    return {"rope_base": float(base), "rope_scaling": {key: float(value) for key, value in scaling.items()} or None}, []
+
+
+def _rules(names: Iterable[tuple[str, str]], transposed: Iterable[str] = ()) -> tuple[Rule, ...]:
+    """Rules of weights and biases by the names of their modules; several names of ours are parted by spaces."""
+    return tuple(
+        Rule(f"{theirs}.{kind}", tuple(f"{name}.{kind}" for name in ours.split()), theirs in transposed and kind == "weight")
+        for theirs, ours in names
+        for kind in ("weight", "bias")
+    )
+
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    keys={
+        "width": ("hidden_size", NEEDED),
+        "depth": ("num_hidden_layers", NEEDED),
+        "heads": ("num_attention_heads", NEEDED),
+        "kv_heads": ("num_key_value_heads", None),
+        "head_size": ("head_dim", None),
+        "mlp_width": ("intermediate_size", NEEDED),
+        "norm_eps": ("rms_norm_eps", 1e-6),
+        "tied": ("tie_word_embeddings", False),
+    },
+    fixed={
+        "positions": "rope", "norm": "rmsnorm", "norm_weight": True, "qk_norm": False, "qk_norm_weight": False,
+        "activation": "swiglu", "bias": False, "qkv_bias": False, "window": None,
+    },
+    same={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    rules=_rules([
+        ("model.embed_tokens", "embed.tokens"),
+        ("model.layers.*.input_layernorm", "blocks.*.attention_norm"),
+        ("model.layers.*.self_attn.q_proj", "blocks.*.attention.query"),
+        ("model.layers.*.self_attn.k_proj", "blocks.*.attention.key"),
+        ("model.layers.*.self_attn.v_proj", "blocks.*.attention.value"),
+        ("model.layers.*.self_attn.o_proj", "blocks.*.attention.out"),
+        ("model.layers.*.self_attn.q_norm", "blocks.*.attention.query_norm"),
+        ("model.layers.*.self_attn.k_norm", "blocks.*.attention.key_norm"),
+        ("model.layers.*.post_attention_layernorm", "blocks.*.mlp_norm"),
+        ("model.layers.*.mlp.gate_proj", "blocks.*.mlp.gate"),
+        ("model.layers.*.mlp.up_proj", "blocks.*.mlp.up"),
+        ("model.layers.*.mlp.down_proj", "blocks.*.mlp.down"),
+        ("model.norm", "head.norm"),
+        ("lm_head", "head.projection"),
+    ]),
+    prefix="model.",
+)  # fmt: skip
+MISTRAL = replace(
+    LLAMA,
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    keys=LLAMA.keys | {"window": ("sliding_window", 4096)},
+    fixed={key: value for key, value in LLAMA.fixed.items() if key != "window"},
+    same={"hidden_act": "silu"},
+)
+QWEN2 = replace(
+    LLAMA,
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    fixed=LLAMA.fixed | {"qkv_bias": True},
+    same={"hidden_act": "silu", "use_sliding_window": False},
+)
+QWEN3 = replace(
+    LLAMA,
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    fixed=LLAMA.fixed | {"qk_norm": True, "qk_norm_weight": True},
+    same={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+)
+GPT2 = Family(
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    keys={
+        "width": ("n_embd", NEEDED),
+        "depth": ("n_layer", NEEDED),
+        "heads": ("n_head", NEEDED),
+        "mlp_width": ("n_inner", None),
+        "norm_eps": ("layer_norm_epsilon", 1e-5),
+        "tied": ("tie_word_embeddings", True),
+    },
+    fixed={
+        "positions": "learned", "norm": "layernorm", "norm_weight": True, "qk_norm": False, "qk_norm_weight": False,
+        "activation": "gelu_tanh", "bias": True, "qkv_bias": None, "window": None,
+    },
+    same={"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+          "add_cross_attention": False},
+    rules=_rules([
+        ("transformer.wte", "embed.tokens"),
+        ("transformer.wpe", "embed.positions"),
+        ("transformer.h.*.ln_1", "blocks.*.attention_norm"),
+        ("transformer.h.*.attn.c_attn", "blocks.*.attention.query blocks.*.attention.key blocks.*.attention.value"),
+        ("transformer.h.*.attn.c_proj", "blocks.*.attention.out"),
+        ("transformer.h.*.ln_2", "blocks.*.mlp_norm"),
+        ("transformer.h.*.mlp.c_fc", "blocks.*.mlp.up"),
+        ("transformer.h.*.mlp.c_proj", "blocks.*.mlp.down"),
+        ("transformer.ln_f", "head.norm"),
+        ("lm_head", "head.projection"),
+    ], [f"transformer.h.*.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]),
+    prefix="transformer.",
+)  # fmt: skip
+
+FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3)}
+
+
+def family_of(config: dict[str, Any], where: str) -> tuple[Family, dict[str, Any]]:
+    """The family of a config.json, and the arguments of the Transformer.
+
+    Raises:
+        UserError: with all that is not understood; `where` it stands.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(f"{where}: model_type={kind} is not known here; the families are {', '.join(FAMILIES)}")
+    arguments, problems = FAMILIES[kind].arguments(config)
+    if problems:
+        raise UserError(*(f"{where}: {problem}" for problem in problems))
+    return FAMILIES[kind], arguments

@@ -1,0 +1,94 @@
+"""Weights of a folder in Hugging Face's layout: config.json, model.safetensors in one or many files.
+
+Only what a parameter holds is read, when it is filled, so that no process holds more than its own and one tensor.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanlm.common.errors import UserError
+from leanlm.models.contract import Model
+from leanlm.models.families import family_of
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+POSITIONS = "embed.positions.weight"
+BUFFERS = re.compile(r"\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")  # that earlier versions of transformers have written
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises UserError: it is not there, or no JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file.parent}: there is no {file.name}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+
+
+class Weights:
+    """The tensors of a folder, by the names that parameters have here."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError: config.json or the names of the weights are not understood, or a file is missing."""
+        from safetensors import SafetensorError, safe_open
+
+        self.folder, self.config = folder, read_json(folder / CONFIG)
+        self.family, _ = family_of(self.config, str(folder / CONFIG))
+        index = folder / INDEX
+        names = set(read_json(index)["weight_map"].values()) if index.is_file() else {WEIGHTS}
+        missing = [name for name in sorted(names) if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder}: there is no {missing[0]}; weights are read from safetensors files")
+        try:
+            self.files = [safe_open(folder / name, "pt") for name in sorted(names)]
+        except SafetensorError as error:
+            raise UserError(f"{folder}: its weights cannot be read: {error}") from None
+        self.where = {self._with_prefix(name): (file, name) for file in self.files for name in file.keys()}  # noqa: SIM118
+
+    def _with_prefix(self, name: str) -> str:
+        """A name as the rules have it: some files leave out the prefix of all names but the head's."""
+        prefix = self.family.prefix
+        return name if name.startswith((prefix, "lm_head.")) else prefix + name
+
+    def source(self, name: str) -> tuple[str, int, bool]:
+        """Of a parameter: the tensor that holds it, which of the parameters in it it is, whether they are transposed there."""
+        number = re.search(r"\.(\d+)\.", name)
+        general = name.replace(number[0], ".*.", 1) if number else name
+        (rule,) = (rule for rule in self.family.rules if general in rule.ours)
+        return rule.theirs.replace("*", number[1] if number else ""), rule.ours.index(general), rule.transposed
+
+    def problems(self, net: Model) -> list[str]:
+        """What of the weights is not in a model, or of the model not in the weights, one line each."""
+        have = {name: file.get_slice(key).get_shape() for name, (file, key) in self.where.items()}
+        want: dict[str, list[int]] = {}
+        for name, parameter in net.named_parameters():
+            theirs, part, transposed = self.source(name)
+            rows, *columns = parameter.shape
+            want[theirs] = [*columns, rows * (part + 1)] if transposed else [rows * (part + 1), *columns]
+            if name == POSITIONS and theirs in have and rows <= have[theirs][0]:
+                want[theirs] = have[theirs]  # a shorter context
+        unused = {"lm_head.weight"} if "lm_head.weight" not in want else set()  # a copy of the embedding, where they are tied
+        return [
+            f"{self.folder}: {name} is {have.get(name, 'not there')}; by {CONFIG} it should be {want.get(name, 'not there')}"
+            for name in sorted({*have, *want} - unused)
+            if have.get(name) != want.get(name) and not BUFFERS.search(name)
+        ]
+
+    @torch.no_grad()
+    def fill(self, net: Model) -> None:
+        """Fill every parameter of a model."""
+        for name, parameter in net.named_parameters():
+            parameter.copy_(self(name, parameter))
+
+    def __call__(self, name: str, like: Tensor) -> Tensor:
+        """The value of a parameter, with the shape and type of `like`, on the CPU."""
+        theirs, part, transposed = self.source(name)
+        file, key = self.where[theirs]
+        held, rows = file.get_slice(key), slice(part * like.shape[0], (part + 1) * like.shape[0])
+        value = held[:, rows].t() if transposed else held[rows]
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu").copy_(value)
