@@ -1,4 +1,4 @@
-"""Tokenizers as models of the `tokenizers` library, which give a text the same numbers, and what transformers asks beside them."""
+"""Tokenizers as models of the `tokenizers` library that give a text the same numbers, and what transformers asks of them."""
 
 from typing import Any
 

@@ -144,7 +144,7 @@ def write_weights(folder: Path, named: dict[str, tuple[list[Tensor], int]], dtyp
     where = {}
     for i, names in enumerate(files, 1):
         file = WEIGHTS if len(files) == 1 else f"{stem}-{i:05d}-of-{len(files):05d}.{end}"
-        held = {name: torch.cat(*named[name]).to(dtype).contiguous() for name in names}
+        held = {name: joined(*named[name]).to(dtype).contiguous() for name in names}
         try:
             save_file(held, folder / file, {"format": "pt"})
         except (OSError, SafetensorError) as error:
@@ -152,6 +152,11 @@ def write_weights(folder: Path, named: dict[str, tuple[list[Tensor], int]], dtyp
         where |= dict.fromkeys(names, file)
     if len(files) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": where})
+
+
+def joined(parts: list[Tensor], dimension: int) -> Tensor:
+    """Without a copy where there is one part."""
+    return torch.cat(parts, dimension) if len(parts) > 1 else parts[0]
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

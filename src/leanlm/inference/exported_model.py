@@ -91,7 +91,7 @@ def code(kind: type[Model]) -> dict[str, str]:
     """
     place, _, module = kind.__module__.rpartition(".")
     if place != PACKAGE:
-        raise UserError(f"model._target_={kind.__module__}.{kind.__name__}: an export copies files of {PACKAGE} alone; move it there")
+        raise UserError(f"{kind.__module__}.{kind.__name__}: an export can copy files of {PACKAGE} alone; put the model there")
     template = Path(__file__).with_name("hub_model.py").read_text(encoding="utf-8")
     found = {CODE: template.replace(NETWORK, f"{PACKAGE}.{module} import {kind.__name__} as")}
     waiting = [CODE]
