@@ -15,7 +15,7 @@ from leanlm.models.families import FAMILIES, Family
 from leanlm.models.transformer import Transformer
 
 PACKAGE, MODELS = Model.__module__.rpartition(".")[0], Path(__file__).parents[1] / "models"
-IMPORT = re.compile(rf"^( *from ){PACKAGE}(?:(\.\w+) import|( import) (\w+))", re.MULTILINE)
+IMPORT = re.compile(rf"^( *from ){re.escape(PACKAGE)}(?:(\.\w+)| import ([\w, ]+)$)", re.MULTILINE)
 CODE = "modeling_leanlm"
 NETWORK = f"{Transformer.__module__} import {Transformer.__name__} as"  # in hub_model.py, for which that of the run stands
 TRAINING = ("dropout", "init", "zero_init")  # arguments that say how a model is trained, not what its weights mean
@@ -37,7 +37,8 @@ class Layout:
 
 
 def layout(kind: type[Model], arguments: dict[str, Any], vocabulary: int, sequence: int) -> Layout:
-    """How a model of a class, made with `arguments`, is exported: as one of the families if it can be.
+    """How a model of a class, made with `arguments`, is exported: as the first family that has such models (a Mistral without a
+    window is a Llama), else with its code.
 
     Raises:
         UserError: it is of no family, and its code cannot be copied.
@@ -98,10 +99,10 @@ def code(kind: type[Model]) -> dict[str, str]:
     while waiting:
         text = found[waiting.pop()]
         for match in IMPORT.finditer(text):
-            name = match[4] or match[2][1:]
-            if name not in found:
-                found[name] = (MODELS / f"{name}.py").read_text(encoding="utf-8")
-                waiting.append(name)
+            for name in (match[3] or match[2].lstrip(".")).split(", "):
+                if name not in found:
+                    found[name] = (MODELS / f"{name}.py").read_text(encoding="utf-8")
+                    waiting.append(name)
     # transformers copies only the files that it finds named as `from .file import`
     brought = "".join(f"from .{name} import __name__ as _\n" for name in sorted(found) if name != CODE)
     found = {name: IMPORT.sub(_relative, text) for name, text in found.items()}
@@ -110,7 +111,7 @@ def code(kind: type[Model]) -> dict[str, str]:
 
 
 def _relative(match: re.Match[str]) -> str:
-    return f"{match[1]}{match[2]} import" if match[2] else f"{match[1]}. import {match[4]}"
+    return match[1] + (match[2] or f". import {match[3]}")
 
 
 def tensors(net: Model, source: Source) -> dict[str, tuple[list[Tensor], int]]:

@@ -6,14 +6,14 @@ An export writes this file beside the weights, and with it the files that it imp
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from leanlm.models.contract import ties
 from leanlm.models.transformer import Transformer as Network
 
 
-class ExportedConfig(PreTrainedConfig):
+class ExportedConfig(PretrainedConfig):
     """Of `network`, the arguments of the model, and what all configurations of transformers have."""
 
     model_type = "leanlm"
