@@ -105,7 +105,8 @@ def test_transformers_gives_the_same_logits_and_goes_on_with_the_same_tokens(mod
     run = run_of(tmp_path / "run", *MODELS[model])
     folder, with_code = export(Export(run=str(run.path), to=str(tmp_path / "out")))
     assert with_code == (model not in CLASSES) == any(folder.glob("*.py"))
-    assert [file for file in folder.glob("*.py") if "from leanlm" in file.read_text()] == []  # which need not be installed there
+    # this package need not be installed where the export is used
+    assert [file for file in folder.glob("*.py") if "from leanlm" in file.read_text()] == []
     own, other = net_of(run), theirs(folder)
     assert type(other).__name__ == CLASSES.get(model, "ExportedModel")
     tokens = torch.randint(256, (3, 40), generator=torch.Generator().manual_seed(1))

@@ -141,7 +141,7 @@ def write_weights(folder: Path, named: dict[str, tuple[list[Tensor], int]], dtyp
         files[-1].append(name)
         room -= size
     stem, _, end = WEIGHTS.partition(".")
-    where = {}
+    where: dict[str, str] = {}
     for i, names in enumerate(files, 1):
         file = WEIGHTS if len(files) == 1 else f"{stem}-{i:05d}-of-{len(files):05d}.{end}"
         held = {name: joined(*named[name]).to(dtype).contiguous() for name in names}
