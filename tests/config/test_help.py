@@ -22,9 +22,10 @@ from leanlm.config.line import Line
 from leanlm.config.schema import Config
 from leanlm.inference.continuation import Generate
 from leanlm.inference.evaluation import Evaluate
+from leanlm.inference.export import Export
 from leanlm.planning.query import Ask
 
-SCHEMAS = {"train": Config, "evaluate": Evaluate, "generate": Generate, "plan": Ask}
+SCHEMAS = {"train": Config, "evaluate": Evaluate, "generate": Generate, "export": Export, "plan": Ask}
 
 
 @cache

@@ -3,6 +3,7 @@
 A family of the Llama kind is one entry in FAMILIES. Names of weights have `*` for the number of a block.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ class Family:
     same: their key -> the only value with which their mathematics is ours, also where config.json has none.
     rules: of the weights.
     prefix: of the names of weights, which some files leave out.
+    given: their key -> what an export writes for it: an argument of the Transformer by its name, or a value.
     """
 
     model_type: str
@@ -39,6 +41,7 @@ class Family:
     same: dict[str, Any]
     rules: tuple[Rule, ...]
     prefix: str
+    given: dict[str, Any]
 
     def arguments(self, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Arguments of the Transformer for a config.json, and what in that cannot be understood, one line each."""
@@ -60,22 +63,14 @@ class Family:
         problems += [f"{key}={config[key]}: not understood, it may change the model" for key in unknown]
         return found, problems
 
-    def config(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
-        """The config.json of a Transformer with all its arguments, or None if it is of another family."""
-        ours = {key: value for key, value in arguments.items() if key not in OURS_ALONE}
-        if arguments["cutoffs"] or any(ours.pop(key) != value for key, value in self.fixed.items()):
-            return None
-        scaling, base = ours.pop("rope_scaling"), ours.pop("rope_base")
-        config = self.same | {key: ours.pop(name) for name, (key, _) in self.keys.items()}
-        if any(value not in (None, False) for value in ours.values()):
-            return None
-        if self.fixed["positions"] == "rope":
-            kind = "linear" if scaling and len(scaling) == 1 else "llama3"
-            config |= {"rope_theta": base, "rope_scaling": {"rope_type": kind, **scaling} if scaling else None}
-        return {"model_type": self.model_type, "architectures": [self.architecture], **config}
+    def source(self, name: str) -> tuple[str, int, bool]:
+        """Of a parameter: the tensor that holds it, which of the parameters in it it is, whether they are transposed there."""
+        number = re.search(r"\.(\d+)\.", name)
+        general = name.replace(number[0], ".*.", 1) if number else name
+        (rule,) = (rule for rule in self.rules if general in rule.ours)
+        return rule.theirs.replace("*", number[1] if number else ""), rule.ours.index(general), rule.transposed
 
 
-OURS_ALONE = ("vocabulary", "sequence", "dropout", "init", "zero_init", "cutoffs")
 SCALING = {
     "default": (),
     "linear": ("factor",),
@@ -148,6 +143,7 @@ LLAMA = Family(
         ("lm_head", "head.projection"),
     ]),
     prefix="model.",
+    given={"vocab_size": "vocabulary", "max_position_embeddings": "sequence"},
 )  # fmt: skip
 MISTRAL = replace(
     LLAMA,
@@ -201,6 +197,8 @@ GPT2 = Family(
         ("lm_head", "head.projection"),
     ], [f"transformer.h.*.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]),
     prefix="transformer.",
+    given={"vocab_size": "vocabulary", "n_positions": "sequence", "resid_pdrop": "dropout", "embd_pdrop": "dropout",
+           "attn_pdrop": 0.0},
 )  # fmt: skip
 
 FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3)}

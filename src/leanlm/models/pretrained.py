@@ -54,19 +54,12 @@ class Weights:
         prefix = self.family.prefix
         return name if name.startswith((prefix, "lm_head.")) else prefix + name
 
-    def source(self, name: str) -> tuple[str, int, bool]:
-        """Of a parameter: the tensor that holds it, which of the parameters in it it is, whether they are transposed there."""
-        number = re.search(r"\.(\d+)\.", name)
-        general = name.replace(number[0], ".*.", 1) if number else name
-        (rule,) = (rule for rule in self.family.rules if general in rule.ours)
-        return rule.theirs.replace("*", number[1] if number else ""), rule.ours.index(general), rule.transposed
-
     def problems(self, net: Model) -> list[str]:
         """What of the weights is not in a model, or of the model not in the weights, one line each."""
         have = {name: shape for name, (_, _, shape) in self.held.items()}
         want: dict[str, list[int]] = {}
         for name, parameter in net.named_parameters():
-            theirs, part, transposed = self.source(name)
+            theirs, part, transposed = self.family.source(name)
             rows, *columns = parameter.shape
             want[theirs] = [*columns, rows * (part + 1)] if transposed else [rows * (part + 1), *columns]
             if name == POSITIONS and theirs in have and rows <= have[theirs][0]:
@@ -80,7 +73,7 @@ class Weights:
 
     def __call__(self, name: str, like: Tensor) -> Tensor:
         """The value of a parameter, with the shape and type of `like`; it may be a part of the file, to be copied."""
-        theirs, part, transposed = self.source(name)
+        theirs, part, transposed = self.family.source(name)
         path, key, _ = self.held[theirs]
         rows = slice(part * like.shape[0], (part + 1) * like.shape[0])
         with opened(path) as file:  # anew for each, or the pages of the whole file would count as this process's

@@ -1,0 +1,163 @@
+"""A run's model and tokenizer as a folder in Hugging Face's layout."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanlm.common.errors import UserError
+from leanlm.common.files import write
+from leanlm.common.run_folder import Run
+from leanlm.config.arguments import target, typed
+from leanlm.data.exported_tokenizer import chat_template, marks, portable, stops
+from leanlm.data.tokenizer import Tokenizer
+from leanlm.inference.exported_model import layout, tensors
+from leanlm.inference.restoring import restore, tokenizer_of
+from leanlm.models.pretrained import CONFIG, INDEX, WEIGHTS
+from leanlm.strategies.plan import Plan
+
+LIMIT = 5 * 10**9  # bytes of a file of weights
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+UNFINISHED = ".unfinished"
+
+
+@dataclass
+class Export:
+    """What `conf/export.yaml` sets."""
+
+    run: str = "latest"
+    checkpoint: str = "last"
+    to: str | None = None
+    dtype: str | None = None
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.dtype not in (None, *DTYPES):
+            found.append(f"dtype={self.dtype}: choose one of {', '.join(DTYPES)}, or null for that of the run's weights")
+        if self.to is None:
+            found.append("to=null: name a folder that is not there yet, such as to=exported")
+        elif (folder := Path(os.path.expanduser(self.to))).exists() and (not folder.is_dir() or any(folder.iterdir())):
+            found.append(f"to={self.to} is there already, and not an empty folder: name another")
+        return found
+
+
+def export(asked: Export) -> tuple[Path, bool]:
+    """Write a run's model and tokenizer to a folder.
+
+    Returns:
+        The folder, and whether transformers has to run code in it.
+
+    Raises:
+        UserError: the run or the folder cannot be used, or the model has no counterpart in transformers.
+    """
+    run = Run.find(asked.run)
+    problems, config = typed(run.config())
+    if problems := [*asked.problems(), *problems]:
+        raise UserError(*problems)
+    config.device = {"accelerator": "cpu"}
+    arguments = {key: value for key, value in config.model.items() if key != "_target_"}
+    kind = target("model", config.model)
+    found = layout(kind, arguments, tokenizer_of(run).vocabulary, config.sequence)
+    folder = Path(os.path.expanduser(str(asked.to)))
+    with claimed(folder) as part:
+        tokenizer, parallel, _ = restore(config, Plan(), run, asked.checkpoint)
+        dtype = DTYPES.get(str(asked.dtype), next(parallel.net.parameters()).dtype)
+        told = write_tokenizer(part, tokenizer, None if kind.carries_state else config.sequence)
+        told |= {} if not found.code else {"use_cache": False}
+        write_weights(part, tensors(parallel.net, found.source), dtype)
+        write_json(part / "generation_config.json", told)
+        write_json(part / CONFIG, found.config | told | {"torch_dtype": str(dtype).removeprefix("torch.")})
+        for name, text in found.code.items():
+            write(part / name, text)
+    return folder, bool(found.code)
+
+
+@contextmanager
+def claimed(to: Path) -> Iterator[Path]:
+    """A folder within `to` for the files of an export, which move up when all are whole, config.json last.
+
+    Raises:
+        UserError: `to` cannot be made, or is not empty: nobody else gets it while this one is at work.
+    """
+    made, part = not to.exists(), to / UNFINISHED
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
+    except FileExistsError:
+        raise UserError(f"to={to}: another export is at work there, or was killed: remove it, or name another") from None
+    except OSError as error:
+        raise UserError(f"to={to} cannot be made: {error.strerror}") from None
+    try:
+        if len(list(to.iterdir())) > 1:
+            raise UserError(f"to={to} is not an empty folder: name another")
+        yield part
+        for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG):
+            file.replace(to / file.name)
+        part.rmdir()
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        if made:
+            with suppress(OSError):
+                to.rmdir()  # only an empty one
+        raise
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, length: int | None) -> dict[str, Any]:
+    """Write a tokenizer's files. `length`: the longest row that the model reads, in tokens; None: any.
+
+    Returns:
+        What config.json says of it.
+    """
+    model, template = portable(tokenizer), chat_template(tokenizer)
+    write(folder / "tokenizer.json", model.to_str())
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **marks(tokenizer, model)}
+    write_json(folder / "tokenizer_config.json", told | ({"model_max_length": length} if length else {}))
+    if template:
+        write(folder / "chat_template.jinja", template)
+    ends = stops(tokenizer, model)
+    return {"bos_token_id": tokenizer.start, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+
+
+def write_weights(folder: Path, named: dict[str, tuple[list[Tensor], int]], dtype: torch.dtype) -> None:
+    """Write tensors, each made of parts along a dimension, to one file, or to several with an index, of LIMIT bytes at most (or
+    one tensor)."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    files: list[list[str]] = [[]]
+    bytes_of = {name: sum(part.numel() for part in parts) * dtype.itemsize for name, (parts, _) in named.items()}
+    room = LIMIT
+    for name, size in bytes_of.items():
+        if size > room and files[-1]:
+            files.append([])
+            room = LIMIT
+        files[-1].append(name)
+        room -= size
+    stem, _, end = WEIGHTS.partition(".")
+    where: dict[str, str] = {}
+    for i, names in enumerate(files, 1):
+        file = WEIGHTS if len(files) == 1 else f"{stem}-{i:05d}-of-{len(files):05d}.{end}"
+        held = {name: joined(*named[name]).to(dtype).contiguous() for name in names}
+        try:
+            save_file(held, folder / file, {"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder.parent}: its weights cannot be written: {error}") from None
+        where |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(bytes_of.values())}, "weight_map": where})
+
+
+def joined(parts: list[Tensor], dimension: int) -> Tensor:
+    """Without a copy where there is one part."""
+    return torch.cat(parts, dimension) if len(parts) > 1 else parts[0]
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    write(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
