@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ class Batch(NamedTuple):
         micro: number of the micro-batch within the step on this rank.
         fresh: carried state starts anew with this batch.
         step_tokens: counted targets in the whole global batch.
+        positions: of the tokens in their documents, `[rows, sequence]`, if these are not to see each other.
     """
 
     input: Tensor
@@ -34,6 +35,7 @@ class Batch(NamedTuple):
     micro: int
     fresh: bool
     step_tokens: int
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class GlobalBatches:
     """
 
     tokens: NDArray[np.unsignedinteger]
-    order: Windows | Lanes
+    order: Any  # Windows, Lanes, or another with `offsets(step)` and `sequence`
     replicas: int = 1
     rank: int = 0
     accumulate: int = 1
@@ -123,18 +125,22 @@ class GlobalBatches:
         """The micro-batches of one step."""
         starts, fresh = self.order.offsets(step)
         size = len(starts) // (self.replicas * self.accumulate)
-        step_tokens = len(starts) * self.order.sequence
-        if self.ignore:  # only then do counts depend on the text, and the whole global batch has to be looked at
-            step_tokens = int((self._target(starts) != IGNORE).sum())
+        step_tokens = self._count(starts)
         for micro in range(self.accumulate):
             first = (self.rank * self.accumulate + micro) * size
             rows = torch.arange(first, first + size)
-            mine = starts[first : first + size]
-            target = self._target(mine)
-            yield Batch(_gather(self.tokens, mine, self.order.sequence), target, rows, step, micro, fresh, step_tokens)
+            tokens, target, positions = self._read(starts[first : first + size])
+            yield Batch(tokens, target, rows, step, micro, fresh, step_tokens, positions)
 
-    def _target(self, starts: NDArray[np.int64]) -> Tensor:
-        return ignored(_gather(self.tokens, starts + 1, self.order.sequence), self.ignore)
+    def _count(self, starts: NDArray[np.int64]) -> int:
+        """Counted targets of rows: only with `ignore` do they depend on the text, so that it has to be looked at."""
+        return int((self._read(starts)[1] != IGNORE).sum()) if self.ignore else len(starts) * self.order.sequence
+
+    def _read(self, starts: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, targets and positions of rows, see `Batch`."""
+        length = self.order.sequence
+        target = ignored(_gather(self.tokens, starts + 1, length), self.ignore)
+        return _gather(self.tokens, starts, length), target, None
 
 
 @dataclass
