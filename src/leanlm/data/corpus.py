@@ -114,7 +114,9 @@ def _of_files(data: str, path: str | None, validation: float, kinds: str) -> dic
     if not named["train"]:
         named = {split: _kept(files, kinds) for split, files in named.items()}
         named["train"] = named[None]
-    splits = {split: [whole(file) for file in _kept(files, kinds) or files] for split, files in named.items() if split and files}
+    splits = {
+        split: [whole(file) for file in _kept(files, kinds) or files] for split, files in named.items() if split and files
+    }
     if not any(piece.size for piece in splits.get("train", [])):
         looked = ", ".join(f"*.{kind}" for kind in kinds.split("|"))
         missing = f"no text to train on (looked for {looked})" if root.is_dir() else "the file is empty"

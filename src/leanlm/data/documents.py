@@ -29,8 +29,8 @@ class Form:
     """How lines of JSON are read.
 
     Attributes:
-        fields: names of the fields, for those in FIELDS; of a line that has several kinds, messages are read before prompts, and
-            these before texts.
+        fields: names of the fields, for those in FIELDS; of a line that has several kinds, messages are read before prompts,
+            and these before texts.
         skip_bad: whether lines that cannot be read are left out and counted.
         isolate: whether no token may attend to another document of its row.
     """
@@ -193,9 +193,9 @@ def _messages(found: Any) -> list[dict[str, str]]:
 
 
 def answers(messages: list[dict[str, str]], render: Render | None) -> list[Document]:
-    """A conversation up to its last assistant's message, of which the assistant's count: what a template writes after the point
-    where an answer is asked for. A template that writes earlier answers in another way than the last one gets a document of
-    each of them, as it will be asked for them.
+    """A conversation up to its last answer. Of each message of the assistant counts what a template writes after the point where
+    an answer is asked for, up to the mark of its end. Where a template writes an answer otherwise once others follow, each
+    makes a document with all that is before it.
 
     Raises:
         ValueError: there is no such message, or the template does not go on where it asks for an answer.
@@ -210,8 +210,11 @@ def answers(messages: list[dict[str, str]], render: Render | None) -> list[Docum
             raise ValueError(f"the chat template does not write message {i + 1} where it asks for an answer")
         if not documents or not before.startswith(done):
             documents, done = [*documents, Document([], marked=render is None)], ""
-        documents[-1].parts.extend([(before[len(done) :], False), (after[len(before) :], True)])
-        done = after
+        answer = after[len(before) :]
+        if not answer.rstrip().endswith(message["content"].rstrip()):
+            answer = answer.rstrip()  # it ends with a mark, so that a line end behind it is no part of it
+        documents[-1].parts.extend([(before[len(done) :], False), (answer, True)])
+        done = before + answer
     if not documents:
         raise ValueError("none of its messages has the role assistant")
     return documents

@@ -1,7 +1,7 @@
 """Documents packed into rows: which documents share a row, and which rows are the global batch of step s.
 
-A row has `sequence` positions. A document of n tokens takes n - 1 of them, at each of which one token is read and the next one is
-its target, so that nothing is predicted over a border. Longer documents are cut into pieces of a row each and a rest.
+A row has `sequence` positions. A document of n tokens takes n - 1 of them: at each a token is read, and the next one is its
+target, so that nothing is predicted over a border. A longer document is cut into pieces of a row each and a rest.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -144,7 +144,7 @@ def first_fit(lengths: NDArray[np.int64], sequence: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Shuffled rows: row r of step s is number s * global_batch + r of an endless series of epochs, each a permutation of all."""
+    """Shuffled rows: row r of step s is number s * global_batch + r of a series of epochs, each a permutation of all rows."""
 
     rows: int
     sequence: int
@@ -154,7 +154,8 @@ class Rows:
     def offsets(self, step: int) -> tuple[NDArray[np.int64], bool]:
         """Number of each row, `[global_batch]`; True, since a state starts anew with each row."""
         series = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
-        return np.array([_permutation(self, epoch)[place] for epoch, place in zip(*divmod(series, self.rows), strict=True)]), True
+        epochs, places = divmod(series, self.rows)
+        return np.array([_permutation(self, epoch)[place] for epoch, place in zip(epochs, places, strict=True)]), True
 
 
 @lru_cache(2)

@@ -87,7 +87,8 @@ def training_batches(settings: Settings, tokens: Tokens, net: Model, first_step:
     """This rank's micro-batches of every step from `first_step` on."""
     config, plan = settings.config, settings.plan
     text, left_out = tokens.splits["train"], ignored(config, tokens.tokenizer)
-    shape, rest = (config.sequence, config.global_batch, config.seed), (*_share(plan), plan.batches_per_step, left_out, first_step)
+    shape = config.sequence, config.global_batch, config.seed
+    rest = *_share(plan), plan.batches_per_step, left_out, first_step
     if settings.corpus.form is not None:
         order, isolate = Rows(len(text.ends), *shape), settings.corpus.form.isolate
         return PackedBatches(text.documents.numbers, order, *rest, packed=text, isolate=isolate)
