@@ -166,7 +166,8 @@ def _write_documents(corpus: Corpus, tokenizer: Tokenizer, dtype: Any, report: P
                 size[name] += sum(len(text.encode()) for document in documents for text, counts in document.parts if counts)
         bad[name] = lines.bad
         if not size[name]:
-            raise UserError(f"the {name} split ({corpus.origin(name)}) has nothing to learn: no text, completion or answer")
+            nothing = f"no text, completion or answer to learn ({lines.bad:,} bad lines left out)"
+            raise UserError(f"the {name} split ({corpus.origin(name)}) has {nothing}")
     return {"bytes": size, "bad_lines": bad}
 
 
