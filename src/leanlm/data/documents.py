@@ -193,9 +193,9 @@ def _messages(found: Any) -> list[dict[str, str]]:
 
 
 def answers(messages: list[dict[str, str]], render: Render | None) -> list[Document]:
-    """A conversation up to its last answer. Of each message of the assistant counts what a template writes after the point where
-    an answer is asked for, up to the mark of its end. Where a template writes an answer otherwise once others follow, each
-    makes a document with all that is before it.
+    """A conversation up to its last answer. Of each answer counts what the template writes after the place where it is asked
+    for, up to the mark of its end. Where a template writes an answer otherwise once others follow, each makes a document of
+    its own, with all that is before it.
 
     Raises:
         ValueError: there is no such message, or the template does not go on where it asks for an answer.
