@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     step_tokens: int
     positions: Tensor | None = None
 
-    def large(self) -> dict[str, Tensor]:
+    def large(self) -> dict[str, Any]:
         """The parts that the model's device needs."""
         parts = {"input": self.input, "target": self.target, "positions": self.positions}
         return {name: part for name, part in parts.items() if part is not None}
