@@ -18,6 +18,7 @@ from leanlm.common.run_folder import Run
 from leanlm.config.checks import check
 from leanlm.data.batches import Batch
 from leanlm.data.tokenizer import Subwords
+from leanlm.models.transformer import Transformer
 from leanlm.training.data import tokens, training_batches
 
 
@@ -101,10 +102,13 @@ def test_every_plan_has_the_curve_of_a_plain_loop(case: str, runs: dict, monkeyp
     assert curve[-1] < curve[0] - 0.02, "the run learns"
 
 
-def test_what_cannot_keep_documents_apart_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_keep_documents_apart_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = pairs(tmp_path / "a.jsonl", 20)
     with pytest.raises(UserError, match=r"data.isolate=true: strategy.recompute_window reads a row in pieces"):
         check(composed(*overrides("lstm", path, "data.isolate=true", "strategy.recompute_window=8")))
+    monkeypatch.setattr(Transformer, "isolates", False)
+    with pytest.raises(UserError, match=r"data.isolate=true: Transformer cannot keep documents apart"):
+        check(composed(*overrides("gpt2", path, "data.isolate=true")))
 
 
 def test_losses_of_pairs_are_those_of_transformers(tmp_path: Path) -> None:

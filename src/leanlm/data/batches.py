@@ -1,6 +1,6 @@
 """Which tokens are the global batch of step s: pure functions of (seed, s), sliced by rank and micro-batch only."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
@@ -37,10 +37,10 @@ class Batch(NamedTuple):
     step_tokens: int
     positions: Tensor | None = None
 
-    def large(self) -> dict[str, Any]:
-        """The parts that the model's device needs."""
-        parts = {"input": self.input, "target": self.target, "positions": self.positions}
-        return {name: part for name, part in parts.items() if part is not None}
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with what the model reads moved; row numbers stay on the CPU, where Python reads them."""
+        positions = None if self.positions is None else move(self.positions)
+        return self._replace(input=move(self.input), target=move(self.target), positions=positions)
 
 
 @dataclass(frozen=True)

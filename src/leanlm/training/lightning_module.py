@@ -129,9 +129,8 @@ class LanguageModel(pl.LightningModule):
             self.log("val_loss", self.split_loss.compute()["loss"].float(), logger=False)  # for callbacks that watch it
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """What is not there yet, such as the batches of a validation; row numbers stay on the CPU, where Python reads them."""
-        parts = {name: part for name, part in batch.large().items() if part.device != device}
-        return batch._replace(**{name: kernels.to_device(part, device) for name, part in parts.items()})
+        """What is not there yet, such as the batches of a validation."""
+        return batch.moved(lambda part: part if part.device == device else kernels.to_device(part, device))
 
     def cpu(self) -> "LanguageModel":
         """Nothing: Lightning calls it when a fit or an evaluation ends, and the model is still needed on its device."""
