@@ -162,8 +162,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
     low = kernels.low_precision(query)
     if kernels.on_gpu(query):
-        if low == torch.float32 and key.shape[1] != query.shape[1]:
-            # its float32 kernel knows no groups: torch would keep the probabilities of all pairs of positions
+        if (low == torch.float32 or mask is not None) and key.shape[1] != query.shape[1]:
+            # its kernel for float32 and for masks knows no groups: torch would keep the probabilities of all pairs of positions
             key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
         return attention(query, key, value)
     if low != torch.float32 and query.dtype != torch.float64:
