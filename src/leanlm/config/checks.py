@@ -57,7 +57,7 @@ def check(config: DictConfig, needs_text: bool = True, needs_tokenizer: bool = T
     problems += folder_problems(checked) + found
     if not problems and not checked.resume:
         problems += weights_problems(checked)
-    if needs_text and not problems:
+    if needs_text and not problems and corpus.form is None:  # a document may be short
         problems += fits(checked, {split: corpus.size(split) for split in corpus.splits}, at_most=True)
     refuse(problems)
     return Settings(checked, replace(plan, compile=settle_compile(checked, plan)), corpus, devices)

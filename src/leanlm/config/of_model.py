@@ -48,10 +48,22 @@ def worth_compiling(config: Config, plan: Plan) -> bool:
 
 
 def model_problems(config: Config, plan: Plan) -> list[str]:
-    """Problems of a plan with this model."""
+    """Problems of a plan with this model, and of documents that are isolated."""
+    if config.data and config.data.get("isolate") and (problem := _isolation(config, plan)):
+        return [problem]
     if plan.pipeline * plan.tensor == 1 and not plan.recompute_window and not plan.compiled:
         return []
     return of_model(plan, *_facts(json.dumps(config.model), config.sequence))
+
+
+def _isolation(config: Config, plan: Plan) -> str | None:
+    """Why documents of a row cannot be kept apart."""
+    kind = resolve_name(config.model["_target_"])
+    if not kind.isolates:
+        return f"data.isolate=true: {kind.__name__} cannot keep documents apart (Model.isolates); leave it out"
+    if plan.recompute_window:
+        return "data.isolate=true: strategy.recompute_window reads a row in pieces, over its documents; leave one of both out"
+    return None
 
 
 @cache

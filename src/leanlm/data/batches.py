@@ -1,10 +1,10 @@
 """Which tokens are the global batch of step s: pure functions of (seed, s), sliced by rank and micro-batch only."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,12 @@ class Batch(NamedTuple):
     micro: int  # number of the micro-batch within the step on this rank
     fresh: bool  # whether carried state starts anew with this batch
     step_tokens: int  # counted targets in the whole global batch
+    positions: Tensor | None = None  # of the tokens in their documents, `[rows, sequence]`, if these are not to see each other
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with what the model reads moved; row numbers stay on the CPU, where Python reads them."""
+        positions = None if self.positions is None else move(self.positions)
+        return self._replace(input=move(self.input), target=move(self.target), positions=positions)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class GlobalBatches:
     """
 
     tokens: NDArray[np.unsignedinteger]
-    order: Windows | Lanes
+    order: Any  # Windows, Lanes, or another with `offsets(step)` and `sequence`
     replicas: int = 1
     rank: int = 0
     accumulate: int = 1
@@ -113,18 +119,22 @@ class GlobalBatches:
         """The micro-batches of one step."""
         starts, fresh = self.order.offsets(step)
         size = len(starts) // (self.replicas * self.accumulate)
-        step_tokens = len(starts) * self.order.sequence
-        if self.ignore:  # only then do counts depend on the text, and the whole global batch has to be looked at
-            step_tokens = int((self._target(starts) != IGNORE).sum())
+        step_tokens = self._count(starts)
         for micro in range(self.accumulate):
             first = (self.rank * self.accumulate + micro) * size
             rows = torch.arange(first, first + size)
-            mine = starts[first : first + size]
-            target = self._target(mine)
-            yield Batch(_gather(self.tokens, mine, self.order.sequence), target, rows, step, micro, fresh, step_tokens)
+            tokens, target, positions = self._read(starts[first : first + size])
+            yield Batch(tokens, target, rows, step, micro, fresh, step_tokens, positions)
 
-    def _target(self, starts: NDArray[np.int64]) -> Tensor:
-        return ignored(_gather(self.tokens, starts + 1, self.order.sequence), self.ignore)
+    def _count(self, starts: NDArray[np.int64]) -> int:
+        """Counted targets of rows: only with `ignore` do they depend on the text, so that it has to be looked at."""
+        return int((self._read(starts)[1] != IGNORE).sum()) if self.ignore else len(starts) * self.order.sequence
+
+    def _read(self, starts: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, targets and positions of rows, see `Batch`."""
+        length = self.order.sequence
+        target = ignored(_gather(self.tokens, starts + 1, length), self.ignore)
+        return _gather(self.tokens, starts, length), target, None
 
 
 @dataclass

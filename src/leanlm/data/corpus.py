@@ -14,14 +14,19 @@ from pathlib import Path
 
 from leanlm.common.errors import UserError
 from leanlm.common.files import cache_folder, writable, write
+from leanlm.data.documents import FIELDS, Form
 from leanlm.data.text_files import Piece, whole
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The pieces of each split ("train", "validation" and perhaps "test"), in reading order."""
+    """The pieces of each split ("train", "validation" and perhaps "test"), in reading order.
+
+    `form`: how their lines are read, each a document of its own; None: they are one stream of text.
+    """
 
     splits: dict[str, list[Piece]]
+    form: Form | None = None
 
     def size(self, split: str) -> int:
         """Bytes of text in a split."""
@@ -68,8 +73,35 @@ def text(path: str | None = None, validation: float = 0.1) -> Corpus:
             for it, in the order of their names. Packed files count, hidden ones do not.
         validation: share of the bytes, from the end, to keep for validation where no name says what is.
     """
+    return Corpus(_of_files("text", path, validation, r"txt|md|py"))
+
+
+def jsonl(
+    path: str | None = None,
+    validation: float = 0.1,
+    fields: dict[str, str | None] | None = None,
+    isolate: bool = False,
+    skip_bad: bool = False,
+) -> Corpus:
+    """Your own documents, prompts with completions, or conversations: one JSON object a line.
+
+    Args:
+        path: a file, or a folder, whose `*.jsonl` are split as `text` splits files.
+        validation: share of the bytes, from the end, to keep for validation where no name says what is; in whole lines.
+        fields: names of the fields, as in `documents.FIELDS`; null: such lines are not read.
+        isolate: no token attends to another document of its row.
+        skip_bad: leave out and count lines that cannot be read.
+    """
+    if unknown := (fields or {}).keys() - FIELDS.keys():
+        raise UserError(f"data.fields.{min(unknown)}: there are {', '.join(FIELDS)}")
+    form = Form({**FIELDS, **(fields or {})}, skip_bad, isolate)
+    return Corpus(_of_files("jsonl", path, validation, r"jsonl"), form)
+
+
+def _of_files(data: str, path: str | None, validation: float, kinds: str) -> dict[str, list[Piece]]:
+    """The splits of a file, or of what a folder has of some kinds of files."""
     if path is None:
-        raise UserError("data=text needs data.path=FILE_OR_FOLDER")
+        raise UserError(f"data={data} needs data.path=FILE_OR_FOLDER")
     if not 0 < validation < 1:
         raise UserError(f"data.validation={validation:g}: a share of the bytes, above 0 and below 1 (0.1 is a tenth)")
     root = Path(os.path.expanduser(path))
@@ -77,15 +109,18 @@ def text(path: str | None = None, validation: float = 0.1) -> Corpus:
     for file in _files(root):
         named[next(filter(None, map(_named_for, file.relative_to(root).parts)), None)].append(file)
     if not named["train"]:
-        named = {split: _texts(files) for split, files in named.items()}
+        named = {split: _kept(files, kinds) for split, files in named.items()}
         named["train"] = named[None]
-    splits = {split: [whole(file) for file in _texts(files) or files] for split, files in named.items() if split and files}
+    splits = {
+        split: [whole(file) for file in _kept(files, kinds) or files] for split, files in named.items() if split and files
+    }
     if not any(piece.size for piece in splits.get("train", [])):
-        missing = "no text to train on (looked for *.txt, *.md, *.py)" if root.is_dir() else "the file is empty"
+        looked = ", ".join(f"*.{kind}" for kind in kinds.split("|"))
+        missing = f"no text to train on (looked for {looked})" if root.is_dir() else "the file is empty"
         raise UserError(f"data.path={root}: {missing if root.exists() else 'there is no such file or folder'}")
     if "validation" not in splits:
-        splits |= _divided(splits["train"], validation)
-    return Corpus({split: splits[split] for split in ("train", "validation", "test") if split in splits})
+        splits |= _divided(splits["train"], validation, in_lines=data == "jsonl")
+    return {split: splits[split] for split in ("train", "validation", "test") if split in splits}
 
 
 def _files(root: Path, skip: Container[str] = ()) -> list[Path]:
@@ -106,17 +141,19 @@ def _named_for(part: str) -> str | None:
     return found[1] if found[1] in ("train", "test") else "validation"
 
 
-def _texts(files: list[Path]) -> list[Path]:
-    return [file for file in files if re.search(r"\.(txt|md|py)(\.(gz|xz|bz2|zst))?$", file.name.lower())]
+def _kept(files: list[Path], kinds: str) -> list[Path]:
+    return [file for file in files if re.search(rf"\.({kinds})(\.(gz|xz|bz2|zst))?$", file.name.lower())]
 
 
-def _divided(pieces: list[Piece], validation: float) -> dict[str, list[Piece]]:
-    """Training and validation text: pieces cut at a share of their bytes, moved to the next line end."""
+def _divided(pieces: list[Piece], validation: float, in_lines: bool) -> dict[str, list[Piece]]:
+    """Training and validation text: pieces cut at a share of their bytes, moved to the next line end; `in_lines`: to the
+    beginning of the line that this share would cut."""
     size = rest = sum(piece.size for piece in pieces)
     place = int((1 - validation) * rest)
     for i, piece in enumerate(pieces):
         if place < piece.size:
-            cut = piece.boundary(piece.start + place, room=(rest - place) // 2)
+            middle = piece.start + place
+            cut = piece.line_start(middle) if in_lines else piece.boundary(middle, room=(rest - place) // 2)
             train, held = [*pieces[:i], replace(piece, stop=cut)], [replace(piece, start=cut), *pieces[i + 1 :]]
             if all(any(each.size for each in part) for part in (train, held)):
                 return {"train": train, "validation": held}

@@ -14,7 +14,7 @@ AHEAD = 3  # micro-batches that are ready, beside the one at hand
 
 
 def prefetched(batches: Iterable[Batch], device: torch.device) -> Generator[Batch]:
-    """The same batches in the same order, with input and target on `device`; a CPU makes each when it is asked for."""
+    """The same batches in the same order, with what the model reads on `device`; a CPU makes each when it is asked for."""
     if device.type != "cuda":
         yield from batches
         return
@@ -23,8 +23,9 @@ def prefetched(batches: Iterable[Batch], device: torch.device) -> Generator[Batc
         for batch, copied in ready:
             here = torch.cuda.current_stream(device)
             here.wait_event(copied)
-            for part in (batch.input, batch.target):
-                part.record_stream(here)  # or the stream of copies would use its memory again before this one has read it
+            for part in (batch.input, batch.target, batch.positions):
+                if part is not None:  # or the stream of copies would use its memory again before this one has read it
+                    part.record_stream(here)
             yield batch
 
 
@@ -32,8 +33,8 @@ def _copied(batches: Iterable[Batch], stream: torch.cuda.Stream) -> Iterator[tup
     """Each batch with its copies begun on `stream`, and the event of their end."""
     for batch in batches:
         with torch.cuda.stream(stream):
-            source, target = (part.pin_memory().to(stream.device, non_blocking=True) for part in (batch.input, batch.target))
-        yield batch._replace(input=source, target=target), stream.record_event()
+            copy = batch.moved(lambda part: part.pin_memory().to(stream.device, non_blocking=True))
+        yield copy, stream.record_event()
 
 
 def in_a_thread(items: Iterable[Any], ahead: int) -> Generator[Any]:

@@ -67,6 +67,17 @@ class Piece:
                 return place + found + len(mark)
         return place + next((i for i, byte in enumerate(ahead) if byte & 0xC0 != 0x80), len(ahead))
 
+    def line_start(self, place: int) -> int:
+        """Where the line of the piece begins that holds the byte at `place`."""
+        with open(self.path, "rb") as file:
+            while place > self.start:
+                first = max(self.start, place - CHUNK)
+                file.seek(first)
+                if (found := file.read(place - first).rfind(b"\n")) >= 0:
+                    return first + found + 1
+                place = first
+        return place
+
 
 def whole(path: Path) -> Piece:
     """The text of a file, without a byte order mark. What is packed (gzip, xz, bzip2, zstd) or UTF-16 is read from a copy in

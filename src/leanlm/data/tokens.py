@@ -8,24 +8,27 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from leanlm.common.errors import UserError
 from leanlm.common.files import SET_CACHE, cache_folder, writable, write
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.corpus import Corpus
+from leanlm.data.documents import ANNOTATIONS, Documents, Encoder, Lines, Render
 from leanlm.data.tokenizer import Tokenizer
 
 FORMAT = 1  # of the folder; part of the fingerprint
+DOCUMENTS = "documents, 1"  # their format, and how they are read; part of the fingerprint
 IN_ONE_PIECE = "in one piece"  # how text is given to the tokenizers library; part of the fingerprint
+READING = "reading the vocabulary"
 ABANDONED = 3600  # seconds in which a preparation that lives has written something
 
 Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
@@ -37,14 +40,15 @@ class Tokens:
 
     fingerprint: str  # names the text and the tokenizer
     tokenizer: Tokenizer
-    splits: dict[str, NDArray[np.unsignedinteger]]  # split name -> memory-mapped token numbers `[tokens]`
-    bytes: dict[str, int]  # split name -> bytes of text
+    splits: dict[str, Any]  # split name -> memory-mapped token numbers `[tokens]`, or documents
+    bytes: dict[str, int]  # split name -> bytes of text, of documents of what is counted
 
     def describe(self, corpus: Corpus) -> str:
         """What was found, in a line."""
         found = (
-            f"{name} {len(numbers):,} tokens ({self.bytes[name]:,} bytes, {corpus.origin(name)})"
-            for name, numbers in self.splits.items()
+            f"{name} {part.describe() if hasattr(part, 'describe') else f'{len(part):,} tokens'} "
+            f"({self.bytes[name]:,} bytes, {corpus.origin(name)})"
+            for name, part in self.splits.items()
         )
         return f"{', '.join(found)}; {self.tokenizer.vocabulary:,} token types"
 
@@ -66,7 +70,9 @@ def prepare(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, progres
 
 def fingerprint(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, report: Progress) -> str:
     """Names the text and the tokenizer. Files that are known by their size and times are not read again."""
-    key = [FORMAT, _tokenizer_key(tokenizer, vocabulary)]
+    key: list[Any] = [FORMAT, _tokenizer_key(tokenizer, vocabulary)]
+    if corpus.form is not None:
+        key += [DOCUMENTS, corpus.form.fields, corpus.form.skip_bad]
     known = cache_folder() / "tokens" / "by-stat" / _named_by_stat(corpus, key)
     if known.is_file():
         return known.read_text()
@@ -85,41 +91,102 @@ def load(folder: Path) -> Tokens:
     """Open a prepared folder."""
     meta = json.loads((folder / "meta.json").read_text())
     splits: dict[str, Any] = {name: np.memmap(folder / f"{name}.bin", meta["dtype"], "r") for name in meta["bytes"]}
+    for name, bad in meta.get("bad_lines", {}).items():
+        counted, ends = (
+            np.asarray(np.memmap(folder / f"{name}.{part}.bin", dtype, "r")) for part, dtype in ANNOTATIONS.items()
+        )
+        splits[name] = Documents(np.asarray(splits[name]), counted, ends, bad)
     return Tokens(folder.name, tokenizers.restore(meta["tokenizer"]), splits, meta["bytes"])
 
 
 def _make(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, folder: Path, report: Progress) -> None:
     """Prepare a folder, unless another process is quicker."""
-    root, what = writable(folder.parent), "reading the vocabulary"
     if isinstance(tokenizer, str):
-        tokenizer = tokenizers.train(tokenizer, vocabulary, lambda split: _read(corpus, split, what, report))
+        tokenizer = tokenizers.train(tokenizer, vocabulary, lambda split: _texts(corpus, split, report))
+    whole(folder, partial(_write, corpus, tokenizer, report))
+
+
+def whole(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder of the cache of what `fill` writes, in one go, unless another process is quicker, with the same content."""
+    root = writable(folder.parent)
     part = root / f".{folder.name}.{os.urandom(6).hex()}"
     try:
         part.mkdir()
         _sweep(root, part.stat().st_mtime)
-        _write(corpus, tokenizer, part, report)
+        fill(part)
         if not folder.is_dir():
             part.rename(folder)
     except OSError as error:
-        if not folder.is_dir():  # else another process was quicker, with the same content
+        if not folder.is_dir():
             raise UserError(f"prepared data cannot be kept in {root} ({error.strerror or error}): {SET_CACHE}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, report: Progress) -> None:
+def _write(corpus: Corpus, tokenizer: Tokenizer, report: Progress, folder: Path) -> None:
     size = tokenizer.vocabulary
     dtype = np.dtype(np.uint8 if size <= 1 << 8 else np.uint16 if size <= 1 << 16 else np.uint32)
-    for name in corpus.splits:
-        chunks = _read(corpus, name, f"tokenising {name}", report)
-        with open(folder / f"{name}.bin", "wb") as file:
-            file.writelines(numbers.astype(dtype).data for numbers in tokenizers.encoded(tokenizer, chunks))
-            if not file.tell():
-                raise UserError(f"the {name} split ({corpus.origin(name)}) has no tokens: it holds nothing but white space")
-            file.flush()
-            os.fsync(file.fileno())
-    meta = {"tokenizer": tokenizer.state(), "dtype": dtype.name, "bytes": {name: corpus.size(name) for name in corpus.splits}}
+    meta: dict[str, Any] = {"tokenizer": tokenizer.state(), "dtype": dtype.name}
+    if corpus.form is not None:
+        meta |= _write_documents(corpus, tokenizer, dtype, report, folder)
+    else:
+        for name in corpus.splits:
+            chunks = _read(corpus, name, f"tokenising {name}", report)
+            with written(folder / f"{name}.bin") as file:
+                file.writelines(numbers.astype(dtype).data for numbers in tokenizers.encoded(tokenizer, chunks))
+                if not file.tell():
+                    raise UserError(f"the {name} split ({corpus.origin(name)}) has no tokens: it holds nothing but white space")
+        meta["bytes"] = {name: corpus.size(name) for name in corpus.splits}
     (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _write_documents(corpus: Corpus, tokenizer: Tokenizer, dtype: Any, report: Progress, folder: Path) -> dict[str, Any]:
+    """The tokens of each split, whether each counts, and where documents end. Returns what is to be known beside them."""
+    encode, size, bad = Encoder(tokenizer), dict.fromkeys(corpus.splits, 0), {}
+    for name in corpus.splits:
+        lines, end = _lines(corpus, [name], f"tokenising {name}", report, encode.render), 0
+        with (
+            written(folder / f"{name}.bin") as numbers_file,
+            written(folder / f"{name}.counted.bin") as counted_file,
+            written(folder / f"{name}.ends.bin") as ends_file,
+        ):
+            for documents in lines:
+                numbers, counted, lengths = encode(documents)
+                ends = end + np.cumsum(lengths, dtype=np.int64)
+                for file, values in ((numbers_file, numbers.astype(dtype)), (counted_file, counted), (ends_file, ends)):
+                    file.write(values.data)
+                end = int(ends[-1])
+                size[name] += sum(len(text.encode()) for document in documents for text, counts in document.parts if counts)
+        bad[name] = lines.bad
+        if not size[name]:
+            nothing = f"no text, completion or answer to learn ({lines.bad:,} bad lines left out)"
+            raise UserError(f"the {name} split ({corpus.origin(name)}) has {nothing}")
+    return {"bytes": size, "bad_lines": bad}
+
+
+@contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file that is on the disk when it is closed."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _texts(corpus: Corpus, split: str | None, report: Progress) -> Iterator[bytes]:
+    """The text of a split, or of all, of which a tokenizer is made."""
+    if corpus.form is None:
+        yield from _read(corpus, split, READING, report)
+        return
+    for documents in _lines(corpus, corpus.splits if split is None else [split], READING, report, None):
+        yield from ("".join(text for text, _ in document.parts).encode() for document in documents)
+
+
+def _lines(corpus: Corpus, names: Iterable[str], what: str, report: Progress, render: Render | None) -> Lines:
+    """The documents of some splits, while `report` hears how far it is."""
+    assert corpus.form is not None
+    pieces = [piece for name in names for piece in corpus.splits[name]]
+    return Lines(pieces, corpus.form, render, partial(report, what))
 
 
 def _read(corpus: Corpus, split: str | None, what: str, report: Progress) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlm.models import kernels
+from leanlm.models.borders import Borders
 from leanlm.models.linear import together
 
 
@@ -40,13 +41,17 @@ class Rotary:
             return []
         return [f"rope_scaling={scaling}: factor, and with it either none or all of {', '.join(sorted(some))}"]
 
-    def __call__(self, parts: tuple[Tensor, ...], start: int) -> list[Tensor]:
-        """Each part `x [b, n, s, d]`, turned; it begins at position `start`."""
+    def __call__(self, parts: tuple[Tensor, ...], start: int | Tensor) -> list[Tensor]:
+        """Each part `x [b, n, s, d]`, turned; it begins at position `start`, or has positions `[b, s]`."""
         x = parts[0]
         half = x.shape[-1] // 2
         compute = torch.promote_types(x.dtype, torch.float32)  # angles lose positions in bf16
         frequency = self.stretched(self.base ** (-torch.arange(half, device=x.device, dtype=compute) / half))
-        angle = torch.arange(start, start + x.shape[2], device=x.device, dtype=compute)[:, None] * frequency  # [s, d/2]
+        if isinstance(start, Tensor):
+            position = start[:, None, :, None].to(compute)
+        else:
+            position = torch.arange(start, start + x.shape[2], device=x.device, dtype=compute)[:, None]
+        angle = position * frequency  # [s, d/2] or [b, 1, s, d/2]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
         def turned(first: Tensor, second: Tensor) -> Tensor:
@@ -117,18 +122,22 @@ class Attention(nn.Module):
         )
         self.out = nn.Linear(heads * self.size, width, bias=bias)
 
-    def forward(self, hidden: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, state: KVCache | Borders | None = None) -> Tensor:
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.size)).transpose(1, 2)  # [b, s, n*d] -> [b, n, s, d]
 
         query, key, value = map(split, together(hidden, self.query, self.key, self.value))
         query, key = self.query_norm(query), self.key_norm(key)
+        cache, borders = (state, None) if isinstance(state, KVCache) else (None, state)
         start = cache.length if cache else 0
         if self.rotary:
-            query, key = self.rotary((query, key), start)
+            query, key = self.rotary((query, key), borders.positions if borders else start)
         if cache:
             key, value = cache.append(key, value)
-        out = attend(query, key, value, self.mask(start, query.shape[2], query.device) if cache or self.window else None)
+        mask = self.mask(start, query.shape[2], query.device) if cache or self.window else None
+        if borders:
+            mask = borders.attends if mask is None else borders.attends & mask
+        out = attend(query, key, value, mask)
         return self.out(out.transpose(1, 2).flatten(2))  # [b, n, s, d] -> [b, s, h]
 
     def mask(self, start: int, length: int, device: torch.device) -> Tensor | None:
@@ -153,8 +162,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
     low = kernels.low_precision(query)
     if kernels.on_gpu(query):
-        if low == torch.float32 and key.shape[1] != query.shape[1]:
-            # its float32 kernel knows no groups: torch would keep the probabilities of all pairs of positions
+        if (low == torch.float32 or mask is not None) and key.shape[1] != query.shape[1]:
+            # its kernel for float32 and for masks knows no groups: torch would keep the probabilities of all pairs of positions
             key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
         return attention(query, key, value)
     if low != torch.float32 and query.dtype != torch.float64:

@@ -1,7 +1,8 @@
 """What every language model here is made of.
 
 A model is `embed`, `blocks` and `head`. Each block maps `(hidden [b, s, h], state) -> (hidden [b, s, h], state)`, so
-that whatever cuts a model (stages, shards, recomputation) can work block by block. Parameter names are global:
+that whatever cuts a model (stages, shards, recomputation) can work block by block. Where documents of a row do not see each
+other, the state is a `Borders` in training. Parameter names are global:
 `blocks.7.attention.query.weight` names the same weights however the model is cut.
 """
 
@@ -30,13 +31,15 @@ class Model(nn.Module):
     carries_state: ClassVar[bool] = False  # True: the state after step s is the state before step s + 1
     compiles: ClassVar[bool] = False  # True: torch's compiler makes one graph of it, and strategy.compile=auto may ask for it
 
+    isolates: ClassVar[bool] = False  # True: its blocks take a `Borders` as their state, and its embedding positions [b, s]
+
     # What a tensor axis may split: name of a submodule, `*` for any block -> "vocabulary" (an embedding, or the head's
     # projection, by token types), "colwise" (a linear layer by outputs), "rowwise" (by inputs, which a colwise layer made),
     # "input" (a module whose input only colwise layers read: its gradient is then summed once for all of them), "partial" (an
     # RMSNorm that each device applies to outputs of a colwise layer: the gradient of its scale is summed).
     tensor_split: ClassVar[dict[str, str]] = {}
 
-    embed: nn.Module  # (tokens [b, s], position of the first token) -> hidden [b, s, h]
+    embed: nn.Module  # (tokens [b, s], position of the first token, or positions [b, s]) -> hidden [b, s, h]
     blocks: nn.ModuleDict  # "0", "1", ...: (hidden, state) -> (hidden, state)
     head: Head
 

@@ -1,10 +1,11 @@
 """Recurrent language models: Elman (tanh or relu), LSTM and GRU, one block per layer, state carried between steps."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from leanlm.models.borders import Borders
 from leanlm.models.contract import Model
 from leanlm.models.dropout import RowDropout
 from leanlm.models.head import make_head
@@ -31,7 +32,7 @@ class RNN(Model):
         init: embedding and head are drawn uniformly from [-init, init].
     """
 
-    carries_state = True
+    carries_state = isolates = True
     tensor_split = {"embed.tokens": "vocabulary", "head.projection": "vocabulary"}  # a recurrence reads all of its state
 
     def __init__(
@@ -82,7 +83,7 @@ class Embedding(nn.Module):
         self.resize = _linear(size, width)
         self.dropout = dropout
 
-    def forward(self, tokens: Tensor, position: int = 0) -> Tensor:
+    def forward(self, tokens: Tensor, position: int | Tensor = 0) -> Tensor:
         return self.dropout(self.resize(self.tokens(tokens)))
 
 
@@ -95,7 +96,9 @@ class Layer(nn.Module):
         self.cell = CELLS[cell](width, width, batch_first=True, **extra)
         self.dropout = dropout
 
-    def forward(self, hidden: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, hidden: Tensor, state: tuple[Tensor, ...] | Borders | None) -> tuple[Tensor, Any]:
+        if isinstance(state, Borders):
+            return self.dropout(state.together(self.cell(state.apart(hidden))[0])), None
         before = None if state is None else tuple(part.unsqueeze(0) for part in state)
         hidden, after = self.cell(hidden, before if before is None or isinstance(self.cell, nn.LSTM) else before[0])
         return self.dropout(hidden), tuple(part.squeeze(0) for part in (after if isinstance(after, tuple) else (after,)))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlm.models.attention import Attention, KVCache, Rotary
+from leanlm.models.borders import Borders
 from leanlm.models.contract import Model
 from leanlm.models.dropout import RowDropout
 from leanlm.models.head import make_head
@@ -51,7 +52,7 @@ class Transformer(Model):
             kernel).
     """
 
-    compiles = True
+    compiles = isolates = True
     tensor_split = {
         "embed.tokens": "vocabulary",
         "blocks.*.attention": "input",
@@ -170,9 +171,11 @@ class Embedding(nn.Module):
         self.positions = nn.Embedding(positions, width) if positions else None
         self.dropout = RowDropout(dropout)
 
-    def forward(self, tokens: Tensor, position: int = 0) -> Tensor:
+    def forward(self, tokens: Tensor, position: int | Tensor = 0) -> Tensor:
         hidden = self.tokens(tokens)  # [b, s, h]
-        if self.positions is not None:
+        if self.positions is not None and isinstance(position, Tensor):
+            hidden = hidden + self.positions(position)
+        elif self.positions is not None:
             hidden = hidden + self.positions.weight[position : position + tokens.shape[1]]
         return self.dropout(hidden)
 
@@ -184,7 +187,7 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = norm2, mlp
         self.attention_dropout, self.mlp_dropout = RowDropout(dropout), RowDropout(dropout)
 
-    def forward(self, hidden: Tensor, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
+    def forward(self, hidden: Tensor, state: KVCache | Borders | None = None) -> tuple[Tensor, KVCache | Borders | None]:
         hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), state))
         hidden = hidden + self.mlp_dropout(self.mlp(self.mlp_norm(hidden)))
         return hidden, state

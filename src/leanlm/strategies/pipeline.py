@@ -63,5 +63,6 @@ class Pipeline:
             return_outputs=False,
             rows=batch.rows,
             targets=batch.target,
+            **({} if batch.positions is None else {"positions": batch.positions}),
         )
         return torch.stack(losses).sum().detach() if last else torch.zeros((), device=self.parallel.device)

@@ -13,11 +13,12 @@ from leanlm.memory.loss import token_loss
 from leanlm.memory.offload import activations
 from leanlm.memory.recompute import levels, recomputed
 from leanlm.models import kernels
+from leanlm.models.borders import Borders
 from leanlm.models.contract import Model
 from leanlm.models.dropout import draw, row_keys, sites
 from leanlm.strategies.plan import Plan
 
-States = list[Any]  # of each block: tensors [b, h] of a recurrent layer, else None
+States = list[Any]  # of each block: tensors [b, h] of a recurrent layer, a Borders, else None
 
 
 class Stage(nn.Module):
@@ -53,19 +54,20 @@ class Stage(nn.Module):
         """Say which step the next forward passes belong to, and whether carried state starts anew with it."""
         self.step, self.fresh = step, fresh
 
-    def forward(self, x: Tensor, rows: Tensor, targets: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor, targets: Tensor | None, positions: Tensor | None = None) -> Tensor:
         """One micro-batch.
 
         Args:
             x: tokens `[b, s]` in the first stage, else hidden `[b, s, h]`.
             rows: their row numbers in the global batch, `[b]`, on the CPU.
             targets: `[b, s]`; only the last stage reads it. None: only the next token of one row is asked for.
+            positions: of the tokens in their documents, `[b, s]`, if those of a row do not see each other.
 
         Returns:
             hidden `[b, s, h]`; in the last stage the summed loss in nats, or without targets logits `[v]`.
         """
         x = x if self.embed is not None else _Received.apply(x)
-        states = self._states(rows)
+        states = self._states(rows) if positions is None else [Borders.of(positions)] * len(self.blocks)
         keys = None  # of the dropout masks, [b, dropouts]
         if self.training and self.dropouts:
             keys = kernels.to_device(row_keys(self.seed, self.step, rows, self.dropouts), x.device)
@@ -74,7 +76,9 @@ class Stage(nn.Module):
             activations(self) if self.training and self.plan.offloads("activations") else nullcontext(),
         ):
             out, after = self._read_as_planned(x, targets, states, keys)
-        if self.carries_state and self.training:
+        if self.carries_state and positions is not None:
+            pass  # it begins anew with each document
+        elif self.carries_state and self.training:
             self.after[int(rows[0])] = [tuple(part.detach() for part in state) for state in after]
         elif self.carries_state:
             self.evaluation = after
@@ -92,7 +96,8 @@ class Stage(nn.Module):
 
         `keys [b, dropouts]`: of the rows' masks; None: they have been drawn, or none are wanted.
         """
-        hidden = x if self.embed is None else self._masked(self.embed, keys, first, x, first)  # [b, s] -> [b, s, h]
+        place = states[0].positions if states and isinstance(states[0], Borders) else first
+        hidden = x if self.embed is None else self._masked(self.embed, keys, first, x, place)  # [b, s] -> [b, s, h]
         sent = hidden.dtype  # a recurrence may leave bf16 under autocast; the next stage expects what it was promised
         after = []
         for i, (block, level) in enumerate(zip(self.blocks.values(), self.levels, strict=True)):
@@ -117,7 +122,7 @@ class Stage(nn.Module):
         if self.training and self.graph is not None:
             if keys is not None:
                 draw(self.dropouts, keys)
-            return self.graph(x, targets)
+            return self.graph(x, targets, states)
         read = self._read_in_windows if self.training and self.plan.recompute_window else self.read
         return read(x, targets, states, keys)
 

@@ -1,5 +1,6 @@
 """The data of a configured run: its tokens, the micro-batches of each step, the whole of a split."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,10 @@ from leanlm.common.errors import refuse
 from leanlm.config.checks import fits
 from leanlm.config.schema import Config, Settings
 from leanlm.data.batches import GlobalBatches, Lanes, WholeSplit, Windows
-from leanlm.data.corpus import Corpus
+from leanlm.data.packing import Packed, PackedBatches, PieceByPiece, Rows, packed
 from leanlm.data.preparation_bar import PreparationBar
 from leanlm.data.tokenizer import Tokenizer
-from leanlm.data.tokens import Tokens, fingerprint, prepare
+from leanlm.data.tokens import Progress, Tokens, fingerprint, prepare
 from leanlm.launch.ranks import rank
 from leanlm.models.contract import Model
 from leanlm.strategies.plan import Plan
@@ -27,27 +28,41 @@ def tokens(settings: Settings) -> Tokens:
     """
     data = settings.config.data
     with PreparationBar() as bar:
-        made = prepare(settings.corpus, data["tokenizer"], data["vocabulary"], bar)
-    problems = fits(settings.config, {split: len(numbers) for split, numbers in made.splits.items()})
+        made = _in_rows(prepare(settings.corpus, data["tokenizer"], data["vocabulary"], bar), settings, bar)
+    of_documents = settings.corpus.form is not None
+    problems = [] if of_documents else fits(settings.config, {split: len(numbers) for split, numbers in made.splits.items()})
     unknown = [name for name in data.get("ignore", []) if not made.tokenizer.numbers(name)]
     problems += [f"data.ignore: the tokenizer has no token {name!r}" for name in unknown]
     left_out = ignored(settings.config, made.tokenizer)
-    for split, numbers in made.splits.items() if left_out else ():
+    for split, numbers in made.splits.items() if left_out and not of_documents else ():
         if all(np.isin(numbers[first : first + MANY], left_out).all() for first in range(0, len(numbers), MANY)):
             problems.append(f"data.ignore leaves nothing to count: it names all {len(numbers):,} tokens of the {split} split")
     refuse(problems)
     return made
 
 
+def _in_rows(made: Tokens, settings: Settings, report: Progress) -> Tokens:
+    """Prepared splits, those of documents in rows."""
+    config = settings.config
+    if settings.corpus.form is None:
+        return made
+    rows = {
+        split: packed(documents, f"{made.fingerprint}-{split}", config.sequence, config.seed, report)
+        for split, documents in made.splits.items()
+    }
+    return replace(made, splits=rows)
+
+
 def split_of(settings: Settings, split: str, tokenizer: Tokenizer) -> tuple[Any, int]:
-    """Numbers `[tokens]` and bytes of one split of the configured text, by a run's own tokenizer: one that is made of the text
-    as it is today may have other numbers.
+    """Numbers `[tokens]`, or documents in rows, and bytes of one split of the configured text, by a run's own tokenizer: one
+    that is made of the text as it is today may have other numbers.
 
     Raises:
         UserError: the text has what the tokenizer does not know.
     """
     with PreparationBar() as bar:
-        made = prepare(Corpus({split: settings.corpus.splits[split]}), tokenizer, 0, bar)
+        made = prepare(replace(settings.corpus, splits={split: settings.corpus.splits[split]}), tokenizer, 0, bar)
+        made = _in_rows(made, settings, bar)
     return made.splits[split], made.bytes[split]
 
 
@@ -70,14 +85,22 @@ def ignored(config: Config, tokenizer: Tokenizer) -> list[int]:
 def training_batches(settings: Settings, tokens: Tokens, net: Model, first_step: int = 0) -> GlobalBatches:
     """This rank's micro-batches of every step from `first_step` on."""
     config, plan = settings.config, settings.plan
-    kind, text, left_out = Lanes if net.carries_state else Windows, tokens.splits["train"], ignored(config, tokens.tokenizer)
-    order = kind(len(text), config.sequence, config.global_batch, config.seed)
-    return GlobalBatches(text, order, *_share(plan), plan.batches_per_step, left_out, first_step)
+    text, left_out = tokens.splits["train"], ignored(config, tokens.tokenizer)
+    shape = config.sequence, config.global_batch, config.seed
+    rest = *_share(plan), plan.batches_per_step, left_out, first_step
+    if settings.corpus.form is not None:
+        order, isolate = Rows(len(text.ends), *shape), settings.corpus.form.isolate
+        return PackedBatches(text.documents.numbers, order, *rest, packed=text, isolate=isolate)
+    kind = Lanes if net.carries_state else Windows
+    return GlobalBatches(text, kind(len(text), *shape), *rest)
 
 
-def whole_split(settings: Settings, tokenizer: Tokenizer, net: Model, numbers: Any) -> WholeSplit:
+def whole_split(settings: Settings, tokenizer: Tokenizer, net: Model, numbers: Any) -> WholeSplit | PieceByPiece:
     """This rank's part of a split (or of any token numbers), each token once."""
     config, plan = settings.config, settings.plan
+    if isinstance(numbers, Packed):
+        rows = max(1, min(plan.micro_batch(config.global_batch), len(numbers.pieces)))
+        return PieceByPiece(numbers, rows, *_share(plan), ignored(config, tokenizer))
     overlap = config.val_overlap
     if net.carries_state:
         overlap = max(overlap, config.sequence)  # a lane first reads some text to come to a state

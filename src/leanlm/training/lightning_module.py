@@ -80,7 +80,7 @@ class LanguageModel(pl.LightningModule):
             nats = self.pipeline.step(batch, mean / tokens) / mean
         else:
             with parallel.gradient_sync(batch.micro, self.trainer.strategy):
-                nats = parallel.stage(batch.input, batch.rows, batch.target) / tokens
+                nats = parallel.stage(batch.input, batch.rows, batch.target, batch.positions) / tokens
                 self.manual_backward(nats * mean)
         self.step_nats = nats.detach() + (self.step_nats if batch.micro else 0)
         if batch.micro == plan.batches_per_step - 1:
@@ -130,9 +130,8 @@ class LanguageModel(pl.LightningModule):
             self.log("val_loss", self.split_loss.compute()["loss"].float(), logger=False)  # for callbacks that watch it
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """What is not there yet, such as the batches of a validation; row numbers stay on the CPU, where Python reads them."""
-        there = [part if part.device == device else kernels.to_device(part, device) for part in (batch.input, batch.target)]
-        return batch._replace(input=there[0], target=there[1])
+        """What is not there yet, such as the batches of a validation."""
+        return batch.moved(lambda part: part if part.device == device else kernels.to_device(part, device))
 
     def cpu(self) -> "LanguageModel":
         """Nothing: Lightning calls it when a fit or an evaluation ends, and the model is still needed on its device."""
