@@ -1,5 +1,6 @@
 """The data of a configured run: its tokens, the micro-batches of each step, the whole of a split."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from leanlm.config.schema import Config, Settings
 from leanlm.data.batches import GlobalBatches, Lanes, WholeSplit, Windows
 from leanlm.data.packing import Packed, PackedBatches, PieceByPiece, Rows, packed
 from leanlm.data.preparation_bar import PreparationBar
-from leanlm.data.tokenizer import Tokenizer
+from leanlm.data.tokenizer import NAMES, Tokenizer
 from leanlm.data.tokens import Progress, Tokens, fingerprint, prepare
 from leanlm.launch.ranks import rank
 from leanlm.models.contract import Model
@@ -68,12 +69,11 @@ def split_of(settings: Settings, split: str, tokenizer: Tokenizer) -> tuple[Any,
 
 def differs(settings: Settings, text: str) -> str | None:
     """What is to be said of the configured text, if it is or may be another than that of a fingerprint."""
-    data = settings.config.data
-    try:
-        with PreparationBar() as bar:
-            same = fingerprint(settings.corpus, data["tokenizer"], data["vocabulary"], bar) == text
-    except FileNotFoundError:
-        return f"data.tokenizer={data['tokenizer']} is gone, so that nothing tells whether the text is the run's"
+    tokenizer, vocabulary = settings.config.data["tokenizer"], settings.config.data["vocabulary"]
+    if tokenizer not in NAMES and not os.path.exists(os.path.expanduser(tokenizer)):
+        return f"data.tokenizer={tokenizer} is gone, so that nothing tells whether the text is the run's"
+    with PreparationBar() as bar:
+        same = fingerprint(settings.corpus, tokenizer, vocabulary, bar) == text
     return None if same else "the text is not the one that the run was trained on"
 
 
