@@ -4,6 +4,7 @@ import copy
 import multiprocessing.forkserver
 import os
 import random
+import signal
 import sys
 from functools import cache
 from pathlib import Path
@@ -75,6 +76,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     """Nothing that a user has prepared is used or changed, and no test needs the network or data outside."""
     base = tmp_path_factory.getbasetemp()
     several = "PYTEST_XDIST_WORKER" in os.environ  # they share one, so that the machine is measured once
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells start what is in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEANLM_CACHE", str((base.parent if several else base) / "cache"))
         patch.delenv("LEANLM_DATA", raising=False)
