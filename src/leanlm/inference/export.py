@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanlm.common.errors import UserError
+from leanlm.common.errors import UserError, refuse
 from leanlm.common.files import write
 from leanlm.common.run_folder import Run
 from leanlm.config.arguments import target, typed
@@ -59,8 +59,7 @@ def export(asked: Export) -> tuple[Path, bool]:
     """
     run = Run.find(asked.run)
     problems, config = typed(run.config())
-    if problems := [*asked.problems(), *problems]:
-        raise UserError(*problems)
+    refuse([*asked.problems(), *problems])
     config.device = {"accelerator": "cpu"}
     arguments = {key: value for key, value in config.model.items() if key != "_target_"}
     kind = target("model", config.model)

@@ -108,6 +108,7 @@ def _rules(names: Iterable[tuple[str, str]], transposed: Iterable[str] = ()) -> 
     )
 
 
+PLAIN = {"norm_weight": True, "qk_norm": False, "qk_norm_weight": False, "window": None}
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
@@ -122,8 +123,7 @@ LLAMA = Family(
         "tied": ("tie_word_embeddings", False),
     },
     fixed={
-        "positions": "rope", "norm": "rmsnorm", "norm_weight": True, "qk_norm": False, "qk_norm_weight": False,
-        "activation": "swiglu", "bias": False, "qkv_bias": False, "window": None,
+        **PLAIN, "positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "qkv_bias": False,
     },
     same={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     rules=_rules([
@@ -179,8 +179,7 @@ GPT2 = Family(
         "tied": ("tie_word_embeddings", True),
     },
     fixed={
-        "positions": "learned", "norm": "layernorm", "norm_weight": True, "qk_norm": False, "qk_norm_weight": False,
-        "activation": "gelu_tanh", "bias": True, "qkv_bias": None, "window": None,
+        **PLAIN, "positions": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True, "qkv_bias": None,
     },
     same={"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
           "add_cross_attention": False},
