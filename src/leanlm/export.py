@@ -7,6 +7,9 @@ from leanlm.launch.ranks import say
 
 def job(asked: Export) -> None:
     folder, with_code = export(asked)
+    if asked.adapter == "peft":
+        say(f"{folder}: peft.PeftModel.from_pretrained(model, {str(folder)!r}), with the model that it was trained beside")
+        return
     how = ", trust_remote_code=True" if with_code else ""
     say(f"{folder}: AutoModelForCausalLM.from_pretrained({str(folder)!r}{how}), AutoTokenizer.from_pretrained({str(folder)!r})")
     if with_code:

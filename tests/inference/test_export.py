@@ -21,7 +21,6 @@ from leanlm.inference.export import Export, claimed, export
 from leanlm.inference.restoring import restore
 from leanlm.models.contract import Model
 from leanlm.models.generation import generate
-from leanlm.models.pretrained import Weights
 from leanlm.strategies.plan import Plan
 from leanlm.training import build, checkpoint
 
@@ -125,7 +124,7 @@ def test_an_import_of_an_export_is_the_same_bits(model: str, tmp_path: Path) -> 
     run = run_of(tmp_path / "run", *MODELS[model], tokenizer="bpe")
     folder, _ = export(Export(run=str(run.path), to=str(tmp_path / "out")))
     begun = check(composed(f"init_from={folder}", "sequence=96", "device=cpu"), needs_text=False).config
-    net = build.parallel_model(begun, Plan(), given(str(folder)).vocabulary, Weights(folder)).net
+    net = build.parallel_model(begun, Plan(), given(str(folder)).vocabulary, str(folder)).net
     expected = dict(net_of(run).named_parameters())
     found = dict(net.named_parameters())
     assert found.keys() == expected.keys()

@@ -1,5 +1,6 @@
 """Where files lie: the configuration, caches; and how one is replaced in one go."""
 
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -60,6 +61,10 @@ def writable(folder: Path) -> Path:
     except OSError as error:
         reason = str(error.strerror)
     raise UserError(f"prepared data cannot be kept in {folder} ({reason}): {SET_CACHE}")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write(path: Path, content: str | Iterable[bytes]) -> None:

@@ -22,6 +22,7 @@ MOVED = {"strategy.precision": "precision", "strategy.optimizer_state": "optim.s
 NEEDED = ("model", "data", "device")  # groups that are not complete without a choice
 BASES = {  # group -> the class from which what it names is derived
     "model": "leanlm.models.contract.Model",
+    "adapter": "leanlm.models.lora.Lora",
     "callbacks": "lightning.pytorch.callbacks.Callback",
     "logger": "lightning.pytorch.loggers.Logger",
 }

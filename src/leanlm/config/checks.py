@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from leanlm.common.errors import UserError, refuse
 from leanlm.common.precision import PRECISIONS, automatic
+from leanlm.config.adapters import adapter_problems
 from leanlm.config.arguments import argument_problems, made, typed
 from leanlm.config.callbacks import callback_problems, missing_packages
 from leanlm.config.of_model import model_problems, settle_compile
@@ -35,10 +36,11 @@ DATA = {"tokenizer": "byte", "vocabulary": 8192, "ignore": []}  # what a data se
 DATA_KEYS = {"_target_", *DATA}  # the rest of the group goes to the corpus function
 
 
-def check(config: DictConfig, needs_text: bool = True, needs_tokenizer: bool = True) -> Settings:
+def check(config: DictConfig, needs_text: bool = True, needs_tokenizer: bool = True, needs_weights: bool = True) -> Settings:
     """Raise UserError with every problem of a configuration, or return it ready for use.
 
     `needs_text`: whether its corpus has to be there. `needs_tokenizer`: and what it is read with, which a run holds itself.
+    `needs_weights`: whether those of `init_from` have to be.
     """
     problems, checked = typed(config)
     refuse(problems)
@@ -52,10 +54,11 @@ def check(config: DictConfig, needs_text: bool = True, needs_tokenizer: bool = T
     problems += missing_packages(checked.logger) + callback_problems(checked)
     problems += of_run(plan, checked.optim, checked.precision, checked.clip)
     if not problems:
+        problems += adapter_problems(checked, plan)
         problems += model_problems(checked, plan) + on_gpus(plan, checked.device["accelerator"])
     corpus, found = _corpus(checked, needs_tokenizer) if needs_text else (Corpus({}), [])
     problems += folder_problems(checked) + found
-    if not problems and not checked.resume:
+    if needs_weights and not problems and not checked.resume:
         problems += weights_problems(checked)
     if needs_text and not problems and corpus.form is None:  # a document may be short
         problems += fits(checked, {split: corpus.size(split) for split in corpus.splits}, at_most=True)

@@ -39,6 +39,7 @@ class Config:
     model: Any = None
     data: Any = None
     allow: list[str] = field(default_factory=SHIPPED["allow"].copy)
+    adapter: Any = None
     strategy: Plan = field(default_factory=Plan)
     optim: Optim = field(default_factory=Optim)
     logger: Any = None

@@ -1,30 +1,34 @@
 """A run's model and tokenizer as a folder in Hugging Face's layout."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from leanlm.common.errors import UserError, refuse
-from leanlm.common.files import write
+from leanlm.common.files import write, write_json
 from leanlm.common.run_folder import Run
-from leanlm.config.arguments import target, typed
+from leanlm.config.arguments import made, target, typed
+from leanlm.config.pretrained import is_run
+from leanlm.config.schema import Config
 from leanlm.data.exported_tokenizer import chat_template, marks, portable, stops
 from leanlm.data.tokenizer import Tokenizer
-from leanlm.inference.exported_model import layout, tensors
+from leanlm.inference.exported_adapter import write_adapter
+from leanlm.inference.exported_model import Layout, layout, tensors
 from leanlm.inference.restoring import restore, tokenizer_of
+from leanlm.models.lora import merge
 from leanlm.models.pretrained import CONFIG, INDEX, WEIGHTS
 from leanlm.strategies.plan import Plan
 
 LIMIT = 5 * 10**9  # bytes of a file of weights
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ADAPTERS = ("merge", "peft")
 UNFINISHED = ".unfinished"
 
 
@@ -36,9 +40,12 @@ class Export:
     checkpoint: str = "last"
     to: str | None = None
     dtype: str | None = None
+    adapter: str = "merge"
 
     def problems(self) -> list[str]:
         found = []
+        if self.adapter not in ADAPTERS:
+            found.append(f"adapter={self.adapter}: choose one of {', '.join(ADAPTERS)}")
         if self.dtype not in (None, *DTYPES):
             found.append(f"dtype={self.dtype}: choose one of {', '.join(DTYPES)}, or null for that of the run's weights")
         if self.to is None:
@@ -48,11 +55,14 @@ class Export:
         return found
 
 
-def export(asked: Export) -> tuple[Path, bool]:
-    """Write a run's model and tokenizer to a folder.
+class Exported(NamedTuple):
+    folder: Path
+    with_code: bool  # transformers has to run code in it
 
-    Returns:
-        The folder, and whether transformers has to run code in it.
+
+def export(asked: Export) -> Exported:
+    """Write a run's model and tokenizer to a folder. An adapter is merged into the weights beside which it was trained, or
+    written alone, in peft's layout.
 
     Raises:
         UserError: the run or the folder cannot be used, or the model has no counterpart in transformers.
@@ -65,17 +75,36 @@ def export(asked: Export) -> tuple[Path, bool]:
     kind = target("model", config.model)
     found = layout(kind, arguments, tokenizer_of(run).vocabulary, config.sequence)
     folder = Path(os.path.expanduser(str(asked.to)))
+    if asked.adapter == "peft":
+        refuse(_without_peft(config, found))
     with claimed(folder) as part:
         tokenizer, parallel, _ = restore(config, Plan(), run, asked.checkpoint)
         dtype = DTYPES.get(str(asked.dtype), next(parallel.net.parameters()).dtype)
         told = write_tokenizer(part, tokenizer, None if kind.carries_state else config.sequence)
+        if asked.adapter == "peft":
+            lora = made("adapter", config.adapter)
+            write_adapter(part, parallel.net, lora, found.source, str(config.init_from), dtype)
+            return Exported(folder, False)
+        merge(parallel.net)
         told |= {} if not found.code else {"use_cache": False}
         write_weights(part, tensors(parallel.net, found.source), dtype)
         write_json(part / "generation_config.json", told)
         write_json(part / CONFIG, found.config | told | {"torch_dtype": str(dtype).removeprefix("torch.")})
         for name, text in found.code.items():
             write(part / name, text)
-    return folder, bool(found.code)
+    return Exported(folder, bool(found.code))
+
+
+def _without_peft(config: Config, found: Layout) -> list[str]:
+    """Why peft's layout does not do for a run, one line each."""
+    instead = "adapter=merge writes the whole model"
+    if not config.adapter:
+        return ["adapter=peft: this run has trained no adapter; leave it out"]
+    if found.code:
+        return [f"adapter=peft: transformers has no such model, on which peft could put the adapter; {instead}"]
+    if is_run(str(config.init_from)):
+        return [f"adapter=peft: peft needs a folder of Hugging Face's for the base, and {config.init_from} is a run; {instead}"]
+    return []
 
 
 @contextmanager
@@ -156,7 +185,3 @@ def write_weights(folder: Path, named: dict[str, tuple[list[Tensor], int]], dtyp
 def joined(parts: list[Tensor], dimension: int) -> Tensor:
     """Without a copy where there is one part."""
     return torch.cat(parts, dimension) if len(parts) > 1 else parts[0]
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    write(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

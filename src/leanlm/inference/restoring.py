@@ -12,11 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from leanlm.common.errors import UserError
 from leanlm.common.files import CONF, literal
 from leanlm.common.run_folder import Run
+from leanlm.config.arguments import typed
 from leanlm.config.pretrained import begun_from_weights, is_run
 from leanlm.config.schema import Config
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.tokenizer import Tokenizer
-from leanlm.models.pretrained import CONFIG, Weights, read_json
+from leanlm.models.pretrained import CONFIG, read_json
 from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.strategies.plan import Plan
 
@@ -34,7 +35,8 @@ def find(name: str, sequence: int | None = None, data: Any = None) -> tuple[Run,
     if is_run(name) or not (folder / CONFIG).is_file():
         run = Run.find(name)
         config = run.config()
-        OmegaConf.update(config, "init_from", literal(str(run.path)) if sequence else None)  # whether it has as many positions
+        if not config.get("adapter"):
+            OmegaConf.update(config, "init_from", literal(str(run.path)) if sequence else None)  # has it as many positions?
     else:
         inside = GlobalHydra.instance().is_initialized()  # of a command of ours
         with nullcontext() if inside else initialize_config_dir(str(CONF), version_base="1.3"):
@@ -57,11 +59,11 @@ def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple
     Raises:
         UserError: the run has no whole checkpoint.
     """
-    from leanlm.training import build, checkpoint
+    from leanlm.training import base, build, checkpoint
 
     if not is_run(str(run.path)):
         tokenizer = tokenizer_of(run)
-        return tokenizer, build.parallel_model(config, plan, tokenizer.vocabulary, Weights(run.path)), {}
+        return tokenizer, build.parallel_model(config, plan, tokenizer.vocabulary, str(run.path)), {}
     if which not in FOLDERS:
         raise UserError(f"checkpoint={which}: choose one of {', '.join(FOLDERS)}")
     newest = checkpoint.newest_whole(run.path / FOLDERS[which])
@@ -69,7 +71,9 @@ def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple
         what = "best checkpoint (callbacks=best keeps one)" if which == "best" else "checkpoint"
         raise UserError(f"{run.path} has no {what} yet")
     tokenizer = tokenizer_of(run)
-    parallel = build.parallel_model(config, plan, tokenizer.vocabulary)
+    own = typed(run.config())[1]
+    base.check_base(run, checkpoint.state_of(newest), base.base_of(own))
+    parallel = build.parallel_model(config, plan, tokenizer.vocabulary, own.init_from if own.adapter else None)
     _, state = checkpoint.load(newest, parallel.named_parameters(), None, prefer_average=True)
     return tokenizer, parallel, state
 

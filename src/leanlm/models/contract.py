@@ -122,7 +122,7 @@ def initialize(model: Model, seed: int) -> None:
     """Fill every parameter from (seed, name) alone: the same bits whichever process fills it, in whatever order."""
     for name, parameter in model.named_parameters():
         if parameter.device.type == "cpu":
-            model.initialize(name, parameter, generator(seed, name))
+            _fill(model, seed, name, parameter)
         else:
             parameter.copy_(initial(model, seed, name, parameter))
 
@@ -132,12 +132,16 @@ def initial(model: Model, seed: int, name: str, like: Tensor) -> Tensor:
     """The initial value of one parameter with the shape and type of `like`, drawn on the CPU: devices draw
     differently."""
     value = torch.empty(like.shape, dtype=like.dtype, device="cpu")
-    model.initialize(name, value, generator(seed, name))
+    _fill(model, seed, name, value)
     return value
 
 
-def generator(seed: int, name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(stable_hash(seed, name))
+def _fill(model: Model, seed: int, name: str, parameter: Tensor) -> None:
+    """By the model, or by the part of it that the parameter belongs to, if that says how."""
+    owner, _, key = name.rpartition(".")
+    part, chance = model.get_submodule(owner), torch.Generator().manual_seed(stable_hash(seed, name))
+    own = getattr(part, "initialize", None)
+    own(key, parameter, chance) if own and part is not model else model.initialize(name, parameter, chance)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ class RowDropout(nn.Module):
     site: int = 0  # a number of the module's global name
     keys: Tensor | None = None  # [b], of the rows at hand
     first: int = 0  # position of their first token
+    columns: tuple[int, int] | None = None  # of a part of a hidden state: its first number, and how many there are in all
 
     def __init__(self, rate: float, locked: bool = False) -> None:
         super().__init__()
@@ -33,10 +34,10 @@ class RowDropout(nn.Module):
             return hidden
         if self.keys is None:
             raise RuntimeError("dropout in training mode needs leanlm.models.dropout.draw(part, keys)")
-        width = hidden.shape[2]
+        place, width = self.columns or (0, hidden.shape[2])
         positions, first = (1, 0) if self.locked else (hidden.shape[1], self.first)
-        keep = keep_mask(self.keys, positions * width, self.rate, first * width)
-        return torch.where(keep.view(len(hidden), positions, width), hidden / (1 - self.rate), 0)
+        keep = keep_mask(self.keys, positions * width, self.rate, first * width).view(len(hidden), positions, width)
+        return torch.where(keep[..., place : place + hidden.shape[2]], hidden / (1 - self.rate), 0)
 
     def extra_repr(self) -> str:
         return f"{self.rate}, locked={self.locked}"

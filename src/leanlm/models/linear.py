@@ -14,6 +14,7 @@ def together(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """
     copied = torch.compiler.is_compiling() or kernels.low_precision(x) != layers[0].weight.dtype
     if not copied or not all(map(_plain, layers)):
+        x = x.to(kernels.low_precision(x))  # once for all of them
         return tuple(layer(x) for layer in layers)
     biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
     weights: list[Tensor] = [layer.weight for layer in layers]

@@ -3,6 +3,7 @@
 Only what a parameter holds is read, when it is filled, so that no process holds more than its own and one tensor.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from leanlm.models.families import family_of
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 POSITIONS = "embed.positions.weight"
+SAMPLES, PIECE = 512, 1 << 16  # of a file, for its fingerprint; bytes of each
 BUFFERS = re.compile(r"\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")  # that earlier versions of transformers have written
 
 
@@ -70,6 +72,19 @@ class Weights:
             for name in sorted({*have, *want} - unused)
             if have.get(name) != want.get(name) and not BUFFERS.search(name)
         ]
+
+    def fingerprint(self) -> str:
+        """Names the weights by config.json, what each file begins with, and SAMPLES pieces that are spread over it: large files
+        need not be read for it."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for path in sorted({path for path, _, _ in self.held.values()}):
+            size = path.stat().st_size
+            digest.update(f"\0{path.name}\0{size}\0".encode())
+            with open(path, "rb") as file:
+                for place in range(0, size, max(PIECE, size // SAMPLES)):
+                    file.seek(place)
+                    digest.update(file.read(PIECE))
+        return digest.hexdigest()
 
     def __call__(self, name: str, like: Tensor) -> Tensor:
         """The value of a parameter, with the shape and type of `like`; it may be a part of the file, to be copied."""

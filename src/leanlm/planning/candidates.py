@@ -124,6 +124,7 @@ class Estimate:
         self.config, self.device = settings.config, device
         one = stages(settings.config, Plan(), vocabulary)
         self.flops, self.parameters, self.blocks = sum(one.cost.values()), one.parameters, len(one.split[0])
+        self.trained = one.trained / one.parameters
         self.ends = max(one.elements["embed"], one.elements["head"])  # parameters that one stage has beside its blocks
         block, sequence = one.elements[one.split[0][0]], settings.config.sequence
         width = max(1.0, (block / 12) ** 0.5)
@@ -131,7 +132,7 @@ class Estimate:
         self.hidden = width * sequence * 4
         # Muon's 5 iterations of Newton and Schulz, of which each multiplies three times; divided only along a pipeline
         self.muon = settings.config.optim.name == "muon"
-        self.update = 30 * width * self.blocks * block if self.muon else 0.0
+        self.update = 30 * width * self.blocks * block * self.trained if self.muon else 0.0
         # bytes of weights that a recurrence reads again for each token, twice in backward
         self.again = 3 * 4 * block / 2 * sequence if one.recurrent else 0.0
         self.averages = {"adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0}[settings.config.optim.name]
@@ -145,7 +146,8 @@ class Estimate:
         return memory * (1 - MARGIN) - card - device.process[int(plan.world > 1)]
 
     def __call__(self, plan: Choice) -> Rough:
-        return Rough(self._seconds(plan), 2 * self._held(plan) + self._state(plan) + self._activations(plan))
+        weights = (1 + self.trained) * self._held(plan)  # and their gradients
+        return Rough(self._seconds(plan), weights + self._state(plan) + self._activations(plan))
 
     def _held(self, plan: Choice) -> float:
         """Bytes of weights on the fullest rank."""
@@ -156,7 +158,7 @@ class Estimate:
         """Bytes of the optimizer's state."""
         if plan.offloads("optimizer"):
             return 0
-        size = self._held(plan) * self.averages * (0.25 if plan.state == "int8" else 1)
+        size = self._held(plan) * self.trained * self.averages * (0.25 if plan.state == "int8" else 1)
         return size / (plan.replicate if plan.zero1 else 1)
 
     def _activations(self, plan: Choice) -> float:
@@ -184,7 +186,7 @@ class Estimate:
         speed = sum(speeds) / len(speeds) if plan.pipeline > 1 else min(speeds)
         rate = device.flops["bfloat16" if plan.precision.startswith("bf16") else "float32"] * speed
         again = constants.RECOMPUTING.get("blocks" if plan.recompute_window else plan.recompute, 1.0)
-        seconds = 3 * again * self.flops * self.config.global_batch / plan.world / rate
+        seconds = (2 + self.trained) * again * self.flops * self.config.global_batch / plan.world / rate
         if plan.pipeline > 1:
             seconds *= 1 + constants.IDLE.get(plan.schedule, 1.0) * (plan.pipeline - 1) / micros
         seconds += self._sending(plan, device)
@@ -197,7 +199,7 @@ class Estimate:
         if plan.compiled:
             seconds *= 1 - SAVED
         half = device.flops.get("bfloat16", device.flops["float32"])
-        updating = constants.UPDATE * self._held(plan) / (device.bandwidth * speed)
+        updating = constants.UPDATE * self.trained * self._held(plan) / (device.bandwidth * speed)
         return seconds + self.update / plan.pipeline / (half * speed) + updating
 
     def _sending(self, plan: Choice, device: Device) -> float:
@@ -206,10 +208,10 @@ class Estimate:
         seconds = 0.0
         if plan.shard > 1:  # gathered forward and backward; and by Muon, as whole matrices
             seconds += device.sending("all-gather", (2 * micros + self.muon) * mine, plan.shard)
-            seconds += device.sending("reduce-scatter", micros * mine, plan.shard)
+            seconds += device.sending("reduce-scatter", micros * self.trained * mine, plan.shard)
         if plan.replicate > 1:
             times = constants.ZERO1_SENDS if plan.zero1 else 1
-            seconds += device.sending("all-reduce", mine / plan.shard, plan.replicate) * times
+            seconds += device.sending("all-reduce", self.trained * mine / plan.shard, plan.replicate) * times
         if plan.tensor > 1:  # hidden states twice forward and twice backward
             hidden = 4 * self.hidden * plan.micro_batch(self.config.global_batch) * micros * self.blocks / plan.pipeline
             seconds += device.sending("all-reduce", hidden, plan.tensor)

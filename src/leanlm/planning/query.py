@@ -43,10 +43,10 @@ def plan(asked: Ask, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     device, count = devices.of_config(asked.device, asked.devices), devices.count(asked.device, asked.devices)
     node = {key: value for key, value in vars(asked).items() if key not in OWN}
-    node |= {"device": {"accelerator": "cpu"}, "init_from": None}  # a plan does not depend on what the weights are
+    node |= {"device": {"accelerator": "cpu"}}
     if asked.precision == "auto":
         node["precision"] = automatic(asked.device)
-    settings = check(OmegaConf.create(literal(asdict(Config(**node)))))
+    settings = check(OmegaConf.create(literal(asdict(Config(**node)))), needs_weights=False)
     vocabulary = asked.vocabulary or tokens(settings).tokenizer.vocabulary
     answer = search(settings, vocabulary, device, count, asked.allow, asked.show)
     mine, size = device.share(count), asked.global_batch * asked.sequence

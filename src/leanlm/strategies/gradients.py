@@ -55,7 +55,7 @@ class StepInBackward:
     def __init__(self, parallel: ParallelModel, optimizer: torch.optim.Optimizer) -> None:
         self.parallel, self.optimizer = parallel, optimizer
         self.squares, self.largest = torch.zeros((), dtype=torch.float64, device=parallel.device), 0
-        for parameter in parallel.net.parameters():
+        for _, parameter in parallel.named_parameters():
             parameter.register_post_accumulate_grad_hook(self._update)
 
     def _update(self, parameter: Tensor) -> None:

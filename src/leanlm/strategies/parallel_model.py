@@ -35,6 +35,7 @@ class ParallelModel:
         self.net, self.plan, self.device = net, plan, device
         self.ties, self.width, self.vocabulary, self.dtype = ties(net), net.width, net.vocabulary, next(net.parameters()).dtype
         self.parameters = sum(parameter.numel() for parameter in net.parameters())  # of the whole model, tied ones once
+        self.trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
         if plan.return_freed_memory:
             malloc.return_freed_memory(malloc.own_pages(self.parameters))
         cost = cost or dict.fromkeys(["embed", *net.blocks, "head"], 0.0)
@@ -58,7 +59,8 @@ class ParallelModel:
         self._fill_and_shard(value_of or partial(initial, net, seed))
         if net.head is not None and plan.tensor == 1 and not plan.compiled:  # a compiler sums these gradients itself
             add_rows(net, net.head)
-        self._parameters = list(net.named_parameters())  # found once: to look through all modules takes as long as some layers
+        # found once: to look through all modules takes as long as some layers
+        self._parameters = [(name, each) for name, each in net.named_parameters() if each.requires_grad]
 
     def coordinate(self, axis: str) -> int:
         """This rank's place along an axis of the mesh."""
@@ -131,8 +133,12 @@ class ParallelModel:
             stage.carry(mine, first, self.plan.accumulate_grad_batches)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """This rank's parameters by their global names. A name is there twice if this rank holds both copies of it."""
+        """This rank's parameters that are trained, by their global names; twice, if this rank holds both copies of one."""
         return [(self.ties.get(name, name), parameter) for name, parameter in self._parameters]
+
+    def frozen_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """This rank's parameters that are not trained, as `named_parameters`."""
+        return [(self.ties.get(name, name), each) for name, each in self.net.named_parameters() if not each.requires_grad]
 
     def owned_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """`named_parameters` without `copies`."""

@@ -37,7 +37,8 @@ def fill(part: nn.Module, net: nn.Module, global_names: dict[str, str], value_of
             if name not in filled:
                 whole = value_of(name, parameter)
                 value = local_part(whole, parameter).to(device, copy=True)
-                filled[name] = nn.Parameter(dtensor_like(value, parameter, whole.shape) if is_dtensor(parameter) else value)
+                value = dtensor_like(value, parameter, whole.shape) if is_dtensor(parameter) else value
+                filled[name] = nn.Parameter(value, parameter.requires_grad)
             setattr(module, key, filled[name])
 
 

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from leanlm.models.contract import Model
+from leanlm.models.lora import Adapted
 
 
 def split_matrices(net: Model, mesh: DeviceMesh) -> None:
@@ -34,7 +35,11 @@ def _split(module: Any, kind: str, mesh: DeviceMesh) -> None:
     elif kind == "vocabulary":  # in training, memory/loss.py reads the weights and gathers no logits
         parallelize_module(module, mesh, ColwiseParallel(output_layouts=Replicate()))
     else:
+        adapter = module._modules.pop("adapter") if isinstance(module, Adapted) else None  # torch would split it as the layer
         parallelize_module(module, mesh, RowwiseParallel() if kind == "rowwise" else ColwiseParallel())
+        if adapter is not None:
+            module.adapter = adapter
+            _split_correction(adapter, kind, mesh)
 
 
 def _split_rows(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
@@ -43,7 +48,7 @@ def _split_rows(embedding: nn.Embedding, mesh: DeviceMesh) -> None:
     torch's RowwiseParallel (2.11, 2.13) does the same forward, but leaves each device with the gradient of the whole table.
     """
     weight = distribute_tensor(embedding.weight, mesh, [Shard(0)], src_data_rank=None)
-    embedding.register_parameter("weight", nn.Parameter(weight))
+    embedding.register_parameter("weight", nn.Parameter(weight, embedding.weight.requires_grad))
     embedding.forward = partial(_look_up, embedding, mesh)  # type: ignore[method-assign]
 
 
@@ -59,6 +64,30 @@ def _scaled_in_parts(norm: Any, mesh: DeviceMesh, x: Tensor) -> Tensor:
     """RMSNorm of this device's heads, whose whole scale each device holds: its gradient is summed over the devices."""
     weight = DTensor.from_local(norm.weight, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
     return nn.functional.rms_norm(x, norm.normalized_shape, weight, norm.eps)
+
+
+def _split_correction(adapter: Any, kind: str, mesh: DeviceMesh) -> None:
+    """Of its two matrices each device has a part of the one that its layer splits, and the whole of the other."""
+    key, axis = ("b", 0) if kind == "colwise" else ("a", 1)
+    part = distribute_tensor(getattr(adapter, key), mesh, [Shard(axis)], src_data_rank=None)
+    adapter.register_parameter(key, nn.Parameter(part))
+    if key == "a":
+        inputs = part.shape[1]
+        adapter.dropout.columns = mesh.get_local_rank() * -(-inputs // mesh.size()), inputs
+    adapter.forward = partial(_correct_in_parts, adapter, key, mesh)
+
+
+def _correct_in_parts(adapter: Any, key: str, mesh: DeviceMesh, x: Any) -> DTensor:
+    """The correction of an output that is split, or of this device's summand of it. The gradient of the matrix that each device
+    holds is summed over them, and so is that of an input that each of them reads."""
+    matrices = {"a": adapter.a, "b": adapter.b}
+    matrices[key] = matrices[key].to_local()
+    (other,) = matrices.keys() - {key}
+    whole = DTensor.from_local(matrices[other], mesh, [Replicate()], run_check=False)
+    matrices[other] = whole.to_local(grad_placements=[Partial()])
+    last = Shard(x.dim() - 1)
+    out = adapter.of(x.to_local(grad_placements=[Partial() if key == "b" else last]), **matrices)
+    return DTensor.from_local(out, mesh, [last if key == "b" else Partial()], run_check=False)
 
 
 def _sum_gradient_once(mesh: DeviceMesh, module: nn.Module, inputs: tuple) -> tuple:

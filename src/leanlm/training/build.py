@@ -12,21 +12,25 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger
+from torch import Tensor
 
 from leanlm.common.errors import UserError
 from leanlm.common.precision import PRECISIONS, STOCHASTIC
+from leanlm.common.run_folder import Run
 from leanlm.config.arguments import made
 from leanlm.config.callbacks import FIRST_RANK, class_name
+from leanlm.config.pretrained import is_run
 from leanlm.config.schema import Config, Settings
 from leanlm.launch.ranks import local_world_size, rank, world_size
 from leanlm.models import kernels
-from leanlm.models.contract import Model, initialize, without_storage
+from leanlm.models.contract import Model, initial, initialize, without_storage
 from leanlm.models.pretrained import Weights
 from leanlm.strategies import balance
 from leanlm.strategies.lightning import strategy
 from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.strategies.patches import without_asking_for_sigterm
 from leanlm.strategies.plan import Plan
+from leanlm.training import checkpoint
 from leanlm.training.lightning_module import LanguageModel
 
 
@@ -36,20 +40,44 @@ def model(config: Config, plan: Plan, vocabulary: int) -> Model:
     torch.set_default_dtype(PRECISIONS[config.precision][0])
     try:
         net = made("model", config.model, vocabulary=vocabulary, sequence=config.sequence)
+        if config.adapter:
+            made("adapter", config.adapter).apply(net)
     finally:
         torch.set_default_dtype(before)
     kernels.choose(net, plan.rnn_kernel)
     return net
 
 
-def parallel_model(config: Config, plan: Plan, vocabulary: int, weights: Weights | None = None) -> ParallelModel:
-    """What this rank holds of the configured model, with initial weights or those given. All ranks must call it."""
+def parallel_model(config: Config, plan: Plan, vocabulary: int, source: str | None = None) -> ParallelModel:
+    """What this rank holds of the configured model, with initial weights. All ranks must call it.
+
+    Args:
+        source: where its own weights come from, a folder in Hugging Face's layout or a run's; None: they are drawn. Those of an
+            adapter always are.
+
+    Raises:
+        UserError: `source` cannot be used.
+    """
+    weights = Weights(Path(source)) if source and not is_run(source) else None
     with without_storage() if plan.splits_model or weights else nullcontext():
         net = model(config, plan, vocabulary)
     if not plan.splits_model and weights is None:
         initialize(net, config.seed)
+
+    def value_of(name: str, like: Tensor) -> Tensor:
+        if weights is None or (config.adapter and like.requires_grad):
+            return initial(net, config.seed, name, like)
+        return weights(name, like)
+
     cost = balance.costs(net) if plan.pipeline > 1 else None
-    return ParallelModel(net, plan, config.seed, device(config), cost, PRECISIONS[config.precision][1], weights)
+    parallel = ParallelModel(net, plan, config.seed, device(config), cost, PRECISIONS[config.precision][1], value_of)
+    if source and weights is None:
+        whole = checkpoint.newest_whole(Run(source).checkpoints)
+        if whole is None:
+            raise UserError(f"init_from={source}: it has no whole checkpoint")
+        own = parallel.frozen_parameters() if config.adapter else parallel.named_parameters()
+        checkpoint.load(whole, own, None, prefer_average=True)
+    return parallel
 
 
 def device(config: Config) -> torch.device:

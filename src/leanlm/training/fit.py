@@ -16,23 +16,22 @@ from leanlm.common.files import write
 from leanlm.common.machine import memory_now, peak_memory
 from leanlm.common.precision import gpu_has_bf16
 from leanlm.common.run_folder import Run
-from leanlm.config.pretrained import is_run
 from leanlm.config.schema import Settings
 from leanlm.data.prefetch import prefetched
 from leanlm.data.tokenizer import Tokenizer, stream
 from leanlm.data.tokens import Tokens
 from leanlm.launch.ranks import comfort, of_ranks, on_rank_0, on_rank_0_first, rank, say
 from leanlm.models.generation import LogitsAfter, generate
-from leanlm.models.pretrained import Weights
 from leanlm.reporting.pictures import loss_curve
 from leanlm.reporting.summary import summary
 from leanlm.strategies import relay
 from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.training import build, data, utilization
+from leanlm.training.base import base_of, check_base
 from leanlm.training.callbacks.checkpoints import Checkpoints
 from leanlm.training.callbacks.progress import Progress
 from leanlm.training.callbacks.record import Record
-from leanlm.training.checkpoint import load, newest_whole, state_of
+from leanlm.training.checkpoint import newest_whole, state_of
 from leanlm.training.lightning_module import LanguageModel, measures
 
 
@@ -41,18 +40,20 @@ def fit(settings: Settings, path: Path) -> dict[str, Any]:
     asked = settings.config
     run = Run(on_rank_0(lambda: path))  # Under torchrun each rank has made up its own.
     tokens = on_rank_0_first(lambda: data.tokens(settings))
-    start = checkpoint_to_start_from(settings, tokens)
+    base = base_of(asked)
+    start = checkpoint_to_start_from(settings, tokens, base)
     if rank() == 0:
         make_folder(run, settings.as_run(), tokens, start)
     before = of_ranks(memory_now())
 
-    parallel = begin(settings, tokens, start)
+    source = asked.init_from if start is None or asked.adapter else None
+    parallel = build.parallel_model(asked, settings.plan, tokens.tokenizer.vocabulary, source)
     module = build.module(settings, parallel)
     announce(settings, tokens, module, run)
 
     card = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else None
     record = Record(run, asked.log_every, utilization.full_speed(settings, tokens.tokenizer.vocabulary, card))
-    checkpoints = Checkpoints(run, record, asked, tokens.fingerprint, start)
+    checkpoints = Checkpoints(run, record, asked, tokens.fingerprint, start, base)
     callbacks = [record, *([Progress(record)] if rank() == 0 else []), *build.callbacks(asked), checkpoints]
     first_step = state_of(start)["step"] if start else 0
     loggers = build.loggers(asked, run.path, first_step)
@@ -77,25 +78,11 @@ def fit(settings: Settings, path: Path) -> dict[str, Any]:
     return result
 
 
-def begin(settings: Settings, tokens: Tokens, start: Path | None) -> ParallelModel:
-    """The model as the plan cuts it, with initial weights or those of `init_from`, if it does not go on from a checkpoint. All
-    ranks must call it."""
-    config, plan, source = settings.config, settings.plan, None if start else settings.config.init_from
-    given = Weights(Path(source)) if source and not is_run(source) else None
-    parallel = build.parallel_model(config, plan, tokens.tokenizer.vocabulary, given)
-    if source and given is None:
-        whole = newest_whole(Run(source).checkpoints)
-        if whole is None:
-            raise UserError(f"init_from={source}: it has no whole checkpoint")
-        load(whole, parallel.named_parameters(), None, prefer_average=True)
-    return parallel
-
-
-def checkpoint_to_start_from(settings: Settings, tokens: Tokens) -> Path | None:
+def checkpoint_to_start_from(settings: Settings, tokens: Tokens, base: str | None = None) -> Path | None:
     """The checkpoint to resume from, None to begin at step 0.
 
     Raises:
-        UserError: all are damaged, it is of another text, or the run has done its steps.
+        UserError: all are damaged, it is of another text or stands on other weights, or the run has done its steps.
     """
     if not settings.config.resume:
         return None
@@ -107,6 +94,7 @@ def checkpoint_to_start_from(settings: Settings, tokens: Tokens) -> Path | None:
     state = state_of(start)
     if state["text"] != tokens.fingerprint:
         raise UserError(f"the text or its tokens are not those that {run.path} was trained on; set data.path to the same text")
+    check_base(run, state, base)
     ended = run.result.is_file() and run.results()["steps"] >= state["step"]  # else it was killed after its last checkpoint
     if state["step"] + ended > settings.config.max_steps:
         raise UserError(f"{run.path} has done its {state['step']} steps; to go on write max_steps={state['step'] * 2}, say")
@@ -126,7 +114,7 @@ def announce(settings: Settings, tokens: Tokens, module: LanguageModel, run: Run
     """Say what is going to be trained, on what, and how."""
     asked = settings.config
     say(
-        f"text: {tokens.describe(settings.corpus)}\n{type(module.net).__name__}, {module.parallel.parameters:,} parameters\n"
+        f"text: {tokens.describe(settings.corpus)}\n{parameters_of(module)}\n"
         f"plan: {settings.describe()}; global batch {asked.global_batch} x {asked.sequence} tokens, {asked.max_steps:,} steps, "
         f"in {run.path}"
     )
@@ -134,6 +122,13 @@ def announce(settings: Settings, tokens: Tokens, module: LanguageModel, run: Run
         say(module.pipeline.describe())
     if module.parallel.device.type == "cuda" and asked.precision == "fp32" and gpu_has_bf16():
         say(utilization.instead_of_fp32(torch.cuda.get_device_name(module.parallel.device)))
+
+
+def parameters_of(module: LanguageModel) -> str:
+    """How many a model has, and how many of them are trained if it is not all."""
+    trained, count = module.parallel.trained, module.parallel.parameters
+    part = "" if trained == count else f", of which {trained:,} are trained"
+    return f"{type(module.net).__name__}, {count:,} parameters{part}"
 
 
 def result_of(settings: Settings, tokens: Tokens, module: LanguageModel, trainer: pl.Trainer, record: Record) -> dict[str, Any]:
@@ -152,6 +147,7 @@ def result_of(settings: Settings, tokens: Tokens, module: LanguageModel, trainer
         "exactness": settings.exactness,
         "precision": settings.config.precision,
         "parameters": module.parallel.parameters,
+        "trained_parameters": module.parallel.trained,
         "versions": {"leanlm": __version__, "torch": torch.__version__, "lightning": lightning.__version__},
     }
     if settings.predicted is not None:

@@ -10,10 +10,13 @@ from leanlm.training import build
 
 def operations_per_token(settings: Settings, vocabulary: int) -> float:
     """Floating-point operations of matrix products and attention for one token of a training step: backward takes twice what
-    forward does, and what is computed again is not counted."""
+    forward does, of which those for gradients of weights are only needed where they are trained; what is computed again is not
+    counted."""
     with without_storage():
         net = build.model(settings.config, settings.plan, vocabulary)
-    return 3 * sum(balance.costs(net).values()) / settings.config.sequence
+    trained = sum(each.numel() for each in net.parameters() if each.requires_grad)
+    share = trained / sum(each.numel() for each in net.parameters())
+    return (2 + share) * sum(balance.costs(net).values()) / settings.config.sequence
 
 
 def full_speed(settings: Settings, vocabulary: int, card: str | None) -> float | None:

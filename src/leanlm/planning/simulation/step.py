@@ -93,6 +93,7 @@ class Stages:
     cost: dict[str, float]  # of each part
     alike: bool  # whether `depth` is how many blocks of one kind there are
     parameters: int
+    trained: int  # of these
     elements: dict[str, int]  # of the parameters, by part
     recurrent: bool
     width: int  # of the hidden state
@@ -102,7 +103,7 @@ _known: dict[Any, Any] = {}
 
 
 def stages(config: Any, plan: Plan, vocabulary: int) -> Stages:
-    key = repr((config.model, config.sequence, vocabulary))
+    key = repr((config.model, config.adapter, config.sequence, vocabulary))
     if key not in _known:
         with without_storage():
             net = build.model(config, replace(plan, rnn_kernel="onednn"), vocabulary)
@@ -110,8 +111,9 @@ def stages(config: Any, plan: Plan, vocabulary: int) -> Stages:
         parts = {"embed": net.embed, **dict(net.blocks.items()), "head": net.head}
         elements = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
         count = sum(parameter.numel() for parameter in net.parameters())
+        trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
         alike = len(shapes) == 1 and config.model.get("depth") == len(net.blocks)
-        _known[key] = balance.costs(net), alike, count, elements, net.carries_state, net.width
+        _known[key] = balance.costs(net), alike, count, trained, elements, net.carries_state, net.width
     cost, *rest = _known[key]
     return Stages(balance.split(cost, plan), cost, *rest)
 
@@ -141,12 +143,12 @@ class _Phases(pl.Callback):
             for i, block in enumerate(blocks):
                 here, after = (_place(number, len(blocks), self.ends) for number in (i, i + 1))
                 block.register_forward_hook(partial(self._block, here, after))
-        for parameter in module.net.parameters():
+        for _, parameter in module.parallel.named_parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: self.trace.mark("gradients", [p.grad]))
         if not module.plan.step_in_backward:
             (optimizer,) = trainer.optimizers
             self.trace.enter(BEFORE)
-            for parameter in module.net.parameters():
+            for _, parameter in module.parallel.named_parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             self._mark_state(optimizer)
@@ -167,7 +169,7 @@ class _Phases(pl.Callback):
         self._enter(f"forward {after}")
 
     def _update(self, module: Any, update: Callable[[], None]) -> None:
-        self.trace.mark("gradients", [p.grad for p in module.net.parameters()])
+        self.trace.mark("gradients", [p.grad for _, p in module.parallel.named_parameters()])
         self.trace.enter(f"step {self.step}, optimizer")
         update()
 

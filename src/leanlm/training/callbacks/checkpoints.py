@@ -33,9 +33,11 @@ class Checkpoints(pl.Callback):
     A checkpoint is taken before the first micro-batch of a step, when the validation of the step before is in it too.
     """
 
-    def __init__(self, run: Run, record: Record, config: Config, fingerprint: str, start: Path | None = None) -> None:
-        """`fingerprint`: of the text. `start`: a checkpoint to resume from."""
-        self.run, self.record, self.config, self.fingerprint, self.start = run, record, config, fingerprint, start
+    def __init__(self, run: Run, record: Record, config: Config, fingerprint: str, start: Path | None = None,
+                 base: str | None = None) -> None:  # fmt: skip
+        """`fingerprint`: of the text. `base`: of what its adapter stands on. `start`: a checkpoint to resume from."""
+        self.run, self.record, self.config, self.start = run, record, config, start
+        self.made_of = {"text": fingerprint} | ({"base": base} if base else {})
         self.saved = -1  # step of the last checkpoint
         self.heard = Heard(_say_so, self._leave)
         self.told = Told()
@@ -95,7 +97,7 @@ class Checkpoints(pl.Callback):
             "step": trainer.global_step,
             **{key: getattr(self.record, key) for key in KEPT},
             "plan": module.plan.asdict(),
-            "text": self.fingerprint,
+            **self.made_of,
             "versions": {"leanlm": __version__, "torch": torch.__version__},
         }
         named = module.parallel.owned_parameters()
