@@ -7,7 +7,7 @@ from leanlm.launch.ranks import say
 
 def job(asked: Export) -> None:
     folder, with_code = export(asked)
-    if asked.adapter == "peft":
+    if asked.format == "peft":
         say(f"{folder}: peft.PeftModel.from_pretrained(model, {str(folder)!r}), with the model that it was trained beside")
         return
     how = ", trust_remote_code=True" if with_code else ""

@@ -75,7 +75,7 @@ def test_merged_or_by_peft_transformers_gives_the_same_logits(name: str, trained
     export(Export(run=str(run.path), to=str(tmp_path / "merged")))
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(tokens).logits, expected, atol=1e-5, rtol=0)
-    export(Export(run=str(run.path), to=str(tmp_path / "adapter"), adapter="peft"))
+    export(Export(run=str(run.path), to=str(tmp_path / "adapter"), format="peft"))
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     torch.testing.assert_close(adapted(tokens).logits, expected, atol=1e-5, rtol=0)
     trainable = sum(each.numel() for key, each in adapted.named_parameters() if "lora" in key)
@@ -130,7 +130,7 @@ def test_an_adapter_on_a_run(text: Path, tmp_path: Path) -> None:
     first, then = (Run(tmp_path / name).results() for name in ("first", "then"))
     assert then["loss"] == pytest.approx(first["loss"], abs=1e-6)
     assert evaluate(Evaluate(run=str(tmp_path / "then")))["loss"] == pytest.approx(first["loss"], abs=1e-6)
-    for key, problem in ({"adapter": "peft"}, "is a run"), ({"run": str(tmp_path / "first"), "adapter": "peft"}, "no adapter"):
+    for key, problem in ({"format": "peft"}, "is a run"), ({"run": str(tmp_path / "first"), "format": "peft"}, "no adapter"):
         with pytest.raises(UserError, match=problem):
             export(Export(**{"run": str(tmp_path / "then"), "to": str(tmp_path / "x"), **key}))
     with pytest.raises(UserError, match="holds an adapter alone"):

@@ -28,7 +28,7 @@ from leanlm.strategies.plan import Plan
 
 LIMIT = 5 * 10**9  # bytes of a file of weights
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ADAPTERS = ("merge", "peft")
+FORMATS = ("model", "peft")
 UNFINISHED = ".unfinished"
 
 
@@ -40,12 +40,12 @@ class Export:
     checkpoint: str = "last"
     to: str | None = None
     dtype: str | None = None
-    adapter: str = "merge"
+    format: str = "model"
 
     def problems(self) -> list[str]:
         found = []
-        if self.adapter not in ADAPTERS:
-            found.append(f"adapter={self.adapter}: choose one of {', '.join(ADAPTERS)}")
+        if self.format not in FORMATS:
+            found.append(f"format={self.format}: choose one of {', '.join(FORMATS)}")
         if self.dtype not in (None, *DTYPES):
             found.append(f"dtype={self.dtype}: choose one of {', '.join(DTYPES)}, or null for that of the run's weights")
         if self.to is None:
@@ -75,13 +75,13 @@ def export(asked: Export) -> Exported:
     kind = target("model", config.model)
     found = layout(kind, arguments, tokenizer_of(run).vocabulary, config.sequence)
     folder = Path(os.path.expanduser(str(asked.to)))
-    if asked.adapter == "peft":
+    if asked.format == "peft":
         refuse(_without_peft(config, found))
     with claimed(folder) as part:
         tokenizer, parallel, _ = restore(config, Plan(), run, asked.checkpoint)
         dtype = DTYPES.get(str(asked.dtype), next(parallel.net.parameters()).dtype)
         told = write_tokenizer(part, tokenizer, None if kind.carries_state else config.sequence)
-        if asked.adapter == "peft":
+        if asked.format == "peft":
             lora = made("adapter", config.adapter)
             write_adapter(part, parallel.net, lora, found.source, str(config.init_from), dtype)
             return Exported(folder, False)
@@ -97,13 +97,13 @@ def export(asked: Export) -> Exported:
 
 def _without_peft(config: Config, found: Layout) -> list[str]:
     """Why peft's layout does not do for a run, one line each."""
-    instead = "adapter=merge writes the whole model"
+    instead = "format=model writes the whole model"
     if not config.adapter:
-        return ["adapter=peft: this run has trained no adapter; leave it out"]
+        return ["format=peft: this run has trained no adapter; leave it out"]
     if found.code:
-        return [f"adapter=peft: transformers has no such model, on which peft could put the adapter; {instead}"]
+        return [f"format=peft: transformers has no such model, on which peft could put the adapter; {instead}"]
     if is_run(str(config.init_from)):
-        return [f"adapter=peft: peft needs a folder of Hugging Face's for the base, and {config.init_from} is a run; {instead}"]
+        return [f"format=peft: peft needs a folder of Hugging Face's for the base, and {config.init_from} is a run; {instead}"]
     return []
 
 

@@ -138,10 +138,15 @@ def initial(model: Model, seed: int, name: str, like: Tensor) -> Tensor:
 
 def _fill(model: Model, seed: int, name: str, parameter: Tensor) -> None:
     """By the model, or by the part of it that the parameter belongs to, if that says how."""
-    owner, _, key = name.rpartition(".")
-    part, chance = model.get_submodule(owner), torch.Generator().manual_seed(stable_hash(seed, name))
-    own = getattr(part, "initialize", None)
-    own(key, parameter, chance) if own and part is not model else model.initialize(name, parameter, chance)
+    *path, key = name.split(".")
+    part: Any = model
+    for step in path:  # of a tied weight another rank may hold the part of this name
+        part = part and part._modules.get(step)
+    chance = torch.Generator().manual_seed(stable_hash(seed, name))
+    if part is not model and hasattr(part, "initialize"):
+        part.initialize(key, parameter, chance)
+    else:
+        model.initialize(name, parameter, chance)
 
 
 @contextmanager
