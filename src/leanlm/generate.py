@@ -1,20 +1,17 @@
 """Text that a trained model writes: `python -m leanlm.generate run=runs/X [prompt="def "] [chat=true] [prompts=FILE]`."""
 
-import io
 import json
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from leanlm.common.errors import UserError
 from leanlm.config import command_line
-from leanlm.inference.chat import Conversation
+from leanlm.inference.chat import Conversation, said
 from leanlm.inference.continuation import Generate, continuation
 from leanlm.inference.prompts import completions
-
-EXIT = "/exit"
 
 
 def job(asked: Generate) -> None:
@@ -41,17 +38,6 @@ def show(pieces: Iterable[str]) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     print()
-
-
-def said(first: str) -> Iterator[str]:
-    """What the user says, line by line, up to the end of the input or EXIT; lines without text are no messages."""
-    yield from [first] if first else []
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    sign = "> " if sys.stdin and sys.stdin.isatty() and sys.stdout.isatty() else ""
-    with suppress(EOFError):
-        while sys.stdin and (line := input(sign)).strip() != EXIT:
-            yield from [line] if line.strip() else []
 
 
 def check_memory(*asked: Any) -> None:

@@ -20,13 +20,14 @@ from leanlm.models.generation import LogitsAfter, generate, generate_rows
 
 TEMPLATE = """{% for m in messages %}{{ '<|begin|>' + m.role + '\n' + m.content + '<|end|>' + '\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|begin|>assistant\n' }}{% endif %}"""
+MARKS, END = [0, 35], 281  # 35: a token that it draws
 CPU: dict[str, Any] = {"accelerator": "cpu"}
 ASKED = [{"role": "user", "content": "the of"}, {"role": "assistant", "content": "and a"}, {"role": "user", "content": "to in"}]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """A random Llama whose config.json names another mark of an end than its chat template."""
+    """A random Llama whose files name other marks of an end than its chat template writes; it draws one or the other soon."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("llama")
     model = json.loads(Subwords.train([text.read_bytes()], 280).state()["model"])
@@ -40,7 +41,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
         vocab_size=282, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.3, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    llama = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        llama.lm_head.weight[END] = 1.2 * llama.lm_head.weight[33]  # likelier than a token that is drawn
+    llama.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": MARKS}))
     (folder / "tokenizer.json").write_text(json.dumps(model))
     told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
@@ -121,16 +126,20 @@ def test_a_conversation_is_as_transformers_has_it(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     template = Template(given(str(folder)))
     assert template.tokens(ASKED) == tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
-    assert template.ends == ({0, 281}, [])
+    assert template.ends == ({*MARKS, END}, [])
     conversation = Conversation(Generate(run=str(folder), chat=True, temperature=0, tokens=12, device=CPU))
     messages: list[dict[str, str]] = []
+    lengths = []
     for message in ("the of", "to in"):
         messages.append({"role": "user", "content": message})
         asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        expected = tokenizer.decode(theirs(folder, asked, 12, [0, 281]), skip_special_tokens=False)
+        written = theirs(folder, asked, 12, [*MARKS, END])
+        lengths.append(len(written))
+        expected = tokenizer.decode(written, skip_special_tokens=False)
         assert "".join(conversation.answer(message)) == expected.lstrip()
         messages.append({"role": "assistant", "content": expected.strip()})
         assert conversation.messages == messages
+    assert min(lengths) < 12, "no answer has come to a mark"
 
 
 def test_the_oldest_turns_leave_a_full_context(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -166,11 +175,11 @@ def test_a_file_of_prompts_is_as_each_alone_and_as_transformers(folder: Path, tm
     found = list(completions(asked))
     for line, written in zip(lines, found, strict=True):
         if "messages" in line:
-            expected = tokenizer.decode(theirs(folder, Template(tokenizer).tokens(ASKED), 20, [0, 281]))
+            expected = tokenizer.decode(theirs(folder, Template(tokenizer).tokens(ASKED), 20, [*MARKS, END]))
             assert written == {"messages": [*ASKED, {"role": "assistant", "content": expected.strip()}]}
         else:
             begun = [tokenizer.start, *tokenizer.encode(line["prompt"].encode()).tolist()]
-            expected = tokenizer.decode(theirs(folder, begun, 20, [0]))
+            expected = tokenizer.decode(theirs(folder, begun, 20, MARKS))
             assert written == {**line, "completion": expected}
             alone = Generate(run=str(folder), prompt=line["prompt"], tokens=20, temperature=0, device=CPU)
             assert "".join(continuation(alone)) == expected

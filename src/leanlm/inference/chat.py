@@ -1,7 +1,9 @@
 """A conversation with a model."""
 
+import io
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from math import inf
 
@@ -13,6 +15,7 @@ from leanlm.models.contract import stable_hash
 from leanlm.models.generation import LogitsAfter, generate, newer_half
 
 Message = dict[str, str]  # role, content
+EXIT = "/exit"  # what the user says in the end
 
 
 class Template:
@@ -93,3 +96,14 @@ class Conversation:
             return self.template.tokens(messages)
         except ValueError as error:
             raise UserError(str(error)) from None
+
+
+def said(first: str) -> Iterator[str]:
+    """What the user says, line by line, up to the end of the input or EXIT; lines without text are no messages."""
+    yield from [first] if first else []
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    sign = "> " if sys.stdin and sys.stdin.isatty() and sys.stdout.isatty() else ""
+    with suppress(EOFError):
+        while sys.stdin and (line := input(sign)).strip() != EXIT:
+            yield from [line] if line.strip() else []
