@@ -117,6 +117,13 @@ def end_of(tokenizer: Tokenizer) -> int | None:
     return next((number for numbers in found for number in numbers), None)
 
 
+def stops(tokenizer: Tokenizer) -> set[int]:
+    """Tokens with which a model ends a text: those that the files of the tokenizer name, and the one that ends documents."""
+    told = tokenizer.beside.get("stop", ()) if isinstance(tokenizer, Subwords) else ()
+    end = end_of(tokenizer)
+    return {*told, *([] if end is None else [end])}
+
+
 class Lines:
     """The documents of some pieces of files, those of many lines at a time.
 
@@ -152,19 +159,14 @@ class Lines:
 
     def _read(self, line: bytes) -> list[Document]:
         """Raises ValueError: it has none of the fields, or they do not hold text."""
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"no JSON ({error})") from None
-        if not isinstance(found, dict):
-            raise ValueError("a JSON object is expected, with " + self._wanted())
+        found = object_of(line, self._wanted())
         name = self.form.fields
         if name["messages"] in found:
-            return answers(_messages(found[name["messages"]]), self.render)
+            return answers(messages_of(found[name["messages"]]), self.render)
         if name["prompt"] in found or name["completion"] in found:
-            return [Document([(_text(found, name["prompt"]), False), (_text(found, name["completion"]), True)])]
+            return [Document([(text_of(found, name["prompt"]), False), (text_of(found, name["completion"]), True)])]
         if name["text"] in found:
-            return [Document([(_text(found, name["text"]), True)])]
+            return [Document([(text_of(found, name["text"]), True)])]
         raise ValueError(f"it has the fields {', '.join(found) or 'of nothing'}, but needs {self._wanted()} (data.fields)")
 
     def _wanted(self) -> str:
@@ -173,7 +175,19 @@ class Lines:
         return ", or ".join(filter(None, [*kinds, name["messages"]]))
 
 
-def _text(found: dict[str, Any], field: str | None) -> str:
+def object_of(line: str | bytes, wanted: str) -> dict[str, Any]:
+    """That of a line of JSON. Raises ValueError: it holds none; `wanted` says which fields it should have."""
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError("a JSON object is expected, with " + wanted)
+    return found
+
+
+def text_of(found: dict[str, Any], field: str | None) -> str:
+    """The text of a field. Raises ValueError: there is none."""
     if field not in found:
         raise ValueError(f"it has no field {field}")
     if not isinstance(found[field], str):
@@ -183,12 +197,13 @@ def _text(found: dict[str, Any], field: str | None) -> str:
     return found[field]
 
 
-def _messages(found: Any) -> list[dict[str, str]]:
+def messages_of(found: Any) -> list[dict[str, str]]:
+    """The same, as messages. Raises ValueError: they are none."""
     if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
         raise ValueError("messages are not a list of objects with role and content")
     for message in found:
         for field in ("role", "content"):
-            _text(message, field)
+            text_of(message, field)
     return found
 
 

@@ -1,6 +1,7 @@
-"""Text that a model writes, token by token."""
+"""Text that a model writes, token by token, one or several at once."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,27 +13,39 @@ class LogitsAfter:
     """Logits `[v]` of the token after a history, of a model that keeps what it has read.
 
     Work grows linearly with the length: a model that carries state goes on from it; others keep their keys and values, and
-    when the context is full they read its newer half again. `net` is in eval mode. `cached=False` reads the whole context anew
-    for every token, which must give the same.
+    when the context is full they read its newer half again. A history that does not go on from the last one is read anew.
+    `net` is in eval mode. `cached=False` reads the whole context anew for every token, which must give the same.
     """
 
     def __init__(self, net: Model, cached: bool = True) -> None:
         self.net, self.cached = net, cached
-        self.states = net.start(1)
-        self.read = 0  # tokens of the history that are in the states
+        self.seen: list[list[int]] = []  # the histories of which a part is in the states
         self.position = 0  # of the next token in the context
 
-    @torch.no_grad()
     def __call__(self, history: list[int]) -> Tensor:
-        net = self.net
-        if not net.carries_state and self.position + len(history) - self.read > net.sequence:
-            self.states, self.read, self.position = net.start(1), len(history) - max(1, net.sequence // 2), 0
+        return self.of_rows([history])[0]
+
+    @torch.no_grad()
+    def of_rows(self, histories: list[list[int]]) -> Tensor:
+        """Logits `[b, v]` after b histories of the same length."""
+        net, rows, length = self.net, len(histories), len(histories[0])
+        read = len(self.seen[0]) if self.seen else 0
+        if not 0 < read < length or [history[:read] for history in histories] != self.seen:
+            self.states, self.position, read = net.start(rows), 0, 0
+        if not net.carries_state and self.position + length - read > net.sequence:
+            self.states, self.position, read = net.start(rows), 0, length - newer_half(net)
         if not self.cached:
-            self.states, self.read, self.position = net.start(1), self.read - self.position, 0
-        fresh = torch.tensor([history[self.read :]], device=next(net.parameters()).device)
+            self.states, self.position, read = net.start(rows), 0, read - self.position
+        fresh = torch.tensor([history[read:] for history in histories], device=next(net.parameters()).device)
         hidden, self.states = net.hidden(fresh, self.states, self.position)
-        self.position, self.read = self.position + len(history) - self.read, len(history)
-        return net.head(hidden[:, -1:])[0, 0]
+        self.position += length - read
+        self.seen = [list(history) for history in histories]
+        return net.head(hidden[:, -1:])[:, 0]
+
+
+def newer_half(net: Model) -> int:
+    """Tokens that stay of a context that is full."""
+    return max(1, net.sequence // 2)
 
 
 def generate(
@@ -55,14 +68,60 @@ def generate(
         top_p: draw from the fewest tokens that have this probability together (Holtzman et al. 2020, arXiv 1904.09751).
         seed: of the drawing.
     """
-    if isinstance(logits_after, Model):
-        logits_after = LogitsAfter(logits_after)
-    history, generator = list(prompt), None
-    for _ in range(tokens):
-        logits = logits_after(history).float()
-        generator = generator or torch.Generator(logits.device).manual_seed(seed)
-        history.append(pick(logits, temperature, top_k, top_p, generator))
-        yield history[-1]
+    after = LogitsAfter(logits_after) if isinstance(logits_after, Model) else logits_after
+    draw = partial(pick, temperature=temperature, top_k=top_k, top_p=top_p)
+    for _, token in _rows(lambda histories: after(histories[0])[None], [prompt], tokens, draw, [seed], ()):
+        yield token
+
+
+def generate_rows(
+    net: Model,
+    prompts: list[list[int]],
+    tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seeds: list[int],
+    ended: Container[int],
+) -> Iterator[tuple[int, int]]:
+    """Yield pairs of a row and its next token, for several prompts at once, of each what `generate` yields for it alone.
+
+    `seeds`: of each row's drawing. `ended`: rows that need no more tokens; it may grow meanwhile.
+    """
+    fits = [p if net.carries_state or len(p) <= net.sequence else p[-newer_half(net) :] for p in prompts]
+    draw = partial(pick, temperature=temperature, top_k=top_k, top_p=top_p)
+    return _rows(LogitsAfter(net).of_rows, fits, tokens, draw, seeds, ended)
+
+
+def _rows(
+    logits_after: Callable[[list[list[int]]], Tensor],
+    prompts: list[list[int]],
+    tokens: int,
+    draw: Callable[..., int],
+    seeds: list[int],
+    ended: Container[int],
+) -> Iterator[tuple[int, int]]:
+    """All rows go forward together, so that a token has the position that it has alone: where the shortest prompt ends, the
+    others go on with their own tokens."""
+    histories, whole = [list(prompt) for prompt in prompts], [len(prompt) + tokens for prompt in prompts]
+    generators: list[torch.Generator] = []
+
+    def needs(row: int) -> bool:
+        return row not in ended and len(histories[row]) < whole[row]
+
+    length = min(map(len, histories))
+    while any(map(needs, range(len(histories)))):
+        logits = logits_after([history[:length] for history in histories]).float()
+        generators = generators or [torch.Generator(logits.device).manual_seed(seed) for seed in seeds]
+        for row, history in enumerate(histories):
+            if len(history) > length:
+                continue
+            if needs(row):
+                history.append(draw(logits[row], generator=generators[row]))
+                yield row, history[-1]
+            else:
+                history.append(history[-1])  # it is as long as the others, and nobody looks at it
+        length += 1
 
 
 def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from leanlm.common.errors import UserError
 from leanlm.config.schema import Config, Settings
 from leanlm.memory import malloc
-from leanlm.models.generation import generate
+from leanlm.models.generation import generate_rows
 from leanlm.planning.choice import Choice
 from leanlm.planning.hardware import devices
 from leanlm.planning.parts import heap_of, peaks, with_overhead
@@ -38,8 +38,8 @@ def rows_that_fit(settings: Settings, vocabulary: int) -> Settings:
     return settings
 
 
-def check_generation(config: Config, plan: Plan, vocabulary: int, prompt: int, tokens: int) -> None:
-    """Raise UserError if going on from so many tokens of a prompt needs more than the budget."""
+def check_generation(config: Config, plan: Plan, vocabulary: int, prompt: int, tokens: int, rows: int = 1) -> None:
+    """Raise UserError if going on from so many tokens of a prompt, of `rows` prompts at once, needs more than the budget."""
     device = devices.of_config(config.device)
     trace = Trace(vocabulary, card=device.card)
     with fake_world.everything(trace, plan, 0):
@@ -48,10 +48,11 @@ def check_generation(config: Config, plan: Plan, vocabulary: int, prompt: int, t
         trace.mark("weights", parallel.net.parameters())
         longest = min(prompt + tokens, parallel.net.sequence)  # a context that is full, and the prompt at once
         for first, more in ((prompt, 1), (max(prompt, longest - 2), 2)):
-            list(generate(parallel.net.eval(), [0] * min(first, longest), more, temperature=0))
+            prompts = [[0] * min(first, longest)] * rows
+            list(generate_rows(parallel.net.eval(), prompts, more, 0, 0, 1, [0] * rows, ()))
     need = _total(trace, Choice(**plan.asdict(), precision=config.precision), device)
     if need > device.memory:
-        raise UserError(_too_much("generate", need, device.memory, "a shorter prompt"))
+        raise UserError(_too_much("generate", need, device.memory, "a shorter prompt" + ", or fewer rows" * (rows > 1)))
 
 
 def _evaluation(settings: Settings, vocabulary: int, device: devices.Device, rank: int = 0) -> Trace:
