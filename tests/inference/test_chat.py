@@ -12,7 +12,8 @@ from test_generate import MODELS, build
 
 from leanlm import generate as command
 from leanlm.common.errors import UserError
-from leanlm.data.tokenizer import Bytes, Decoder, Subwords, given, stream
+from leanlm.data.decoding import Decoder, stream
+from leanlm.data.tokenizer import Bytes, Subwords, given
 from leanlm.inference.chat import Conversation, Template
 from leanlm.inference.continuation import Generate, continuation
 from leanlm.inference.prompts import completions

@@ -8,8 +8,9 @@ from functools import cached_property
 from math import inf
 
 from leanlm.common.errors import UserError
+from leanlm.data.decoding import stream
 from leanlm.data.documents import Render, plain, renderer, stops
-from leanlm.data.tokenizer import Subwords, Tokenizer, stream
+from leanlm.data.tokenizer import Subwords, Tokenizer
 from leanlm.inference.continuation import Check, Generate, Source
 from leanlm.models.contract import stable_hash
 from leanlm.models.generation import LogitsAfter, generate, newer_half

@@ -11,8 +11,9 @@ from leanlm.common.precision import automatic
 from leanlm.config.arguments import typed
 from leanlm.config.checks import without_planner
 from leanlm.config.schema import Config
+from leanlm.data.decoding import stream
 from leanlm.data.documents import stops
-from leanlm.data.tokenizer import Tokenizer, stream
+from leanlm.data.tokenizer import Tokenizer
 from leanlm.inference.restoring import find, restore, tokenizer_of
 from leanlm.models.contract import Model
 from leanlm.models.generation import generate

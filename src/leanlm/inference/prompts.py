@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from leanlm.common.errors import UserError, refuse
+from leanlm.data.decoding import Decoder
 from leanlm.data.documents import messages_of, object_of, stops, text_of
-from leanlm.data.tokenizer import Decoder
 from leanlm.inference.chat import Template
 from leanlm.inference.continuation import Check, Generate, Source
 from leanlm.models.contract import Model, stable_hash

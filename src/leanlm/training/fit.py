@@ -17,8 +17,9 @@ from leanlm.common.machine import memory_now, peak_memory
 from leanlm.common.precision import gpu_has_bf16
 from leanlm.common.run_folder import Run
 from leanlm.config.schema import Settings
+from leanlm.data.decoding import stream
 from leanlm.data.prefetch import prefetched
-from leanlm.data.tokenizer import Tokenizer, stream
+from leanlm.data.tokenizer import Tokenizer
 from leanlm.data.tokens import Tokens
 from leanlm.launch.ranks import comfort, of_ranks, on_rank_0, on_rank_0_first, rank, say
 from leanlm.models.generation import LogitsAfter, generate
