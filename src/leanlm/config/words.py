@@ -18,8 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from leanlm.common.errors import UserError
 from leanlm.common.files import CONF, literal
 
-TEXTS = {"prompt", "sample", "text"}
-PATHS = {"run", "resume", "run_dir", "picture", "data.path", "data.tokenizer", "hydra.sweep.dir", "hydra.run.dir"}
+TEXTS = {"prompt", "sample", "text", "tasks"}
+PATHS = {"run", "resume", "run_dir", "picture", "include", "data.path", "data.tokenizer", "hydra.sweep.dir", "hydra.run.dir"}
 NEVER_NULL = {"prompt", "sample"}  # there null is a text as any other
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError)  # by which Hydra and OmegaConf refuse an override
 NOW = "${now:"  # of the text of a path Hydra makes the time of this
