@@ -2,22 +2,24 @@
 
 import json
 import random
-import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import WORDS, composed, make_text
-from shell import command
 
+from leanlm import harness as command
 from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run
 from leanlm.config.checks import check
 from leanlm.data.tokenizer import Bytes, Subwords
 from leanlm.inference.export import Export, export
 from leanlm.inference.harness import Harness, results_of
+from leanlm.inference.restoring import restore
 from leanlm.strategies.plan import Plan
 from leanlm.training import build, checkpoint
 
@@ -60,8 +62,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def some(most: int) -> str:
         return " ".join(draw.choices(WORDS.split(), k=draw.randint(1, most)))
 
-    lines = [{"question": some(150 if i % 4 == 0 else 12) + " " * (i % 3), "choices": [f" {some(3)}" for _ in range(3)] + ["é", "e"],
-              "answer": i % 5} for i in range(9)]  # fmt: skip
+    lines = [
+        {
+            "question": some(150 if i % 4 == 0 else 12) + " " * (i % 3),
+            "choices": [f" {some(3)}" for _ in range(3)] + ["é", "e"],
+            "answer": i % 5,
+        }
+        for i in range(9)
+    ]
     (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name, (kind, task) in TASKS.items():
         data = {"data_files": {"validation": str(folder / "lines.jsonl")}}
@@ -84,6 +92,12 @@ def run_of(path: Path, kind: str) -> Run:
     return run
 
 
+def answers(sample: dict[str, Any]) -> list[Any]:
+    """Numbers and texts that a model gave for a document."""
+    flat = (each for several in sample["resps"] for each in several)
+    return [part for each in flat for part in (each if isinstance(each, list | tuple) else [each])]
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_hf_backend_says_the_same_of_an_export(kind: str, tasks: Path, tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval")
@@ -96,17 +110,82 @@ def test_the_hf_backend_says_the_same_of_an_export(kind: str, tasks: Path, tmp_p
     run = run_of(tmp_path / "run", kind)
     asked = Harness(run=str(run.path), tasks=",".join(TASKS), include=str(tasks), samples=True, rows=4, device=CPU)
     found, file = results_of(asked)
+    assert file == run.path / "harness-pick-read-write.json"
+    assert json.loads(file.read_text())["results"] == found["results"]
     folder, _ = export(Export(run=str(run.path), to=str(tmp_path / "out")))
     theirs = Reference(pretrained=str(folder), device="cpu", batch_size=1, trust_remote_code=True,
                        prefix_token_id=10 if kind == "byte" else None)  # fmt: skip
-    expected = lm_eval.simple_evaluate(
-        theirs, tasks=[*TASKS], task_manager=TaskManager(include_path=str(tasks), include_defaults=False))
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    expected = lm_eval.simple_evaluate(theirs, tasks=[*TASKS], task_manager=manager)
     for task in TASKS:
         for own, other in zip(found["samples"][task], expected["samples"][task], strict=True):
             assert own["arguments"] == other["arguments"]
-            assert own["filtered_resps"] == pytest.approx(other["filtered_resps"], abs=1e-4) if task == "read" else True
-            print(task, own["filtered_resps"], other["filtered_resps"])
-        assert found["results"][task].keys() == expected["results"][task].keys()
-        print(found["results"][task], expected["results"][task])
-    assert file is not None
-    print(file, json.loads(file.read_text()).keys())
+            assert answers(own) == pytest.approx(answers(other), abs=1e-4)
+        assert found["results"][task] == pytest.approx(expected["results"][task], rel=1e-4)
+    assert len({*map(str, map(answers, found["samples"]["write"]))}) > 3, "the model writes something"
+
+
+def test_what_is_asked_of_a_model_and_cannot_be_had(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from leanlm.inference.harness_model import HarnessModel
+
+    run = run_of(tmp_path / "run", "byte")
+    config = check(run.config(), needs_text=False).config
+    tokenizer, parallel, _ = restore(config, Plan(), run)
+    model = HarnessModel(parallel.net.eval(), tokenizer)
+
+    def asks(*arguments: Any) -> list[Any]:
+        return [SimpleNamespace(args=arguments)]
+
+    with pytest.raises(UserError, match="asks for 96 tokens, but sequence=96 leaves no room"):
+        model.generate_until(asks("x", {"max_gen_toks": 96}))
+    with pytest.raises(UserError, match="generation_kwargs have num_beams, which nothing here knows"):
+        model.generate_until(asks("x", {"num_beams": 4}))
+    with pytest.raises(UserError, match="an answer to score has 97 tokens, more than sequence=96"):
+        model.loglikelihood(asks("x", "y" * 97))
+    drawn = model.generate_until(2 * asks("x", {"max_gen_toks": 20, "do_sample": True, "temperature": 1.5, "top_k": 50}))
+    assert len({*drawn}) == 2, "each request is drawn anew"
+
+
+def test_the_chat_template_of_a_tokenizer() -> None:
+    pytest.importorskip("lm_eval")
+    from leanlm.inference.harness_model import HarnessModel
+
+    each = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|endoftext|>{% endfor %}"
+    template = each + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer = Subwords(Subwords.train([WORDS.encode()], 280).model.to_str(), {"chat": template})
+    config = check(composed(*MODELS["lstm"], "device=cpu"), needs_text=False).config
+    model = HarnessModel(build.model(config, Plan(), tokenizer.vocabulary), tokenizer)
+    said = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "of "}]
+    assert model.apply_chat_template(said[:1]) == "<user>the<|endoftext|><assistant>"
+    assert model.apply_chat_template(said, add_generation_prompt=False) == "<user>the<|endoftext|><assistant>of"
+
+
+def test_the_command_says_what_it_found_and_what_is_wrong(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tmp_path / "run", "bpe")
+    asked = Harness(run=str(run.path), tasks="pick", include=str(tasks), limit=2, to=str(tmp_path / "found.json"), device=CPU)
+    monkeypatch.setattr("leanlm.inference.harness.find_spec", lambda _: None)
+    with pytest.raises(UserError) as raised:
+        command.job(replace(asked, tasks=None, rows=0, limit=0, include="nowhere", to="no/where.json"))
+    assert raised.value.problems == (
+        "the harness needs the package lm_eval, which is not installed: pip install -e '.[harness]'",
+        "tasks=null: name tasks, such as tasks=hellaswag,arc_easy",
+        "include=nowhere: there is no such folder",
+        "to=no/where.json: the folder for this file is not there: make it first",
+        "rows=0: it must be at least 1",
+        "limit=0: a number of documents, a share below 1, or null for all",
+    )
+    monkeypatch.undo()
+    pytest.importorskip("lm_eval")
+    command.job(asked)
+    assert "|pick |" in (said := capsys.readouterr().out)
+    assert f"results: {tmp_path / 'found.json'}" in said
+    assert json.loads((tmp_path / "found.json").read_text())["n-samples"]["pick"] == {"original": 9, "effective": 2}
+    with pytest.raises(UserError, match="has no chat template"):
+        results_of(replace(asked, chat=True))
+    broken = json.loads((tasks / "read.yaml").read_text()) | {"dataset_kwargs": {"data_files": str(tmp_path / "gone.jsonl")}}
+    (tmp_path / "read.yaml").write_text(json.dumps(broken))
+    with pytest.raises(UserError, match="tasks=read: FileNotFoundError: "):
+        results_of(replace(asked, tasks="read", include=str(tmp_path)))

@@ -73,9 +73,7 @@ class HarnessModel(TemplateLM):
         return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
 
     @torch.no_grad()
-    def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = False, **_: Any
-    ) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         """Log-probability of each continuation in nats, and whether each of its tokens is the likeliest. A context that is too
         long loses its beginning.
 
@@ -84,7 +82,9 @@ class HarnessModel(TemplateLM):
         """
         longest = max((len(continuation) for *_, continuation in requests), default=0)
         if longest > self.max_length:
-            raise UserError(f"an answer to score has {longest:,} tokens, more than sequence={self.max_length}: leave out its task")
+            raise UserError(
+                f"an answer to score has {longest:,} tokens, more than sequence={self.max_length}: leave out its task"
+            )
         found, readers = [(0.0, True)] * len(requests), defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
             if continuation:  # others of the same row differ in its last token, which is not read
@@ -124,14 +124,18 @@ class HarnessModel(TemplateLM):
         until = [term for term in handle_stop_sequences(given.pop("until"), self.end) if term]
         tokens, draws = given.pop("max_gen_toks"), given.pop("do_sample")
         if unknown := given.keys() - DRAWING:
-            raise UserError(f"a task's generation_kwargs have {', '.join(sorted(unknown))}, which nothing here knows: leave it out")
+            raise UserError(
+                f"a task's generation_kwargs have {', '.join(sorted(unknown))}, which nothing here knows: leave it out"
+            )
         if tokens >= self.max_length:
             raise UserError(f"a task asks for {tokens} tokens, but sequence={self.max_length} leaves no room for a question: "
                             "write a larger sequence, or max_gen_toks in the task's generation_kwargs")  # fmt: skip
         prompt = self.tok_encode(context)[tokens - self.max_length :] or [self.start]
         drawing = DRAWING | given if draws else {"temperature": 0.0}
         written: list[int] = []
-        back = max((len(term.encode()) for term in until), default=0) + 4  # tokens that hold any of them, and parts of characters
+        back = (
+            max((len(term.encode()) for term in until), default=0) + 4
+        )  # tokens that hold any of them, and parts of characters
         for token in generate(self.net, prompt, tokens, **drawing, seed=seed):
             written.append(token)
             if token in self.stops or any(term in self._text(written[-back:]) for term in until):

@@ -25,8 +25,8 @@ LONGEST = 1024  # tokens of context of a foreign model, which may know many more
 
 
 def find(name: str, sequence: int | None = None, data: Any = None, longest: int = LONGEST) -> tuple[Run, DictConfig]:
-    """A run, or a folder in Hugging Face's layout, and its configuration. `sequence` and `data`: others than its own. `longest`:
-    tokens of context of a foreign model, where it knows more.
+    """A run, or a folder in Hugging Face's layout, and its configuration. `sequence` and `data`: others than its own.
+    `longest`: tokens of context of a foreign model that knows more.
 
     Raises:
         UserError: it is neither.
