@@ -121,7 +121,9 @@ def test_the_hf_backend_says_the_same_of_an_export(kind: str, tasks: Path, tmp_p
         for own, other in zip(found["samples"][task], expected["samples"][task], strict=True):
             assert own["arguments"] == other["arguments"]
             assert answers(own) == pytest.approx(answers(other), abs=1e-4)
-        assert found["results"][task] == pytest.approx(expected["results"][task], rel=1e-4)
+        numbers = {name: value for name, value in expected["results"][task].items() if not isinstance(value, str)}
+        assert len(numbers) >= 2
+        assert {name: found["results"][task][name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
     assert len({*map(str, map(answers, found["samples"]["write"]))}) > 3, "the model writes something"
 
 
@@ -139,9 +141,9 @@ def test_what_is_asked_of_a_model_and_cannot_be_had(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="asks for 96 tokens, but sequence=96 leaves no room"):
         model.generate_until(asks("x", {"max_gen_toks": 96}))
-    with pytest.raises(UserError, match="generation_kwargs have num_beams, which nothing here knows"):
+    with pytest.raises(UserError, match="generation_kwargs have num_beams, unknown here"):
         model.generate_until(asks("x", {"num_beams": 4}))
-    with pytest.raises(UserError, match="an answer to score has 97 tokens, more than sequence=96"):
+    with pytest.raises(UserError, match="an answer to score has 97 tokens, sequence=96 has no room"):
         model.loglikelihood(asks("x", "y" * 97))
     drawn = model.generate_until(2 * asks("x", {"max_gen_toks": 20, "do_sample": True, "temperature": 1.5, "top_k": 50}))
     assert len({*drawn}) == 2, "each request is drawn anew"

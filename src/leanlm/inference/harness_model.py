@@ -83,9 +83,10 @@ class HarnessModel(TemplateLM):
         longest = max((len(continuation) for *_, continuation in requests), default=0)
         if longest > self.max_length:
             raise UserError(
-                f"an answer to score has {longest:,} tokens, more than sequence={self.max_length}: leave out its task"
+                f"an answer to score has {longest:,} tokens, sequence={self.max_length} has no room: leave out its task"
             )
-        found, readers = [(0.0, True)] * len(requests), defaultdict(list)
+        found = [(0.0, True)] * len(requests)
+        readers: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
             if continuation:  # others of the same row differ in its last token, which is not read
                 readers[tuple((context + continuation)[-self.max_length - 1 : -1])].append(i)
@@ -124,18 +125,14 @@ class HarnessModel(TemplateLM):
         until = [term for term in handle_stop_sequences(given.pop("until"), self.end) if term]
         tokens, draws = given.pop("max_gen_toks"), given.pop("do_sample")
         if unknown := given.keys() - DRAWING:
-            raise UserError(
-                f"a task's generation_kwargs have {', '.join(sorted(unknown))}, which nothing here knows: leave it out"
-            )
+            raise UserError(f"a task's generation_kwargs have {', '.join(sorted(unknown))}, unknown here: leave it out")
         if tokens >= self.max_length:
             raise UserError(f"a task asks for {tokens} tokens, but sequence={self.max_length} leaves no room for a question: "
                             "write a larger sequence, or max_gen_toks in the task's generation_kwargs")  # fmt: skip
         prompt = self.tok_encode(context)[tokens - self.max_length :] or [self.start]
         drawing = DRAWING | given if draws else {"temperature": 0.0}
         written: list[int] = []
-        back = (
-            max((len(term.encode()) for term in until), default=0) + 4
-        )  # tokens that hold any of them, and parts of characters
+        back = max((len(term.encode()) for term in until), default=0) + 4  # tokens that hold any of them after half a character
         for token in generate(self.net, prompt, tokens, **drawing, seed=seed):
             written.append(token)
             if token in self.stops or any(term in self._text(written[-back:]) for term in until):

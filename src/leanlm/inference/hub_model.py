@@ -30,6 +30,10 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {f"net.{name}": f"net.{owner}" for name, owner in ties(self.net).items()}
         self.post_init()
 
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # for who asks for `use_cache=True` nevertheless
+
     def forward(
         self,
         input_ids: Tensor,
