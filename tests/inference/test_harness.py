@@ -87,6 +87,10 @@ def run_of(path: Path, kind: str) -> Run:
     tokenizer = Bytes() if kind == "byte" else Subwords.train([make_text(path / "text.txt").read_bytes()], 290)
     (path / "tokenizer.json").write_text(json.dumps(tokenizer.state()))
     parallel = build.parallel_model(settings.config, Plan(), tokenizer.vocabulary)
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in parallel.net.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.5)
     optimizer = torch.optim.SGD(parallel.net.parameters())
     checkpoint.save(run.checkpoints, list(parallel.net.named_parameters()), optimizer, {}, {"step": 1, "text": ""}, 1)
     return run
@@ -98,25 +102,18 @@ def answers(sample: dict[str, Any]) -> list[Any]:
     return [part for each in flat for part in (each if isinstance(each, list | tuple) else [each])]
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_the_hf_backend_says_the_same_of_an_export(kind: str, tasks: Path, tmp_path: Path) -> None:
-    lm_eval = pytest.importorskip("lm_eval")
+def same(found: dict[str, Any], folder: Path, tasks: Path, **more: Any) -> None:
+    """What was found is what the `hf` backend finds with a folder."""
+    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     class Reference(HFLM):
         eot_token_id = HFLM.prefix_token_id  # a tokenizer of bytes has no mark of an end, without which HFLM writes nothing
 
-    run = run_of(tmp_path / "run", kind)
-    asked = Harness(run=str(run.path), tasks=",".join(TASKS), include=str(tasks), samples=True, rows=4, device=CPU)
-    found, file = results_of(asked)
-    assert file == run.path / "harness-pick-read-write.json"
-    assert json.loads(file.read_text())["results"] == found["results"]
-    folder, _ = export(Export(run=str(run.path), to=str(tmp_path / "out")))
-    theirs = Reference(pretrained=str(folder), device="cpu", batch_size=1, trust_remote_code=True,
-                       prefix_token_id=10 if kind == "byte" else None)  # fmt: skip
+    theirs = Reference(pretrained=str(folder), device="cpu", batch_size=1, trust_remote_code=True, **more)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    expected = lm_eval.simple_evaluate(theirs, tasks=[*TASKS], task_manager=manager)
+    expected = simple_evaluate(theirs, tasks=[*TASKS], task_manager=manager)
     for task in TASKS:
         for own, other in zip(found["samples"][task], expected["samples"][task], strict=True):
             assert own["arguments"] == other["arguments"]
@@ -124,7 +121,35 @@ def test_the_hf_backend_says_the_same_of_an_export(kind: str, tasks: Path, tmp_p
         numbers = {name: value for name, value in expected["results"][task].items() if not isinstance(value, str)}
         assert len(numbers) >= 2
         assert {name: found["results"][task][name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
+
+
+@pytest.mark.usefixtures("own_modules")
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_hf_backend_says_the_same_of_an_export(kind: str, tasks: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    run = run_of(tmp_path / "run", kind)
+    asked = Harness(run=str(run.path), tasks=",".join(TASKS), include=str(tasks), samples=True, rows=4, device=CPU)
+    found, file = results_of(asked)
+    assert file == run.path / "harness-pick-read-write.json"
+    assert json.loads(file.read_text())["results"] == found["results"]
     assert len({*map(str, map(answers, found["samples"]["write"]))}) > 3, "the model writes something"
+    folder, _ = export(Export(run=str(run.path), to=str(tmp_path / "out")))
+    same(found, folder, tasks, prefix_token_id=10 if kind == "byte" else None)
+
+
+def test_a_folder_whose_tokenizer_begins_each_text_with_a_mark(tasks: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    run = run_of(tmp_path / "run", "bpe")
+    folder, _ = export(Export(run=str(run.path), to=str(tmp_path / "out")))
+    mark = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+    before = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": mark["id"], "type_id": 0}},
+              {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence":
+              {"id": "B", "type_id": 0}}], "special_tokens": {mark["id"]: mark}}  # fmt: skip
+    model = json.loads((folder / "tokenizer.json").read_text()) | {"post_processor": before}
+    (folder / "tokenizer.json").write_text(json.dumps(model))
+    found, file = results_of(Harness(run=str(folder), tasks=",".join(TASKS), include=str(tasks), samples=True, device=CPU))
+    assert file is None
+    same(found, folder, tasks)
 
 
 def test_what_is_asked_of_a_model_and_cannot_be_had(tmp_path: Path) -> None:
@@ -158,9 +183,9 @@ def test_the_chat_template_of_a_tokenizer() -> None:
     tokenizer = Subwords(Subwords.train([WORDS.encode()], 280).model.to_str(), {"chat": template})
     config = check(composed(*MODELS["lstm"], "device=cpu"), needs_text=False).config
     model = HarnessModel(build.model(config, Plan(), tokenizer.vocabulary), tokenizer)
-    said = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "of "}]
+    said = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "as "}]
     assert model.apply_chat_template(said[:1]) == "<user>the<|endoftext|><assistant>"
-    assert model.apply_chat_template(said, add_generation_prompt=False) == "<user>the<|endoftext|><assistant>of"
+    assert model.apply_chat_template(said, add_generation_prompt=False) == "<user>the<|endoftext|><assistant>as"
 
 
 def test_the_command_says_what_it_found_and_what_is_wrong(
