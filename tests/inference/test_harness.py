@@ -188,24 +188,28 @@ def test_the_chat_template_of_a_tokenizer() -> None:
     assert model.apply_chat_template(said, add_generation_prompt=False) == "<user>the<|endoftext|><assistant>as"
 
 
-def test_the_command_says_what_it_found_and_what_is_wrong(
-    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = run_of(tmp_path / "run", "bpe")
-    asked = Harness(run=str(run.path), tasks="pick", include=str(tasks), limit=2, to=str(tmp_path / "found.json"), device=CPU)
+def test_what_is_wrong_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leanlm.inference.harness.find_spec", lambda _: None)
     with pytest.raises(UserError) as raised:
-        command.job(replace(asked, tasks=None, rows=0, limit=0, include="nowhere", to="no/where.json"))
+        command.job(
+            Harness(run="nowhere", rows=0, limit=0, fewshot=-1, include="no", to="no/where.json", device={"memory": "1GiB"})
+        )
     assert raised.value.problems == (
         "the harness needs the package lm_eval, which is not installed: pip install -e '.[harness]'",
         "tasks=null: name tasks, such as tasks=hellaswag,arc_easy",
-        "include=nowhere: there is no such folder",
+        "include=no: there is no such folder",
         "to=no/where.json: the folder for this file is not there: make it first",
         "rows=0: it must be at least 1",
+        "fewshot=-1: it must not be negative",
         "limit=0: a number of documents, a share below 1, or null for all",
+        "device.memory: the harness keeps to no budget: leave it out; rows=1 takes least",
     )
-    monkeypatch.undo()
+
+
+def test_the_command_says_what_it_found(tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("lm_eval")
+    run = run_of(tmp_path / "run", "bpe")
+    asked = Harness(run=str(run.path), tasks="pick", include=str(tasks), limit=2, to=str(tmp_path / "found.json"), device=CPU)
     command.job(asked)
     assert "|pick |" in (said := capsys.readouterr().out)
     assert f"results: {tmp_path / 'found.json'}" in said

@@ -117,8 +117,8 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The text with which each context goes on, up to the first of the texts that are to end it."""
-        asked = enumerate(tqdm(requests, "answered", disable=disable_tqdm or None))
-        return [self._answer(*request.args, seed) for seed, request in asked]
+        asked = tqdm([request.args for request in requests], "answered", disable=disable_tqdm or None)
+        return [self._answer(context, kwargs, seed) for seed, (context, kwargs) in enumerate(asked)]
 
     def _answer(self, context: str, kwargs: dict[str, Any], seed: int) -> str:
         given: dict[str, Any] = {**normalize_gen_kwargs(kwargs, ANSWER)}
