@@ -90,3 +90,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
             multiprocessing.forkserver.ensure_running()
         _know_this_machine()
         yield
+
+
+@pytest.fixture(scope="session")
+def own_modules(tmp_path_factory: pytest.TempPathFactory):
+    """Where transformers copies the code of exports that it runs: it imports that from one place in a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield

@@ -23,9 +23,10 @@ from leanlm.config.schema import Config
 from leanlm.inference.continuation import Generate
 from leanlm.inference.evaluation import Evaluate
 from leanlm.inference.export import Export
+from leanlm.inference.harness import Harness
 from leanlm.planning.query import Ask
 
-SCHEMAS = {"train": Config, "evaluate": Evaluate, "generate": Generate, "export": Export, "plan": Ask}
+SCHEMAS = {"train": Config, "evaluate": Evaluate, "generate": Generate, "export": Export, "harness": Harness, "plan": Ask}
 
 
 @cache

@@ -1,7 +1,6 @@
 """Exports against transformers: it loads them, and gives the same logits, the same tokens and the same text."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from leanlm.strategies.plan import Plan
 from leanlm.training import build, checkpoint
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("own_modules")
 
 TEXT = "Où est l'été ?  Là-bas, à\tZoë:\n\nnaïve façade… 東京 \r\nthe end \n"
 TOKENIZERS: dict[str, Tokenizer] = {
@@ -54,14 +54,6 @@ CLASSES = {
     "gpt2": "GPT2LMHeadModel", "gpt2 untied": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "llama tied": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where transformers copies the code that it runs, which it imports from one place in a process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
 
 
 def run_of(path: Path, *overrides: str, tokenizer: str = "byte", average: float | None = None) -> Run:
@@ -113,7 +105,7 @@ def test_transformers_gives_the_same_logits_and_goes_on_with_the_same_tokens(mod
         expected, found = own(tokens)[0], other(tokens).logits
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    begun = other.generate(tokens[:1, :8], max_new_tokens=64, do_sample=False)[0].tolist()
+    begun = other.generate(tokens[:1, :8], max_new_tokens=64, do_sample=False, use_cache=True)[0].tolist()
     assert begun == [*tokens[0, :8].tolist(), *generate(own, tokens[0, :8].tolist(), 64, temperature=0)]
     loss = other(tokens, labels=tokens).loss
     assert float(loss) == pytest.approx(float(torch.nn.functional.cross_entropy(expected[:, :-1].mT, tokens[:, 1:])), abs=1e-5)

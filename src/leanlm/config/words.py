@@ -18,8 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 from leanlm.common.errors import UserError
 from leanlm.common.files import CONF, literal
 
-TEXTS = {"prompt", "sample", "system", "text"}
-PATHS = {"run", "resume", "run_dir", "picture", "prompts", "to", "data.path", "data.tokenizer"}
+TEXTS = {"prompt", "sample", "system", "tasks", "text"}
+PATHS = {"run", "resume", "run_dir", "init_from", "picture", "prompts", "include", "to", "data.path", "data.tokenizer"}
 PATHS |= {"hydra.sweep.dir", "hydra.run.dir"}
 NEVER_NULL = {"prompt", "sample"}  # there null is a text as any other
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError)  # by which Hydra and OmegaConf refuse an override

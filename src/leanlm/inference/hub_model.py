@@ -30,6 +30,10 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {f"net.{name}": f"net.{owner}" for name, owner in ties(self.net).items()}
         self.post_init()
 
+    def generate(self, *arguments: Any, **more: Any) -> Any:
+        """As of all models, but never with a cache, which some ask for: transformers would hand over the last token alone."""
+        return super().generate(*arguments, **{**more, "use_cache": False})
+
     def forward(
         self,
         input_ids: Tensor,

@@ -25,8 +25,9 @@ FOLDERS = {"last": "checkpoints", "best": "best"}  # in the folder of a run
 LONGEST = 1024  # tokens of context of a foreign model, which may know many more, where no other number is asked for
 
 
-def find(name: str, sequence: int | None = None, data: Any = None) -> tuple[Run, DictConfig]:
+def find(name: str, sequence: int | None = None, data: Any = None, longest: int = LONGEST) -> tuple[Run, DictConfig]:
     """A run, or a folder in Hugging Face's layout, and its configuration. `sequence` and `data`: others than its own.
+    `longest`: tokens of context of a foreign model that knows more.
 
     Raises:
         UserError: it is neither.
@@ -43,7 +44,7 @@ def find(name: str, sequence: int | None = None, data: Any = None) -> tuple[Run,
             config = compose("train")
         config.init_from = literal(str(folder))
         run, config, told = Run(folder), begun_from_weights(config, []), read_json(folder / CONFIG)
-        config.sequence = min(LONGEST, told.get("max_position_embeddings", told.get("n_positions", LONGEST)))
+        config.sequence = min(longest, told.get("max_position_embeddings", told.get("n_positions", LONGEST)))
     config.sequence = sequence or config.sequence
     if data is not None:
         own = {key: config.data[key] for key in ("tokenizer", "vocabulary") if key in config.data}
