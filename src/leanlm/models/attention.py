@@ -15,6 +15,9 @@ from leanlm.models.borders import Borders
 from leanlm.models.linear import together
 
 
+LONG = 256  # positions from which on a CPU's attention is as fast in bf16 as in float32
+
+
 @dataclass(frozen=True)
 class Rotary:
     """Rotary positions (RoPE, Su et al. 2021): pairs (i, i + d/2) of a head are turned, as Llama's code has it.
@@ -166,8 +169,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
             # its kernel for float32 and for masks knows no groups: torch would keep the probabilities of all pairs of positions
             key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
         return attention(query, key, value)
-    if low != torch.float32 and query.dtype != torch.float64:
-        # the CPU's flash kernel takes 3 times as long in bf16 as in fp32 at 64 to 128 positions
+    if low != torch.float32 and query.dtype != torch.float64 and query.shape[2] < LONG:
+        # the CPU's flash kernel takes 3 times as long in bf16 as in fp32 at 64 positions, 2 times at 128, as long at 256
         with torch.autocast("cpu", enabled=False):
             return attention(query.float(), key.float(), value.float()).to(low)
     return attention(query, key, value)
