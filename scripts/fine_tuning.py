@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 
 ROWS, SEQUENCE, RATE = 4, 512, 1e-4
+PLAN = ["strategy=accumulate", "strategy.accumulate_grad_batches=2", "strategy.return_freed_memory=false"]
 
 
-def leanlm(folder: str, steps: int, lora: bool, into: str) -> list[float]:
+def leanlm(folder: str, steps: int, lora: bool, into: str, plan: list[str]) -> list[float]:
     from hydra import compose, initialize_config_dir
 
     import leanlm.training.fit as module
@@ -47,9 +48,8 @@ def leanlm(folder: str, steps: int, lora: bool, into: str) -> list[float]:
     module.Record = Timed
     asked = [
         f"init_from={folder}", "data=tinyshakespeare", f"sequence={SEQUENCE}", f"global_batch={ROWS}", "optim=adamw",
-        f"optim.lr={RATE}", "optim.warmup=1", f"max_steps={steps}", "precision=bf16-mixed", "strategy=accumulate",
-        "strategy.accumulate_grad_batches=2", "strategy.return_freed_memory=false", "logger=csv", "device=cpu",
-        "checkpoint_every=100000", "sample_tokens=0", *(["adapter=lora"] if lora else []),
+        f"optim.lr={RATE}", "optim.warmup=1", f"max_steps={steps}", "precision=bf16-mixed", "logger=csv", "device=cpu",
+        "checkpoint_every=100000", "sample_tokens=0", *(["adapter=lora"] if lora else []), *plan,
     ]  # fmt: skip
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = effective(compose("train", overrides=asked), asked)
@@ -57,7 +57,7 @@ def leanlm(folder: str, steps: int, lora: bool, into: str) -> list[float]:
     return times
 
 
-def transformers(folder: str, steps: int, lora: bool, into: str) -> list[float]:
+def transformers(folder: str, steps: int, lora: bool, into: str, plan: list[str]) -> list[float]:
     """Its Trainer, with peft's adapters if `lora`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
@@ -98,10 +98,10 @@ def peak() -> int:
     return int(line.split()[1]) << 10
 
 
-def measured(folder: str, name: str, kind: str, steps: int) -> dict[str, float]:
+def measured(folder: str, name: str, kind: str, steps: int, plan: list[str]) -> dict[str, float]:
     """What a process says that does this and nothing else."""
     done = subprocess.run(
-        [sys.executable, __file__, folder, "--steps", str(steps), "--alone", name, "--only", kind],
+        [sys.executable, __file__, folder, "--steps", str(steps), "--alone", name, "--only", kind, "--plan", *plan],
         capture_output=True,
         text=True,
     )
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--plan", nargs="*", default=PLAN, help="overrides of leanlm")
     parser.add_argument("--only", choices=("full", "lora"))
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path)
@@ -122,7 +123,7 @@ def main() -> None:
     if asked.alone:
         with tempfile.TemporaryDirectory() as into:
             times = {"leanlm": leanlm, "transformers": transformers}[asked.alone](
-                asked.folder, asked.steps, asked.only == "lora", into
+                asked.folder, asked.steps, asked.only == "lora", into, asked.plan
             )
         print(json.dumps({"peak_bytes": peak(), "seconds": statistics.median(times[1:])}))
         return
@@ -130,7 +131,7 @@ def main() -> None:
     for kind in [asked.only] if asked.only else ["full", "lora"]:
         for _ in range(asked.rounds):
             for name in ("leanlm", "transformers"):
-                one = measured(asked.folder, name, kind, asked.steps)
+                one = measured(asked.folder, name, kind, asked.steps, asked.plan)
                 best = found.setdefault(f"{kind} {name}", one)
                 best |= {
                     "peak_bytes": max(best["peak_bytes"], one["peak_bytes"]),
