@@ -151,7 +151,7 @@ def test_mistakes_are_reported_together_in_a_line_each(tmp_path: Path) -> None:
     good = sources(tmp_path)
     assert problems(None) == ["data=mixture needs data.sources={NAME: {data: text, path: FILE_OR_FOLDER, weight: 1}, ...}"]
     wrong = {
-        "a": {**good["books"], "weight": 0},
+        "a": {"data": "text", "path": "/nowhere", "weight": 0},
         "b": {**good["books"], "pth": "x"},
         "c": {"data": "text", "path": "/nowhere.txt", "weight": 1},
         "d": {"data": "txt"},
@@ -164,6 +164,7 @@ def test_mistakes_are_reported_together_in_a_line_each(tmp_path: Path) -> None:
     starts = [
         "data.foo=1: mixture has no such argument", "data.tokenizer=bpee: ",
         "data.sources.a.weight=0: it must be a number above 0",
+        "data.sources.a: data.path=/nowhere: there is no such file or folder",
         "data.sources.b.pth=x: text has no such argument (did you mean path?)",
         "data.sources.c: data.path=/nowhere.txt: there is no such file or folder",
         "data.sources.d.data=txt: choose one of jsonl, stdlib, text, tinyshakespeare, wikitext2",

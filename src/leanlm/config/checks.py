@@ -150,13 +150,11 @@ def _source(group: str, node: Any) -> tuple[float, Corpus, list[str]]:
         return 0, Corpus({}), [*problems, f"{group}.data={node.get('data')}: choose one of {', '.join(options)}"]
     if "_target_" not in node:
         node["_target_"] = defaults(f"data/{node['data']}.yaml")["_target_"]
-    problems += argument_problems(group, node, set(), skip := {"_target_", "data", "weight", *OF_ALL})
+    in_the_way = argument_problems(group, node, set(), skip := {"_target_", "data", "weight", *OF_ALL})
     if _is_mixture(group, node):
-        problems.append(f"{group}: a mixture has no mixtures: name the sources of this one")
-    if problems:
-        return weight, Corpus({}), problems
-    corpus, found = _made(group, node, skip)
-    return weight, corpus, [f"{group}: {line}" for line in found]
+        in_the_way.append(f"{group}: a mixture has no mixtures: name the sources of this one")
+    corpus, found = (Corpus({}), list[str]()) if in_the_way else _made(group, node, skip)
+    return weight, corpus, [*problems, *in_the_way, *(f"{group}: {line}" for line in found)]
 
 
 def _is_mixture(group: str, node: dict[str, Any]) -> bool:
