@@ -60,6 +60,8 @@ def test_every_plan_has_the_curve_of_a_plain_loop(case: str, root: Path, monkeyp
         got = losses(root / f"{case}-{name}")
         assert max(abs(a - b) for a, b in zip(got, curve, strict=True)) < 1e-9, name
     assert curve[-1] < curve[0] - 0.02, "the run learns"
+    validated = [Run(root / f"{case}-{name}").results()["loss"] for name in DONE[case]]
+    assert max(validated) - min(validated) < 1e-9
 
 
 def test_the_result_holds_exact_shares_and_the_losses_of_all_and_each(root: Path) -> None:
