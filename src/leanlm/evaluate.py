@@ -13,6 +13,7 @@ def job(asked: Evaluate) -> None:
         f"{what}: {result['tokens']:,} tokens, loss {result['loss']:.4f} nats per token, perplexity "
         f"{result['perplexity']:.2f}, {result['bits_per_byte']:.3f} bits per byte"
         + ("" if asked.text is None else f", log-probability {result['log_probability']:.4f} nats")
+        + "".join(f"\n  {name}: loss {loss:.4f}" for name, loss in result.get("sources", {}).items())
     )
 
 

@@ -16,6 +16,7 @@ from leanlm.data import corpus as corpora
 from leanlm.data import text_files
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.corpus import Corpus
+from leanlm.data.decoding import stream
 from leanlm.data.text_files import Piece, whole
 from leanlm.data.tokens import prepare
 
@@ -197,7 +198,7 @@ def test_published_files_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_streaming_shows_what_decoding_at_once_shows(name: str, small: Corpus) -> None:
     tokens = prepare(small, name, 280)
     numbers = tokens.splits["train"].tolist()
-    parts = list(tokenizers.stream(tokens.tokenizer, numbers))
+    parts = list(stream(tokens.tokenizer, numbers))
     assert "".join(parts) == tokens.tokenizer.decode(numbers)
     assert not any("\ufffd" in part for part in parts)
     assert len(parts) > len(numbers) / 4, "as it comes, not all at the end"

@@ -5,8 +5,10 @@ All problems of a command line are reported together, each with its arithmetic a
 
 import os
 import shlex
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -15,15 +17,17 @@ import torch
 from omegaconf import DictConfig
 
 from leanlm.common.errors import UserError, refuse
+from leanlm.common.files import CONF, defaults
 from leanlm.common.precision import PRECISIONS, automatic
 from leanlm.config.adapters import adapter_problems
-from leanlm.config.arguments import argument_problems, made, typed
+from leanlm.config.arguments import argument_problems, made, target, typed
 from leanlm.config.callbacks import callback_problems, missing_packages
 from leanlm.config.of_model import model_problems, settle_compile
 from leanlm.config.pretrained import weights_problems
 from leanlm.config.schema import ALLOWED, Config, Settings
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.corpus import Corpus
+from leanlm.data.mixture import mixture
 from leanlm.launch.ranks import launched, world_size
 from leanlm.launch.supervisor import ATTEMPT, PREDICTED
 from leanlm.strategies.checks import of_run, on_gpus, resolve
@@ -34,6 +38,7 @@ AT_LEAST = dict.fromkeys(("seed", "clip", "val_overlap", "sample_tokens", "resta
 )
 DATA = {"tokenizer": "byte", "vocabulary": 8192, "ignore": []}  # what a data set may leave out
 DATA_KEYS = {"_target_", *DATA}  # the rest of the group goes to the corpus function
+OF_ALL = (*DATA, "isolate")  # keys that a mixture has for all of its sources
 
 
 def check(config: DictConfig, needs_text: bool = True, needs_tokenizer: bool = True, needs_weights: bool = True) -> Settings:
@@ -60,24 +65,25 @@ def check(config: DictConfig, needs_text: bool = True, needs_tokenizer: bool = T
     problems += folder_problems(checked) + found
     if needs_weights and not problems and not checked.resume:
         problems += weights_problems(checked)
-    if needs_text and not problems and corpus.form is None:  # a document may be short
-        problems += fits(checked, {split: corpus.size(split) for split in corpus.splits}, at_most=True)
+    for name, source in (corpus.sources or {"": corpus}).items() if needs_text and not problems else ():
+        if source.form is None:  # a document may be short
+            problems += fits(checked, source.size("train"), name, at_most=True)
     refuse(problems)
     return Settings(checked, replace(plan, compile=settle_compile(checked, plan)), corpus, devices)
 
 
-def fits(config: Config, sizes: dict[str, int], at_most: bool = False) -> list[str]:
-    """Whether the text is long enough for the batches. `sizes`: split -> tokens (`at_most`: bytes, which no tokenizer
-    here exceeds)."""
-    what = "bytes" if at_most else "tokens"
-    have, recurrent = sizes["train"], resolve_name(config.model["_target_"]).carries_state
+def fits(config: Config, have: int, source: str = "", at_most: bool = False) -> list[str]:
+    """Whether the text is long enough for the batches. `have`: its tokens (`at_most`: bytes, which no tokenizer here exceeds).
+    `source`: of a mixture, of which a row is a window."""
+    what, text = "bytes" if at_most else "tokens", "the training text" + (f" of data.sources.{source}" if source else "")
+    recurrent = not source and resolve_name(config.model["_target_"]).carries_state
     rows = config.global_batch if recurrent else 1  # each lane must hold a sequence
     if have - 1 >= rows * config.sequence:
         return []
     need = f"{rows} lanes x sequence={config.sequence}" if recurrent else f"sequence={config.sequence}"
     longest, most = (have - 1) // rows, max(1, (have - 1) // config.sequence)
     instead = f"write sequence={longest} or less" if longest > 0 else f"write global_batch={most} or less"
-    return [f"the training text has {have:,} {what}, fewer than {need} + 1 = {rows * config.sequence + 1:,}: {instead}"]
+    return [f"{text} has {have:,} {what}, fewer than {need} + 1 = {rows * config.sequence + 1:,}: {instead}"]
 
 
 def _values(config: Config, devices: int | None) -> list[str]:
@@ -127,16 +133,49 @@ def _model(config: Config) -> list[str]:
 def _corpus(config: Config, needs_tokenizer: bool) -> tuple[Corpus, list[str]]:
     data = config.data = DATA | config.data
     problems = argument_problems("data", data, set(), DATA_KEYS) + (_tokenizer(data) if needs_tokenizer else [])
-    if problems:
-        return Corpus({}), problems
+    if _is_mixture("data", data) and isinstance(data.get("sources") or {}, dict):
+        found = {name: _source(f"data.sources.{name}", node) for name, node in (data.get("sources") or {}).items()}
+        problems += [line for *_, lines in found.values() for line in lines]
+        data = data | {"sources": {name: (weight, corpus) for name, (weight, corpus, _) in found.items()}}
+    return (Corpus({}), problems) if problems else _made("data", data, DATA_KEYS)
+
+
+def _source(group: str, node: Any) -> tuple[float, Corpus, list[str]]:
+    """Weight and corpus of a source of a mixture, and every problem of it. `group`: its key."""
+    if not isinstance(node, dict):
+        return 0, Corpus({}), [f"{group}={node}: write {{data: text, path: FILE_OR_FOLDER, weight: 1}}"]
+    node, weight = {"weight": 1, **node}, node.get("weight", 1)
+    problems = [f"{group}.{key}: it is the same for all sources, so write data.{key}" for key in OF_ALL if key in node]
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < inf:
+        problems.append(f"{group}.weight={weight}: it must be a number above 0")
+    options = sorted(file.stem for file in (CONF / "data").glob("*.yaml") if file.stem != "mixture")
+    if "_target_" not in node and node.get("data") not in options:
+        return 0, Corpus({}), [*problems, f"{group}.data={node.get('data')}: choose one of {', '.join(options)}"]
+    if "_target_" not in node:
+        node["_target_"] = defaults(f"data/{node['data']}.yaml")["_target_"]
+    in_the_way = argument_problems(group, node, set(), skip := {"_target_", "data", "weight", *OF_ALL})
+    if _is_mixture(group, node):
+        in_the_way.append(f"{group}: a mixture has no mixtures: name the sources of this one")
+    corpus, found = (Corpus({}), list[str]()) if in_the_way else _made(group, node, skip)
+    return weight, corpus, [*problems, *in_the_way, *(f"{group}: {line}" for line in found)]
+
+
+def _is_mixture(group: str, node: dict[str, Any]) -> bool:
+    with suppress(UserError):
+        return target(group, node) is mixture
+    return False
+
+
+def _made(group: str, node: dict[str, Any], skip: set[str]) -> tuple[Corpus, list[str]]:
+    """The corpus of a data set, and what is wrong with it. `skip`: keys that are no arguments of its function."""
     try:
-        corpus = made("data", data, DATA_KEYS)
+        corpus = made(group, node, skip)
     except UserError as error:
         return Corpus({}), list(error.problems)
     missing = [split for split in ("train", "validation") if split not in corpus.splits]
     if missing:
         lacking = " and no ".join(missing)
-        return corpus, [f"{data['_target_']}: the corpus has {', '.join(corpus.splits)}, but no split {lacking}"]
+        return corpus, [f"{node['_target_']}: the corpus has {', '.join(corpus.splits)}, but no split {lacking}"]
     empty = [split for split in corpus.splits if not corpus.size(split)]
     files = {split: ", ".join(str(piece.path) for piece in corpus.splits[split][:3]) or "its folder" for split in empty}
     return corpus, [f"the {split} split is empty: put text into {files[split]}, or remove it" for split in empty]

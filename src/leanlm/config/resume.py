@@ -10,7 +10,7 @@ from leanlm.common.files import literal
 from leanlm.common.run_folder import Run
 from leanlm.config.pretrained import begun_from_weights
 from leanlm.config.schema import Settings
-from leanlm.config.words import parsed
+from leanlm.config.words import parsed, plain
 from leanlm.launch.ranks import restarted, say
 
 # What a resumed run may set anew; anything else would make another run of it.
@@ -35,7 +35,9 @@ def effective(config: DictConfig, overrides: list[str]) -> DictConfig:
     merged = run.config()
     merged.resume, merged.run_dir = literal(str(run.path)), None
     given = [override.key_or_group for override in map(parsed, overrides) if override]
-    refused = [key for key in given if not (key in RESUMABLE or key.partition(".")[0] in RESUMABLE or key.startswith(HYDRA))]
+    refused = [
+        key for key in given if not (plain(key) in RESUMABLE or key.partition(".")[0] in RESUMABLE or key.startswith(HYDRA))
+    ]
     if refused:
         instead = f"would make another run of {run.path}, not continue it: leave it out, or start a new run"
         raise UserError(*(f"{key}=... {instead}" for key in refused))

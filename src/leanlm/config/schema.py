@@ -68,13 +68,20 @@ class Settings:
     def as_run(self) -> dict[str, Any]:
         """The configuration as the run's folder keeps it: what has become of `auto` holds wherever the run is resumed."""
         chosen = self.config.strategy.auto and not self.plan.auto
-        data = {key: absolute(value) for key, value in self.config.data.items()}
+        data = _with_whole_paths(self.config.data)
+        if isinstance(data.get("sources"), dict):
+            data["sources"] = {name: _with_whole_paths(source, but="data") for name, source in data["sources"].items()}
         return asdict(replace(self.config, data=data, strategy=self.plan if chosen else self.config.strategy))
 
     def describe(self) -> str:
         """One line: the plan, the number types, the exactness."""
         state = [] if self.config.optim.state == "fp32" else [f"optim.state={self.config.optim.state}"]
         return ", ".join([self.plan.describe(), *state, self.config.precision]) + f" ({self.exactness})"
+
+
+def _with_whole_paths(data: dict[str, Any], but: str | None = None) -> dict[str, Any]:
+    """The keys of a data set, see `absolute`. `but`: one that is no path."""
+    return {key: value if key == but else absolute(value) for key, value in data.items()}
 
 
 def absolute(value: Any) -> Any:

@@ -53,9 +53,14 @@ def options(group: str, overrides: list[str]) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def plain(key: str) -> str:
+    """A key without Hydra's signs; that of a path of a mixture's source as any data set has it."""
+    return re.sub(r"^data\.sources\.[^.]+\.path$", "data.path", key.lstrip("+"))
+
+
 def _read(override: str, multirun: bool, groups: list[Path]) -> str:
     key, equals, value = override.partition("=")
-    name = key.lstrip("+")
+    name = plain(key)
     if not equals or (value == "null" and name in (TEXTS | PATHS) - NEVER_NULL):
         return override
     if name in TEXTS:
@@ -76,7 +81,7 @@ def _read(override: str, multirun: bool, groups: list[Path]) -> str:
 def typed(override: str) -> str:
     """What a person types for an override: the way back from `read`."""
     key, _, value = override.partition("=")
-    if key.lstrip("+") not in TEXTS | PATHS or value == "null":
+    if plain(key) not in TEXTS | PATHS or value == "null":
         return override
     return f"{key}={OmegaConf.create([OverridesParser.create().parse_override(override).value()])[0]}"
 

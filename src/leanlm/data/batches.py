@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ class Batch(NamedTuple):
     fresh: bool  # whether carried state starts anew with this batch
     step_tokens: int  # counted targets in the whole global batch
     positions: Tensor | None = None  # of the tokens in their documents, `[rows, sequence]`, if these are not to see each other
+    source_tokens: tuple[int, ...] = ()  # counted targets of each source of the text in the whole global batch
+    source: int = 0  # of a validation: the one that the rows are of
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with what the model reads moved; row numbers stay on the CPU, where Python reads them."""
@@ -53,25 +55,31 @@ class Windows(Order):
 
     def offsets(self, step: int) -> tuple[NDArray[np.int64], bool]:
         """First input token of each row, `[global_batch]`; False, since no state is carried."""
-        series = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
-        starts = np.empty(self.global_batch, np.int64)
+        return self.of(np.arange(step * self.global_batch, (step + 1) * self.global_batch)), False
+
+    def of(self, series: NDArray[np.int64]) -> NDArray[np.int64]:
+        """First input token of each of these rows of the series, `[rows]`."""
+        starts = np.empty(len(series), np.int64)
         for epoch in np.unique(series // self.per_epoch):
             here = series // self.per_epoch == epoch
-            shift, order = _windows_of(self, int(epoch))
+            shift, order = self._epoch(int(epoch))
             starts[here] = shift + order[series[here] % self.per_epoch] * self.sequence
-        return starts, False
+        return starts
 
     @property
     def per_epoch(self) -> int:
         """Windows in an epoch; one is given up for the shift."""
         return max(1, (self.tokens - 1) // self.sequence - 1)
 
+    @cached_property
+    def _epoch(self) -> Callable[[int], tuple[int, NDArray[np.int64]]]:
+        """Number of an epoch -> its shift, and the order of its windows; the last one is kept."""
 
-@lru_cache(1)
-def _windows_of(order: Windows, epoch: int) -> tuple[int, NDArray[np.int64]]:
-    """Their shift, and their order."""
-    shift, random = order._begin(epoch, order.tokens - 1 - order.per_epoch * order.sequence)
-    return shift, random.permutation(order.per_epoch)
+        def made(epoch: int) -> tuple[int, NDArray[np.int64]]:
+            shift, random = self._begin(epoch, self.tokens - 1 - self.per_epoch * self.sequence)
+            return shift, random.permutation(self.per_epoch)
+
+        return lru_cache(1)(made)
 
 
 class Lanes(Order):
@@ -119,16 +127,16 @@ class GlobalBatches:
         """The micro-batches of one step."""
         starts, fresh = self.order.offsets(step)
         size = len(starts) // (self.replicas * self.accumulate)
-        step_tokens = self._count(starts)
+        counts = self._counts(starts)
         for micro in range(self.accumulate):
             first = (self.rank * self.accumulate + micro) * size
             rows = torch.arange(first, first + size)
             tokens, target, positions = self._read(starts[first : first + size])
-            yield Batch(tokens, target, rows, step, micro, fresh, step_tokens, positions)
+            yield Batch(tokens, target, rows, step, micro, fresh, sum(counts), positions, counts)
 
-    def _count(self, starts: NDArray[np.int64]) -> int:
+    def _counts(self, starts: NDArray[np.int64]) -> tuple[int, ...]:
         """Counted targets of rows: only with `ignore` do they depend on the text, so that it has to be looked at."""
-        return int((self._read(starts)[1] != IGNORE).sum()) if self.ignore else len(starts) * self.order.sequence
+        return (int((self._read(starts)[1] != IGNORE).sum()) if self.ignore else len(starts) * self.order.sequence,)
 
     def _read(self, starts: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, targets and positions of rows, see `Batch`."""

@@ -9,7 +9,7 @@ import re
 import sysconfig
 import urllib.request
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from leanlm.common.errors import UserError
@@ -23,10 +23,18 @@ class Corpus:
     """The pieces of each split ("train", "validation" and perhaps "test"), in reading order.
 
     `form`: how their lines are read, each a document of its own; None: they are one stream of text.
+    `sources`: of a mixture, by name; its own pieces are those of all. `shares`: rows of each source in sum(shares) rows.
     """
 
     splits: dict[str, list[Piece]]
     form: Form | None = None
+    sources: dict[str, "Corpus"] = field(default_factory=dict)
+    shares: tuple[int, ...] = ()
+
+    def only(self, split: str) -> "Corpus":
+        """A split alone, of the sources that have it."""
+        sources = {name: source.only(split) for name, source in self.sources.items() if split in source.splits}
+        return replace(self, splits={split: self.splits[split]}, sources=sources)
 
     def size(self, split: str) -> int:
         """Bytes of text in a split."""

@@ -7,7 +7,7 @@ target, so that nothing is predicted over a border. A longer document is cut int
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -153,14 +153,17 @@ class Rows:
 
     def offsets(self, step: int) -> tuple[NDArray[np.int64], bool]:
         """Number of each row, `[global_batch]`; True, since a state starts anew with each row."""
-        series = np.arange(step * self.global_batch, (step + 1) * self.global_batch)
+        return self.of(np.arange(step * self.global_batch, (step + 1) * self.global_batch)), True
+
+    def of(self, series: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of these rows of the series, `[rows]`."""
         epochs, places = divmod(series, self.rows)
-        return np.array([_permutation(self, epoch)[place] for epoch, place in zip(epochs, places, strict=True)]), True
+        return np.array([self._epoch(epoch)[place] for epoch, place in zip(epochs, places, strict=True)], np.int64)
 
-
-@lru_cache(2)
-def _permutation(order: Rows, epoch: int) -> NDArray[np.int64]:
-    return np.random.Generator(np.random.Philox(key=[order.seed, epoch])).permutation(order.rows)
+    @cached_property
+    def _epoch(self) -> Callable[[int], NDArray[np.int64]]:
+        """Number of an epoch -> its permutation; the last one is kept."""
+        return lru_cache(1)(lambda epoch: np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.rows))
 
 
 @dataclass(kw_only=True)
@@ -171,8 +174,8 @@ class PackedBatches(GlobalBatches):
     packed: Packed
     isolate: bool
 
-    def _count(self, rows: NDArray[np.int64]) -> int:
-        return int((self._read(rows)[1] != IGNORE).sum()) if self.ignore else int(self.packed.counts[rows].sum())
+    def _counts(self, rows: NDArray[np.int64]) -> tuple[int, ...]:
+        return (int((self._read(rows)[1] != IGNORE).sum()) if self.ignore else int(self.packed.counts[rows].sum()),)
 
     def _read(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor | None]:
         tokens, target, positions = self.packed.read(map(self.packed.row, rows.tolist()), self.packed.sequence)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import lzma
 import shlex
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -141,7 +140,9 @@ def _plain(path: Path) -> Path:
         try:
             with reader(path) as source:
                 write(kept, iter(lambda: source.read(CHUNK), b""))
-        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        except UserError:
+            raise
+        except Exception as error:  # each of the libraries that unpack has its own
             raise UserError(f"{path} cannot be unpacked into {folder}: {error}") from None
     return _plain(kept)
 

@@ -68,8 +68,20 @@ def prepare(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, progres
     return load(folder)
 
 
+def common_tokenizer(corpus: Corpus, tokenizer: str, vocabulary: int, progress: Progress) -> Tokenizer:
+    """The tokenizer of all sources of a mixture, trained now on the text of all unless it is in the cache."""
+    folder = cache_folder() / "tokens" / fingerprint(corpus, tokenizer, vocabulary, progress)
+    if not folder.is_dir():
+        made = tokenizers.train(tokenizer, vocabulary, lambda split: _texts(corpus, split, progress))
+        whole(folder, lambda inside: write(inside / "meta.json", json.dumps({"tokenizer": made.state()})))
+    return tokenizers.restore(json.loads((folder / "meta.json").read_text())["tokenizer"])
+
+
 def fingerprint(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, report: Progress) -> str:
     """Names the text and the tokenizer. Files that are known by their size and times are not read again."""
+    if corpus.sources:
+        parts = {name: fingerprint(source, tokenizer, vocabulary, report) for name, source in corpus.sources.items()}
+        return hashlib.sha256(json.dumps(list(parts.items())).encode()).hexdigest()[:24]
     key: list[Any] = [FORMAT, _tokenizer_key(tokenizer, vocabulary)]
     if corpus.form is not None:
         key += [DOCUMENTS, corpus.form.fields, corpus.form.skip_bad]
@@ -175,6 +187,9 @@ def written(path: Path) -> Iterator[BinaryIO]:
 
 def _texts(corpus: Corpus, split: str | None, report: Progress) -> Iterator[bytes]:
     """The text of a split, or of all, of which a tokenizer is made."""
+    if corpus.sources:
+        yield from chain.from_iterable(_texts(source, split, report) for source in corpus.sources.values())
+        return
     if corpus.form is None:
         yield from _read(corpus, split, READING, report)
         return

@@ -37,7 +37,7 @@ class Evaluate:
     device: Any = None
 
 
-def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None = None) -> dict[str, float]:
+def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None = None) -> dict[str, Any]:
     """Mean loss over every token of a split, once each, or of `asked.text` by the chain rule.
 
     Args:
@@ -45,7 +45,8 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
         within: where `device.memory` is set, settings and vocabulary -> settings that take no more.
 
     Returns:
-        `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `log_probability` (nats, of all together).
+        `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `log_probability` (nats, of all together), of a
+        mixture also `sources`, the loss of each.
     """
     run, config = find(asked.run, asked.sequence, asked.data)
     given: dict[str, Any] = dict.fromkeys(("callbacks", "logger"))
@@ -73,7 +74,7 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
     return result
 
 
-def _work(settings: Settings, path: Path, split: str, text: str | None, which: str) -> dict[str, float]:
+def _work(settings: Settings, path: Path, split: str, text: str | None, which: str) -> dict[str, Any]:
     import numpy as np
 
     from leanlm.training import build, data
@@ -94,4 +95,7 @@ def _work(settings: Settings, path: Path, split: str, text: str | None, which: s
         build.trainer(settings, [], []).validate(module, batches, verbose=False)
         found = module.split_loss.compute()
     loss, count = float(found["loss"]), int(found["tokens"])
-    return measures(loss, len(numbers), size) | {"tokens": count, "log_probability": -loss * count}
+    result: dict[str, Any] = measures(loss, len(numbers), size) | {"tokens": count, "log_probability": -loss * count}
+    if text is None and settings.corpus.sources:
+        result["sources"] = {name: each.item() for name, each in zip(numbers.parts, found["losses"], strict=False)}
+    return result

@@ -14,7 +14,6 @@ from leanlm.models import kernels
 from leanlm.models.borders import Borders
 from leanlm.models.linear import together
 
-
 LONG = 256  # positions from which on a CPU's attention is as fast in bf16 as in float32
 
 

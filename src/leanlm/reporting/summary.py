@@ -23,6 +23,7 @@ def summary(result: dict[str, Any], sample: str | None, run: Run) -> None:
         ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s of training"),
         ("peak memory", peak),
         ("parameters", f"{result['parameters']:,}"),
+        *((name, _source(one)) for name, one in result.get("sources", {}).items()),
         ("run", str(run.path)),
     ):
         table.add_row(f"[bold]{name}", Text(value))  # a path may hold what rich takes for markup
@@ -32,3 +33,8 @@ def summary(result: dict[str, Any], sample: str | None, run: Run) -> None:
         console.print(sample, markup=False, soft_wrap=True)
         console.rule()
     console.print(table)
+
+
+def _source(one: dict[str, float]) -> str:
+    shares = f"{one['share_of_rows']:.2%} of rows, {one['share_of_tokens']:.2%} of tokens"
+    return f"{shares}, validation loss {one['loss']:.4f}"

@@ -96,7 +96,9 @@ def module(settings: Settings, parallel: ParallelModel, training: bool = True) -
 
         pipeline = Pipeline(parallel, rows, config.sequence)
     chance = config.seed if config.precision == STOCHASTIC else None
-    return LanguageModel(parallel, pipeline, config.optim, config.max_steps, config.clip, chance)
+    return LanguageModel(
+        parallel, pipeline, config.optim, config.max_steps, config.clip, chance, len(settings.corpus.sources) or 1
+    )
 
 
 def trainer(

@@ -9,11 +9,13 @@ import numpy as np
 from leanlm.common.errors import refuse
 from leanlm.config.checks import fits
 from leanlm.config.schema import Config, Settings
-from leanlm.data.batches import GlobalBatches, Lanes, WholeSplit, Windows
+from leanlm.data.batches import GlobalBatches, Lanes, Order, WholeSplit, Windows
+from leanlm.data.corpus import Corpus
+from leanlm.data.mixture import Mixed, MixedBatches, SourceBySource, Turns, mixed, turns
 from leanlm.data.packing import Packed, PackedBatches, PieceByPiece, Rows, packed
 from leanlm.data.preparation_bar import PreparationBar
 from leanlm.data.tokenizer import NAMES, Tokenizer
-from leanlm.data.tokens import Progress, Tokens, fingerprint, prepare
+from leanlm.data.tokens import Progress, Tokens, common_tokenizer, fingerprint, prepare
 from leanlm.launch.ranks import rank
 from leanlm.models.contract import Model
 from leanlm.strategies.plan import Plan
@@ -29,23 +31,35 @@ def tokens(settings: Settings) -> Tokens:
     """
     data = settings.config.data
     with PreparationBar() as bar:
-        made = _in_rows(prepare(settings.corpus, data["tokenizer"], data["vocabulary"], bar), settings, bar)
-    of_documents = settings.corpus.form is not None
-    problems = [] if of_documents else fits(settings.config, {split: len(numbers) for split, numbers in made.splits.items()})
+        made = _prepared(settings.corpus, data["tokenizer"], data["vocabulary"], settings.config, bar)
+    streams = [
+        (source, split, numbers)
+        for split, whole in made.splits.items()
+        for source, numbers in (whole.parts if isinstance(whole, Mixed) else {"": whole}).items()
+        if not isinstance(numbers, Packed)
+    ]
+    problems = [
+        line for source, split, numbers in streams if split == "train" for line in fits(settings.config, len(numbers), source)
+    ]
     unknown = [name for name in data.get("ignore", []) if not made.tokenizer.numbers(name)]
     problems += [f"data.ignore: the tokenizer has no token {name!r}" for name in unknown]
     left_out = ignored(settings.config, made.tokenizer)
-    for split, numbers in made.splits.items() if left_out and not of_documents else ():
+    for source, split, numbers in streams if left_out else ():
         if all(np.isin(numbers[first : first + MANY], left_out).all() for first in range(0, len(numbers), MANY)):
-            problems.append(f"data.ignore leaves nothing to count: it names all {len(numbers):,} tokens of the {split} split")
+            what = f"the {split} split" + (f" of data.sources.{source}" if source else "")
+            problems.append(f"data.ignore leaves nothing to count: it names all {len(numbers):,} tokens of {what}")
     refuse(problems)
     return made
 
 
-def _in_rows(made: Tokens, settings: Settings, report: Progress) -> Tokens:
-    """Prepared splits, those of documents in rows."""
-    config = settings.config
-    if settings.corpus.form is None:
+def _prepared(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, config: Config, report: Progress) -> Tokens:
+    """Prepared splits, those of documents in rows, those of a mixture by source."""
+    if corpus.sources:
+        name = fingerprint(corpus, tokenizer, vocabulary, report)
+        one = common_tokenizer(corpus, tokenizer, vocabulary, report) if isinstance(tokenizer, str) else tokenizer
+        return mixed(corpus, name, {name: _prepared(each, one, 0, config, report) for name, each in corpus.sources.items()})
+    made = prepare(corpus, tokenizer, vocabulary, report)
+    if corpus.form is None:
         return made
     rows = {
         split: packed(documents, f"{made.fingerprint}-{split}", config.sequence, config.seed, report)
@@ -62,8 +76,7 @@ def split_of(settings: Settings, split: str, tokenizer: Tokenizer) -> tuple[Any,
         UserError: the text has what the tokenizer does not know.
     """
     with PreparationBar() as bar:
-        made = prepare(replace(settings.corpus, splits={split: settings.corpus.splits[split]}), tokenizer, 0, bar)
-        made = _in_rows(made, settings, bar)
+        made = _prepared(settings.corpus.only(split), tokenizer, 0, settings.config, bar)
     return made.splits[split], made.bytes[split]
 
 
@@ -84,20 +97,31 @@ def ignored(config: Config, tokenizer: Tokenizer) -> list[int]:
 
 def training_batches(settings: Settings, tokens: Tokens, net: Model, first_step: int = 0) -> GlobalBatches:
     """This rank's micro-batches of every step from `first_step` on."""
-    config, plan = settings.config, settings.plan
+    config, plan, corpus = settings.config, settings.plan, settings.corpus
     text, left_out = tokens.splits["train"], ignored(config, tokens.tokenizer)
     shape = config.sequence, config.global_batch, config.seed
     rest = *_share(plan), plan.batches_per_step, left_out, first_step
-    if settings.corpus.form is not None:
-        order, isolate = Rows(len(text.ends), *shape), settings.corpus.form.isolate
-        return PackedBatches(text.documents.numbers, order, *rest, packed=text, isolate=isolate)
-    kind = Lanes if net.carries_state else Windows
-    return GlobalBatches(text, kind(len(text), *shape), *rest)
+
+    def of(corpus: Corpus, text: Any, kind: type[Order]) -> GlobalBatches:
+        if corpus.form is None:
+            return GlobalBatches(text, kind(len(text), *shape), *rest)
+        order = Rows(len(text.ends), *shape)
+        return PackedBatches(text.documents.numbers, order, *rest, packed=text, isolate=corpus.form.isolate)
+
+    if not corpus.sources:
+        return of(corpus, text, Lanes if net.carries_state else Windows)
+    parts = [of(corpus.sources[name], part, Windows) for name, part in text.parts.items()]
+    order = Turns(turns(corpus.shares), [part.order for part in parts], config.global_batch)
+    return MixedBatches(np.empty(0, np.uint8), order, *rest, parts=parts)
 
 
-def whole_split(settings: Settings, tokenizer: Tokenizer, net: Model, numbers: Any) -> WholeSplit | PieceByPiece:
+def whole_split(
+    settings: Settings, tokenizer: Tokenizer, net: Model, numbers: Any
+) -> WholeSplit | PieceByPiece | SourceBySource:
     """This rank's part of a split (or of any token numbers), each token once."""
     config, plan = settings.config, settings.plan
+    if isinstance(numbers, Mixed):
+        return SourceBySource([whole_split(settings, tokenizer, net, part) for part in numbers.parts.values()])
     if isinstance(numbers, Packed):
         rows = max(1, min(plan.micro_batch(config.global_batch), len(numbers.pieces)))
         return PieceByPiece(numbers, rows, *_share(plan), ignored(config, tokenizer))

@@ -18,6 +18,7 @@ from leanlm.common.precision import gpu_has_bf16
 from leanlm.common.run_folder import Run
 from leanlm.config.schema import Settings
 from leanlm.data.decoding import stream
+from leanlm.data.mixture import rows_of, turns
 from leanlm.data.prefetch import prefetched
 from leanlm.data.tokenizer import Tokenizer
 from leanlm.data.tokens import Tokens
@@ -53,7 +54,8 @@ def fit(settings: Settings, path: Path) -> dict[str, Any]:
     announce(settings, tokens, module, run)
 
     card = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else None
-    record = Record(run, asked.log_every, utilization.full_speed(settings, tokens.tokenizer.vocabulary, card))
+    full_speed = utilization.full_speed(settings, tokens.tokenizer.vocabulary, card)
+    record = Record(run, asked.log_every, full_speed, settings.corpus.sources)
     checkpoints = Checkpoints(run, record, asked, tokens.fingerprint, start, base)
     callbacks = [record, *([Progress(record)] if rank() == 0 else []), *build.callbacks(asked), checkpoints]
     first_step = state_of(start)["step"] if start else 0
@@ -151,12 +153,33 @@ def result_of(settings: Settings, tokens: Tokens, module: LanguageModel, trainer
         "trained_parameters": module.parallel.trained,
         "versions": {"leanlm": __version__, "torch": torch.__version__, "lightning": lightning.__version__},
     }
+    if settings.corpus.sources:
+        result["sources"] = shares(settings, record, trainer.global_step)
     if settings.predicted is not None:
         result["predicted_peak_memory_bytes"] = settings.predicted["peak_memory_bytes"]
         result["predicted_seconds_per_step"] = settings.predicted["seconds_per_step"]
     if module.parallel.device.type == "cuda":
         result["peak_allocated_bytes"] = of_ranks(torch.cuda.max_memory_allocated())
     return result
+
+
+def shares(settings: Settings, record: Record, steps: int) -> dict[str, dict[str, float]]:
+    """Of each source of a mixture: the fraction of the rows that is its due, what it has had so far of rows and of counted
+    tokens, and its validation loss."""
+    corpus, all_rows = settings.corpus, steps * settings.config.global_batch
+    rows = rows_of(turns(corpus.shares), all_rows).tolist()
+    found = zip(corpus.sources, corpus.shares, rows, record.source_tokens, record.source_losses, strict=True)
+    return {
+        name: {
+            "fraction": share / sum(corpus.shares),
+            "rows": mine,
+            "share_of_rows": mine / all_rows,
+            "tokens": tokens,
+            "share_of_tokens": tokens / record.tokens,
+            "loss": loss,
+        }
+        for name, share, mine, tokens, loss in found
+    }
 
 
 def sample_of(parallel: ParallelModel, tokenizer: Tokenizer, prompt: str, tokens: int) -> str | None:

@@ -36,6 +36,7 @@ class LanguageModel(pl.LightningModule):
         max_steps: optimizer steps in the whole run, for the schedule.
         clip: largest global norm of the gradient; 0: no clipping.
         chance: a seed: bf16 weights are rounded by chance; None: to the nearest.
+        sources: of the text.
 
     Attributes:
         counts: whether any target of the step at hand does.
@@ -46,7 +47,7 @@ class LanguageModel(pl.LightningModule):
     """
 
     def __init__(self, parallel: ParallelModel, pipeline: "Pipeline | None", optimizer: Optim, max_steps: int, clip: float,
-                 chance: int | None = None) -> None:  # fmt: skip
+                 chance: int | None = None, sources: int = 1) -> None:  # fmt: skip
         super().__init__()
         # Lightning's order of forward, zero_grad and backward leaves no room for a pipeline
         self.automatic_optimization = False
@@ -59,7 +60,7 @@ class LanguageModel(pl.LightningModule):
         self.step_nats = torch.zeros(())
         self.grad_norm = torch.zeros(())
         self.gradient_bytes = 0
-        self.split_loss = TokenLoss().to(parallel.device)
+        self.split_loss = TokenLoss(sources).to(parallel.device)
 
     def training_step(self, batch: Batch, index: int) -> None:
         """One micro-batch, from its tokens to its gradient; after the last of a step, the weights are updated.
@@ -123,7 +124,7 @@ class LanguageModel(pl.LightningModule):
         nats = relay(self.parallel, batch.input, batch.rows, batch.target)
         if nats is None or not self.parallel.counts_loss:  # another rank counts these rows
             nats, batch = torch.zeros(()), batch._replace(target=batch.target[:0])
-        self.split_loss.update(nats.to(self.parallel.device), (batch.target != IGNORE).sum())
+        self.split_loss.update(nats.to(self.parallel.device), (batch.target != IGNORE).sum(), batch.source)
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.state.fn == "fit":
@@ -161,19 +162,21 @@ class TokenLoss(Metric):
     nats: Tensor
     tokens: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, sources: int = 1) -> None:
         super().__init__()
-        self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("nats", torch.zeros(sources, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros(sources, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, nats: Tensor, tokens: Tensor) -> None:
-        self.nats += nats.detach().double()
-        self.tokens += tokens
+    def update(self, nats: Tensor, tokens: Tensor, source: int = 0) -> None:
+        self.nats[source] += nats.detach().double()
+        self.tokens[source] += tokens
 
     def compute(self) -> dict[str, Tensor]:
-        if not self.tokens:
+        """`loss`, `tokens`, and `losses [sources]`, NaN for one without tokens."""
+        nats, tokens = self.nats.sum(), self.tokens.sum()
+        if not tokens:
             raise UserError("there is no loss: no token of this text is counted (data.ignore)")
-        return {"loss": self.nats / self.tokens, "tokens": self.tokens}
+        return {"loss": nats / tokens, "tokens": tokens, "losses": self.nats / self.tokens}
 
 
 def held_bytes(tensors: Iterable[Tensor | None]) -> int:

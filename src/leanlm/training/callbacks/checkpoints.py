@@ -23,7 +23,7 @@ from leanlm.training import checkpoint
 from leanlm.training.callbacks.average import averages, training_weights
 from leanlm.training.callbacks.record import Record, validate_now
 
-KEPT = ("seconds", "tokens", "validated", "val_loss")  # of what `Record` has counted
+KEPT = ("seconds", "tokens", "source_tokens", "validated", "val_loss", "source_losses")  # of what `Record` has counted
 
 
 class Checkpoints(pl.Callback):
@@ -58,7 +58,7 @@ class Checkpoints(pl.Callback):
         loop.batch_progress.total.load_state_dict(dict.fromkeys(("ready", "started", "processed", "completed"), micros))
         loop._batches_that_stepped = micros
         loop.max_steps = -1  # for Lightning would pass over a training that lacks only what comes after its last step
-        for key in KEPT:
+        for key in state.keys() & KEPT:  # one of an earlier version has fewer
             setattr(self.record, key, state[key])
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:

@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,14 +23,19 @@ class Record(pl.Callback):
         row: the newest values, for the progress bar.
         seconds: spent in training steps, without validation, over all sessions of the run.
         tokens: counted in those steps.
-        validated: the last step after which the whole split was validated, and `val_loss` its loss in nats per token.
+        source_tokens: of `tokens`, those of each source of the text.
+        validated: the last step after which the whole split was validated, and `val_loss` its loss in nats per token,
+            `source_losses` those of each source.
     """
 
-    def __init__(self, run: Run, every: int, full_speed: float | None = None) -> None:
-        """`full_speed`: tokens/s at which the devices would multiply all the time, if it is known."""
-        self.run, self.every, self.full_speed = run, every, full_speed
+    def __init__(self, run: Run, every: int, full_speed: float | None = None, sources: Iterable[str] = ()) -> None:
+        """`full_speed`: tokens/s at which the devices would multiply all the time, if it is known. `sources`: names of those of
+        a mixture, whose shares of the tokens loggers get."""
+        self.run, self.every, self.full_speed, self.sources = run, every, full_speed, [*sources]
         self.row: dict[str, float] = {}
         self.seconds, self.tokens = 0.0, 0
+        self.source_tokens: list[int] = []
+        self.source_losses: list[float] = []
         self.validated, self.val_loss = 0, float("nan")
         self.table: Table | None = None
         self.loggers: list[Any] = []
@@ -52,6 +59,7 @@ class Record(pl.Callback):
         now = time.perf_counter()
         self.seconds, self.mark = self.seconds + now - self.mark, now
         self.tokens += batch.step_tokens
+        self.source_tokens = [sum(both) for both in zip_longest(self.source_tokens, batch.source_tokens, fillvalue=0)]
         if writes:
             self._finite(loss, "training loss", step, module)
             seconds, tokens = self.seconds - self.logged[0], self.tokens - self.logged[1]
@@ -60,10 +68,13 @@ class Record(pl.Callback):
             self.row = {"train_loss": loss, "grad_norm": float(module.grad_norm), "lr": rate, "tokens_per_second": speed}
             if self.full_speed is not None:
                 self.row["mfu"] = speed / self.full_speed
+            for name, mine in zip(self.sources, self.source_tokens, strict=False):
+                self.row[f"share/{name}"] = mine / max(1, self.tokens)
             self._write(trainer, step, self.row)
 
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
-        self.validated, self.val_loss = trainer.global_step, float(module.split_loss.compute()["loss"])
+        found = module.split_loss.compute()
+        self.validated, self.val_loss, self.source_losses = trainer.global_step, float(found["loss"]), found["losses"].tolist()
         self._finite(self.val_loss, "validation loss", trainer.global_step, module)
         self._write(trainer, trainer.global_step, {"val_loss": self.val_loss})
         self.mark = time.perf_counter()
