@@ -3,9 +3,10 @@
     python scripts/fine_tuning.py FOLDER [--steps 6] [--rounds 2] [--only full] [--into scripts/results/fine_tuning.json]
 
 The work is the same for all: the first 90% of Tiny Shakespeare, 4 x 512 tokens a step, AdamW, bf16 autocast over float32
-weights; LoRA of rank 8 on all linear layers. leanlm reads its 4 rows in micro-batches of two, which changes its memory and not
-its curve. Every contender runs in a process of its own, in turn; its peak is that of the resident memory of the whole process,
-its time the median of its steps but the first. Needs LEANLM_DATA or a network, and the dev dependencies.
+weights; LoRA of rank 8 on all linear layers. leanlm's plan computes every second block again in backward and keeps the
+optimizer's state in a file: that changes memory, not the curve. Every contender runs in a process of its own, in turn; its peak
+is that of the resident memory of the whole process, its time the median of its steps but the first. Needs LEANLM_DATA or a
+network, and the dev dependencies.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 ROWS, SEQUENCE, RATE = 4, 512, 1e-4
-PLAN = ["strategy=accumulate", "strategy.accumulate_grad_batches=2", "strategy.return_freed_memory=false"]
+PLAN = ["strategy.recompute=2", "strategy.offload=optimizer", "strategy.return_freed_memory=false"]
 
 
 def leanlm(folder: str, steps: int, lora: bool, into: str, plan: list[str]) -> list[float]:
