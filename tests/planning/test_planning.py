@@ -66,6 +66,15 @@ def _measured(settings: Settings) -> list[list[int]]:
         return of_ranks([held["parameters"], held["optimizer_state"]])
 
 
+def test_the_mask_of_isolated_documents_counts(text: Path) -> None:
+    bytes_of = []
+    for isolate in (False, True):
+        asked = settings(text, "sequence=256")
+        asked = replace(asked, config=replace(asked.config, data=asked.config.data | {"isolate": isolate}))
+        bytes_of.append(max(sum(parts.values()) for parts in peaks(simulate(asked, 256).trace).values()))
+    assert bytes_of[1] - bytes_of[0] >= 8 * 256**2 * 4  # of 8 rows; torch makes numbers of the bits
+
+
 def slow(plan: str) -> Any:
     return pytest.param(plan, marks=pytest.mark.slow)
 

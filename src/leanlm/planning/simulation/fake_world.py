@@ -34,13 +34,15 @@ class Batches:
     sequence: int
     global_batch: int
     parts: list[tuple[int, int, int]]  # rows, step and micro-batch of each batch
+    isolate: bool = False  # whether documents of a row do not see each other
 
     def __iter__(self) -> Iterator[Batch]:
         for rows, step, micro in self.parts:
             tokens, targets = (torch.zeros(rows, self.sequence, dtype=torch.long) for _ in range(2))
             with _disable_current_modes():
                 numbers = torch.arange(micro * rows, (micro + 1) * rows)
-            yield Batch(tokens, targets, numbers, step, micro, True, self.global_batch * self.sequence)
+            positions = torch.zeros_like(tokens) if self.isolate else None
+            yield Batch(tokens, targets, numbers, step, micro, True, self.global_batch * self.sequence, positions)
 
 
 @contextmanager

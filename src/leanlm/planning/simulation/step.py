@@ -68,7 +68,9 @@ def simulate(
         trainer = build.trainer(settings, [_Phases(trace, ends(plan)), *kept], [], steps)
         wrap = partial(fake_world.with_buckets, trace, plan) if plan.world > 1 and not plan.splits_model else None
         with contextlib.redirect_stdout(None), replaced([*no_moves(module), *of_strategy(trainer.strategy, wrap)]):
-            trainer.fit(module, _batches(settings, steps))
+            # a recurrence pads documents to the longest, which no simulation knows
+            isolate = bool((config.data or {}).get("isolate")) and not parallel.net.carries_state
+            trainer.fit(module, replace(_batches(settings, steps), isolate=isolate))
     pipeline = module.pipeline
     order = {} if pipeline is None else balance.order_of(pipeline.schedule)
     return Step(trace, sum(len(stage.blocks) for stage in parallel.stages.values()), order)
