@@ -174,6 +174,9 @@ def test_a_run_takes_model_and_tokenizer_from_the_folder(tmp_path: Path, text: P
     (tmp_path / "tokenizer.json").write_text(model)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}, "bos_token": None}))
     asked = [f"init_from={tmp_path}", "data=text", f"data.path={text}", "sequence=16"]
+    with pytest.raises(UserError, match="for weights that nothing has trained; choose one, such as optim=adamw"):
+        composed(*asked)
+    asked.append("optim=adamw")
     settings = check(composed(*asked, "model.dropout=0.2"))
     assert settings.config.model["width"] == 48
     assert settings.config.model["dropout"] == 0.2

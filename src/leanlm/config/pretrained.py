@@ -35,7 +35,11 @@ def begun_from_weights(config: DictConfig, overrides: list[str]) -> DictConfig:
     given = [override.key_or_group for override in map(parsed, overrides) if override]
     others = [key for key in given if (key.partition(".")[0] == "model" and key not in OWN) or key in
               ("data.tokenizer", "data.vocabulary")]  # fmt: skip
-    refuse(f"{key}=...: init_from gives the model and the tokenizer: leave it out" for key in others)
+    problems = [f"{key}=...: init_from gives the model and the tokenizer: leave it out" for key in others]
+    if "init_from" in given and not any(key.partition(".")[0] in ("optim", "experiment") for key in given):
+        problems.append("init_from: the optimizer that is set is for weights that nothing has trained; choose one, such as "
+                        "optim=adamw optim.lr=5e-5 (with adapter=lora optim.lr=1e-3)")  # fmt: skip
+    refuse(problems)
     folder = str(Run.find("latest").path if config.init_from == "latest" else Path(os.path.expanduser(config.init_from)))
     if is_run(folder):
         model: Any = OmegaConf.to_container(Run.find(folder).config().model)
