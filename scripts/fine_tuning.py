@@ -3,10 +3,10 @@
     python scripts/fine_tuning.py FOLDER [--steps 6] [--rounds 2] [--only full] [--into scripts/results/fine_tuning.json]
 
 The work is the same for all: the first 90% of Tiny Shakespeare, 4 x 512 tokens a step, AdamW, bf16 autocast over float32
-weights; LoRA of rank 8 on all linear layers. leanlm's plan computes every second block again in backward and keeps the
-optimizer's state in a file: that changes memory, not the curve. Every contender runs in a process of its own, in turn; its peak
-is that of the resident memory of the whole process, its time the median of its steps but the first. Needs LEANLM_DATA or a
-network, and the dev dependencies.
+weights; LoRA of rank 8 on all linear layers. Trained in full, leanlm's plan computes every second block again in backward and
+keeps the optimizer's state in a file: that changes memory, not the curve. Every contender runs in a process of its own, in
+turn; its peak is that of the resident memory of the whole process, its time the median of its steps but the first. Needs
+LEANLM_DATA or a network, and the dev dependencies.
 """
 
 import argparse
@@ -19,7 +19,10 @@ import time
 from pathlib import Path
 
 ROWS, SEQUENCE, RATE = 4, 512, 1e-4
-PLAN = ["strategy.recompute=2", "strategy.offload=optimizer", "strategy.return_freed_memory=false"]
+PLANS = {
+    "full": ["strategy.recompute=2", "strategy.offload=optimizer", "strategy.return_freed_memory=false"],
+    "lora": ["strategy.return_freed_memory=false"],
+}
 
 
 def leanlm(folder: str, steps: int, lora: bool, into: str, plan: list[str]) -> list[float]:
@@ -116,7 +119,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--plan", nargs="*", default=PLAN, help="overrides of leanlm")
+    parser.add_argument("--plan", nargs="*", help="overrides of leanlm, instead of PLANS")
     parser.add_argument("--only", choices=("full", "lora"))
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path)
@@ -132,7 +135,7 @@ def main() -> None:
     for kind in [asked.only] if asked.only else ["full", "lora"]:
         for _ in range(asked.rounds):
             for name in ("leanlm", "transformers"):
-                one = measured(asked.folder, name, kind, asked.steps, asked.plan)
+                one = measured(asked.folder, name, kind, asked.steps, asked.plan or PLANS[kind])
                 best = found.setdefault(f"{kind} {name}", one)
                 best |= {
                     "peak_bytes": max(best["peak_bytes"], one["peak_bytes"]),

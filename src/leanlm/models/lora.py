@@ -67,7 +67,7 @@ class Lora:
 
 
 class Correction(nn.Module):
-    """`x [..., inputs] -> scale B A dropout(x) [..., outputs]`."""
+    """Adds `scale B A dropout(x) [..., outputs]` of `x [..., inputs]` to what a layer makes of `x`."""
 
     def __init__(self, layer: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
@@ -75,12 +75,13 @@ class Correction(nn.Module):
         self.b = nn.Parameter(layer.weight.new_empty(layer.out_features, rank))
         self.scale, self.dropout = scale, RowDropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.of(x, self.a, self.b)
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
+        low = self.low(x, self.a)
+        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.b.t()).view(out.shape)  # without a tensor more
 
-    def of(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """The correction by matrices that need not be its own."""
-        return F.linear(F.linear(self.dropout(x), a) * self.scale, b)
+    def low(self, x: Tensor, a: Tensor) -> Tensor:
+        """`scale A dropout(x) [..., rank]`, by an A that need not be its own."""
+        return F.linear(self.dropout(x), a) * self.scale
 
     def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         bound = parameter.shape[1] ** -0.5 if name == "a" else 0.0
@@ -96,7 +97,7 @@ class Adapted(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(kernels.low_precision(x))  # once for both
-        return super().forward(x) + self.adapter(x)
+        return self.adapter(x, super().forward(x))
 
 
 def layers(net: Model) -> list[tuple[str, nn.Linear]]:

@@ -77,17 +77,18 @@ def _split_correction(adapter: Any, kind: str, mesh: DeviceMesh) -> None:
     adapter.forward = partial(_correct_in_parts, adapter, key, mesh)
 
 
-def _correct_in_parts(adapter: Any, key: str, mesh: DeviceMesh, x: Any) -> DTensor:
-    """The correction of an output that is split, or of this device's summand of it. The gradient of the matrix that each device
-    holds is summed over them, and so is that of an input that each of them reads."""
+def _correct_in_parts(adapter: Any, key: str, mesh: DeviceMesh, x: Any, out: DTensor) -> DTensor:
+    """`out` with a correction of an output that is split, or of this device's summand of it. Gradients of the matrix that all
+    devices hold, and of an input that all of them read, are summed over them."""
     matrices = {"a": adapter.a, "b": adapter.b}
     matrices[key] = matrices[key].to_local()
     (other,) = matrices.keys() - {key}
     whole = DTensor.from_local(matrices[other], mesh, [Replicate()], run_check=False)
     matrices[other] = whole.to_local(grad_placements=[Partial()])
     last = Shard(x.dim() - 1)
-    out = adapter.of(x.to_local(grad_placements=[Partial() if key == "b" else last]), **matrices)
-    return DTensor.from_local(out, mesh, [last if key == "b" else Partial()], run_check=False)
+    low = adapter.low(x.to_local(grad_placements=[Partial() if key == "b" else last]), matrices["a"])
+    found = nn.functional.linear(low, matrices["b"])
+    return out + DTensor.from_local(found, mesh, [last if key == "b" else Partial()], run_check=False)
 
 
 def _sum_gradient_once(mesh: DeviceMesh, module: nn.Module, inputs: tuple) -> tuple:
