@@ -4,9 +4,9 @@
 
 The work is the same for all: the first 90% of Tiny Shakespeare, 4 x 512 tokens a step, AdamW, bf16 autocast over float32
 weights; LoRA of rank 8 on all linear layers. Trained in full, leanlm's plan computes every second block again in backward and
-keeps the optimizer's state in a file; with LoRA it reads two micro-batches: that changes memory, not the curve. Every contender runs in a process of its own, in
-turn; its peak is that of the resident memory of the whole process, its time the median of its steps but the first. Needs
-LEANLM_DATA or a network, and the dev dependencies.
+keeps the optimizer's state in a file; with LoRA it reads two micro-batches: that changes memory, not the curve. Every contender
+runs in a process of its own, in turn; its peak is that of the resident memory of the whole process, its time the median of its
+steps but the first. Needs LEANLM_DATA or a network, and the dev dependencies.
 """
 
 import argparse
