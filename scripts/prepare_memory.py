@@ -1,10 +1,12 @@
-"""Peak memory while a text bigger than memory is tokenised: python scripts/prepare_memory.py [--gigabytes 2]
+"""Peak memory while a text bigger than memory is tokenised: python scripts/prepare_memory.py [--gigabytes 2] [--lines 5000000]
 
-Writes a file of English-like lines, prepares it with each tokenizer in a process of its own, whose peak resident memory
+Writes a file of English-like lines, or of so many lines of JSON with a prompt and a completion, prepares it (these also in rows
+of 512 tokens) with each tokenizer in a process of its own, whose peak resident memory
 and time are printed, and removes everything.
 """
 
 import argparse
+import json
 import os
 import random
 import re
@@ -20,28 +22,39 @@ from rich.table import Table
 PREPARE = """
 import resource, sys
 from pathlib import Path
-from leanlm.data.corpus import text
+from leanlm.data.corpus import jsonl, text
+from leanlm.data.packing import packed
 from leanlm.data.tokens import prepare
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-tokens = prepare(text(sys.argv[1]), sys.argv[2], 8192)
+documents = sys.argv[1].endswith(".jsonl")
+tokens = prepare((jsonl if documents else text)(sys.argv[1]), sys.argv[2], 8192)
+splits = tokens.splits
+if documents:
+    splits = {name: packed(each, f"{tokens.fingerprint}-{name}", 512, 1, lambda *_: None) for name, each in splits.items()}
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print("RESULT", sum(len(split) for split in tokens.splits.values()), before * 1024, peak * 1024)
+print("RESULT", sum(map(len, splits.values())), before * 1024, peak * 1024)
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2)
+    parser.add_argument("--lines", type=int, help="of JSON, instead of a text of so many gigabytes")
     parser.add_argument("--tokenizers", nargs="+", default=["byte", "char", "word", "bpe"])
     asked = parser.parse_args()
     table = Table("tokenizer", "text", "tokens", "seconds", "peak memory", "of which before it began")
     with tempfile.TemporaryDirectory() as name:
-        file = Path(name, "text.txt")
+        file = Path(name, "pairs.jsonl" if asked.lines else "text.txt")
         draw = random.Random(0)
         words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 9))) for _ in range(20000)]
         block = "".join(" ".join(draw.choices(words, k=12)) + ".\n" for _ in range(20000)).encode()
         with open(file, "wb") as out:
-            while out.tell() < asked.gigabytes * 1e9:
+            if asked.lines:
+                lines = [json.dumps({"prompt": " ".join(draw.choices(words, k=draw.randint(5, 30))),
+                                     "completion": " ".join(draw.choices(words, k=draw.randint(3, 20)))}) + "\n"
+                         for _ in range(20000)]  # fmt: skip
+                out.writelines(lines[i % len(lines)].encode() for i in range(asked.lines))
+            while not asked.lines and out.tell() < asked.gigabytes * 1e9:
                 out.write(block)
         for tokenizer in asked.tokenizers:
             begin = time.perf_counter()
