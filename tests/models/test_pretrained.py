@@ -25,6 +25,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
+ENCODER: dict[str, Any] = {**{key: value for key, value in SIZES.items() if "key" not in key}, "pad_token_id": 1}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {"vocab_size": TYPES, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": LENGTH}),
     "llama": ("Llama", SIZES),
@@ -33,19 +34,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", SIZES),
     "qwen3": ("Qwen3", {**SIZES, "head_dim": 16}),
     "mistral": ("Mistral", {**SIZES, "sliding_window": 9, "head_dim": 12}),
+    "bert": ("Bert", ENCODER),
+    "roberta": ("Roberta", {**ENCODER, "max_position_embeddings": LENGTH + 2, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
+    "modernbert": ("ModernBert", {**ENCODER, "num_hidden_layers": 5, "local_attention": 9}),
+    "modernbert, alternating": ("ModernBert", {**ENCODER, "num_hidden_layers": 4, "local_attention": 16, "decoder_bias": False,
+                                               "global_attn_every_n_layers": 2, "global_rope_theta": 500.0}),
 }
+ENCODERS = [case for case, (_, sizes) in CASES.items() if "pad_token_id" in sizes]
 
 
 def theirs(case: str) -> Any:
     """A model of transformers' with random weights whose logits are of order 30."""
     name, arguments = CASES[case]
-    model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(
+    kind = "MaskedLM" if case in ENCODERS else "CausalLM"
+    model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}For{kind}")(
         getattr(transformers, f"{name}Config")(**arguments)
     )
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            scale = key.endswith("weight") and ("norm" in key or "ln_" in key)
+            scale = key.endswith("weight") and ("norm" in key.lower() or "ln_" in key)
             parameter.normal_(float(scale), 0.1 if parameter.dim() == 1 else 0.3, generator=draw)
     return model.eval()
 
@@ -67,7 +75,7 @@ def imported(folder: Path, length: int = LENGTH) -> Transformer:
 
 
 def tokens(length: int = LENGTH) -> torch.Tensor:
-    return torch.randint(TYPES, (2, length), generator=torch.Generator().manual_seed(2))
+    return torch.randint(2, TYPES, (2, length), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -123,7 +131,7 @@ def test_rules_name_each_parameter_once(family: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "gemma"}, "model_type=gemma is not known here; the families are gpt2, llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gemma"}, "model_type=gemma is not known here; the families are gpt2, llama, mistral, qwen2, qwen3, bert"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu: only silu is computed here"),
         ({"logit_scale": 2.0}, "logit_scale=2.0: not understood, it may change the model"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling=yarn with {'factor': 4.0}: computed here are"),
