@@ -114,8 +114,10 @@ def test_transformers_gives_the_same_logits_and_goes_on_with_the_same_tokens(mod
 ENCODERS = {
     "bert": (["model=bert", *HEADS], "BertForMaskedLM"),
     "roberta": (["model=roberta", *HEADS, "model.token_types=3"], "RobertaForMaskedLM"),
-    "modernbert": (["model=modernbert", *HEADS, "model.depth=3", "model.global_every=2", "model.window=7", "model.mlp_width=24"],
-                   "ModernBertForMaskedLM"),
+    "modernbert": (
+        ["model=modernbert", *HEADS, "model.depth=3", "model.global_every=2", "model.window=7", "model.mlp_width=24"],
+        "ModernBertForMaskedLM",
+    ),
     "bidirectional": (["model=small", *HEADS, "model.zero_init=false", "model.causal=false"], "ExportedModel"),
 }  # fmt: skip
 
