@@ -49,8 +49,7 @@ class Transformer(Model):
         norm_weight: whether norms have a learned scale.
         qk_norm: RMS-normalise queries and keys per head (Dehghani et al. 2023).
         qk_norm_weight: whether these norms have a learned scale, and add `norm_eps` (Qwen3).
-        activation: gelu, gelu_tanh (GPT-2's approximation), relu2 (So et al. 2021), swiglu and geglu (Shazeer
-            2020).
+        activation: gelu, gelu_tanh (GPT-2's approximation), relu2 (So et al. 2021), swiglu, geglu (Shazeer 2020).
         bias: biases in linear layers and LayerNorms.
         qkv_bias: biases in the layers of queries, keys and values (Qwen2); None: as `bias`.
         tied: share the embedding's weights with the head's.
