@@ -144,7 +144,7 @@ class Subwords:
         self.vocabulary = self.beside.get("vocabulary", known)
         if known > self.vocabulary:
             raise UserError(f"it has {known:,} token types, the model beside it {self.vocabulary:,}")
-        marks = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]", "<eos>", "\n", "Ċ", "<0x0A>")
+        marks = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[CLS]", "[SEP]", "<eos>", "\n", "Ċ", "<0x0A>")
         numbers = [self.model.token_to_id(mark) for mark in (*self.beside.get("marks", ()), *marks)]
         self.start: int = next((number for number in numbers if number is not None), 0)
 
@@ -278,7 +278,7 @@ def _beside(folder: Path) -> dict[str, Any]:
     read = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
             for name in ("config", "tokenizer_config", "generation_config") if (folder / f"{name}.json").is_file()}  # fmt: skip
     told, config = read.get("tokenizer_config", {}), read.get("config", {})
-    marks = [told.get("bos_token"), told.get("eos_token")]
+    marks = [told.get("bos_token") or told.get("cls_token"), told.get("eos_token") or told.get("sep_token")]
     stop = read.get("generation_config", {}).get("eos_token_id", config.get("eos_token_id"))
     template = folder / "chat_template.jinja"
     found = {

@@ -43,14 +43,15 @@ def layout(kind: type[Model], arguments: dict[str, Any], vocabulary: int, sequen
     Raises:
         UserError: it is of no family, and its code cannot be copied.
     """
-    sizes = {"vocabulary": vocabulary, "sequence": sequence}
+    sizes = {"vocabulary": vocabulary, "sequence": sequence, "places": sequence + arguments.get("position_offset", 0)}
     for family in FAMILIES.values() if kind is Transformer else ():
         if config := family_config(family, arguments | sizes):
             return Layout(config, family.source, {})
+    auto = "AutoModelForCausalLM" if arguments.get("causal", True) else "AutoModelForMaskedLM"
     config = {
         "model_type": CODE.partition("_")[2],
         "architectures": ["ExportedModel"],
-        "auto_map": {"AutoConfig": f"{CODE}.ExportedConfig", "AutoModelForCausalLM": f"{CODE}.ExportedModel"},
+        "auto_map": {"AutoConfig": f"{CODE}.ExportedConfig", auto: f"{CODE}.ExportedModel"},
         "vocab_size": vocabulary,
         "max_position_embeddings": sequence,
         "tie_word_embeddings": bool(arguments.get("tied")),
@@ -65,11 +66,11 @@ def family_config(family: Family, given: dict[str, Any]) -> dict[str, Any] | Non
     arguments = whole(given)
     scaling, base = arguments["rope_scaling"], arguments["rope_base"]
     config = family.same | {key: arguments[name] for name, (key, _) in family.keys.items()}
-    if family.fixed["positions"] == "rope":
+    if family.scales_rope:
         kind = "linear" if scaling and len(scaling) == 1 else "llama3"
         config |= {"rope_theta": base, "rope_scaling": {"rope_type": kind, **scaling} if scaling else None}
     read, problems = family.arguments(config)
-    back, same = whole(read), {key for key in arguments if key not in (*TRAINING, "vocabulary", "sequence")}
+    back, same = whole(read), {key for key in arguments if key not in (*TRAINING, "vocabulary", "sequence", "places")}
     if problems or any(back[key] != arguments[key] for key in same):
         return None
     told = {key: arguments.get(value, value) for key, value in family.given.items()}
@@ -81,6 +82,7 @@ def whole(given: dict[str, Any]) -> dict[str, Any]:
     arguments = Transformer.given(given)
     width, heads, bias = arguments["width"], arguments["heads"], arguments["bias"]
     meant = {"kv_heads": heads, "head_size": width // heads, "mlp_width": 4 * width, "qkv_bias": bias}
+    meant["local_rope_base"] = arguments["rope_base"]
     return arguments | {key: value for key, value in meant.items() if arguments[key] is None}
 
 

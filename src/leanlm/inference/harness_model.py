@@ -18,7 +18,7 @@ from leanlm.data.documents import renderer
 from leanlm.data.exported_tokenizer import marks, portable, stops
 from leanlm.data.tokenizer import Tokenizer
 from leanlm.models.contract import Model
-from leanlm.models.generation import generate
+from leanlm.models.generation import generate, needs_causal
 
 ANSWER = 256  # tokens of an answer, where a task does not say
 DRAWING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}  # what `generate` knows of a task's generation_kwargs
@@ -36,6 +36,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, net: Model, tokenizer: Tokenizer, rows: int = 1, put_before: list[int] | None = None) -> None:
         super().__init__()
+        needs_causal(net)
         self.net, self.rows, self.put_before = net, rows, put_before or []
         self.max_length, self._device = net.sequence, next(net.parameters()).device
         self.model, self.start = portable(tokenizer), tokenizer.start

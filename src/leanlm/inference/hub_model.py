@@ -1,4 +1,5 @@
-"""A model of leanlm's for transformers: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`.
+"""A model of leanlm's for transformers: `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, or
+AutoModelForMaskedLM.
 
 An export writes this file beside the weights, and with it the files that it imports.
 """
@@ -28,6 +29,7 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.net = Network(config.vocab_size, config.max_position_embeddings, **config.network)
         self._tied_weights_keys = {f"net.{name}": f"net.{owner}" for name, owner in ties(self.net).items()}
+        self.loss_type = "ForCausalLM" if self.net.causal else "ForMaskedLM"
         self.post_init()
 
     def generate(self, *arguments: Any, **more: Any) -> Any:
@@ -45,10 +47,11 @@ class ExportedModel(PreTrainedModel, GenerationMixin):
         """`input_ids [b, s]` -> `logits [b, s, v]`, or of the last `logits_to_keep` positions.
 
         Raises:
-            ValueError: rows are padded at their left, which would be read as text.
+            ValueError: rows are padded where that would be read as text: at their left, or in both directions.
         """
-        if attention_mask is not None and not attention_mask[:, 0].all():
-            raise ValueError("rows are padded at their left: write tokenizer.padding_side='right'")
+        if attention_mask is not None and not attention_mask[:, : 1 if self.net.causal else None].all():
+            right = "rows are padded at their left: write tokenizer.padding_side='right'"
+            raise ValueError(right if self.net.causal else "rows are padded: give it rows of one length")
         hidden, _states = self.net.hidden(input_ids)
         logits = self.net.head(hidden[:, -logits_to_keep:])
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)

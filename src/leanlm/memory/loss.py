@@ -32,7 +32,7 @@ def token_loss(head: Head, hidden: Tensor, target: Tensor) -> Tensor:
 
     Exact up to the order of summation. The result can be differentiated once.
     """
-    choices = head.choices(head.norm(hidden).flatten(0, 1), target.flatten())
+    choices = head.choices(head.before(hidden).flatten(0, 1), target.flatten())
     losses = [_choice_loss(*choice) for choice in choices]
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 

@@ -87,15 +87,16 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention.
+    """Self-attention.
 
     Args:
         sizes: h, n, g, d.
         capacity: longest context in tokens.
+        causal: a position attends to none after it.
         bias: in the layer that writes back.
         qkv_bias: in the layers of queries, keys and values.
         rotary: turns queries and keys; None: positions are told elsewhere.
-        window: tokens that a position attends to, itself among them; None: all up to it.
+        window: tokens up to itself that a position attends to, or without `causal`, half as many to each side; None: all.
         qk_norm: RMS-normalise queries and keys.
         norm_eps: with a learned scale, and this added to the mean square; None: neither.
     """
@@ -105,6 +106,7 @@ class Attention(nn.Module):
         sizes: tuple[int, int, int, int],
         capacity: int,
         *,
+        causal: bool,
         bias: bool,
         qkv_bias: bool,
         rotary: Rotary | None,
@@ -114,7 +116,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         width, heads, self.kv_heads, self.size = sizes
-        self.capacity, self.rotary, self.window = capacity, rotary, window
+        self.capacity, self.causal, self.rotary, self.window = capacity, causal, rotary, window
         self.query = nn.Linear(width, heads * self.size, bias=qkv_bias)
         self.key = nn.Linear(width, self.kv_heads * self.size, bias=qkv_bias)
         self.value = nn.Linear(width, self.kv_heads * self.size, bias=qkv_bias)
@@ -139,28 +141,32 @@ class Attention(nn.Module):
         mask = self.mask(start, query.shape[2], query.device) if cache or self.window else None
         if borders:
             mask = borders.attends if mask is None else borders.attends & mask
-        out = attend(query, key, value, mask)
+        out = attend(query, key, value, mask, self.causal)
         return self.out(out.transpose(1, 2).flatten(2))  # [b, n, s, d] -> [b, s, h]
 
     def mask(self, start: int, length: int, device: torch.device) -> Tensor | None:
-        """Which of all tokens up to the last `[start + length]` each of the last `length` attends to; None: all up to it."""
+        """Which of all tokens up to the last `[start + length]` each of the last `length` attends to; None: see `attend`."""
         window = self.window or self.capacity
-        if start == 0 and length <= window:
+        behind, ahead = (window - 1, 0) if self.causal else (window // 2, window // 2)
+        if start == 0 and length <= behind + 1:
             return None
-        causal = torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)
-        return causal.triu(start - window + 1) if start + length > window else causal
+        near = torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start + ahead)
+        return near.triu(start - behind) if start + length > behind + 1 else near
 
     def cache(self, batch: int) -> KVCache:
         weight = self.key.weight
         return KVCache(weight.new_zeros(batch, self.kv_heads, self.capacity, self.size))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention, causal unless there is a mask; query `[b, n, s, d]`, key and value `[b, g, t, d]`."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
+    """Softmax attention over what a mask allows; without one over all, if `causal` all up to the query.
+
+    query `[b, n, s, d]`, key and value `[b, g, t, d]`.
+    """
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         grouped = key.shape[1] != query.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal and mask is None, enable_gqa=grouped)
 
     low = kernels.low_precision(query)
     if kernels.on_gpu(query):

@@ -11,16 +11,17 @@ class Borders(NamedTuple):
 
     Attributes:
         positions: of the tokens in their documents, `[b, s]`; a row begins with 0.
-        attends: whether a token attends to another: to those up to it of its own document, `[b, 1, s, s]`.
+        attends: whether a token attends to another: to those of its own document, in a causal model up to it, `[b, 1, s, s]`.
     """
 
     positions: Tensor
     attends: Tensor
 
     @classmethod
-    def of(cls, positions: Tensor) -> "Borders":
+    def of(cls, positions: Tensor, causal: bool = True) -> "Borders":
         document = (positions == 0).cumsum(1)
-        return cls(positions, (document[:, None, :, None] == document[:, None, None, :]).tril())
+        same = document[:, None, :, None] == document[:, None, None, :]
+        return cls(positions, same.tril() if causal else same)
 
     def apart(self, hidden: Tensor) -> Tensor:
         """`hidden [b, s, h]` with each document in a row of its own, `[documents, longest, h]`."""

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from leanlm.models.dropout import RowDropout
 from leanlm.models.head import Head, head_problems
 
-SIZES = ("width", "depth", "heads", "embedding", "head_size", "window")  # arguments of models that count something
+SIZES = ("width", "depth", "heads", "embedding", "head_size", "window", "global_every")  # arguments that count
 
 
 class Model(nn.Module):
@@ -31,6 +31,7 @@ class Model(nn.Module):
     carries_state: ClassVar[bool] = False  # True: the state after step s is the state before step s + 1
     compiles: ClassVar[bool] = False  # True: torch's compiler makes one graph of it, and strategy.compile=auto may ask for it
 
+    causal: bool = True  # False: a token's hidden state depends on tokens after it, so that the model cannot go on from a text
     isolates: ClassVar[bool] = False  # True: its blocks take a `Borders` as their state, and its embedding positions [b, s]
 
     # What a tensor axis may split: name of a submodule, `*` for any block -> "vocabulary" (an embedding, or the head's

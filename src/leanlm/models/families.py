@@ -31,6 +31,7 @@ class Family:
     same: their key -> the only value with which their mathematics is ours, also where config.json has none.
     rules: of the weights.
     prefix: of the names of weights, which some files leave out.
+    head: beginnings of the names of weights that a file may do without, all of them.
     given: their key -> what an export writes for it: an argument of the Transformer by its name, or a value.
     """
 
@@ -42,12 +43,14 @@ class Family:
     rules: tuple[Rule, ...]
     prefix: str
     given: dict[str, Any]
+    head: tuple[str, ...] = ()
 
     def arguments(self, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Arguments of the Transformer for a config.json, and what in that cannot be understood, one line each."""
+        config = _without_kinds(config)
         problems = [f"it has no {key}" for key, default in self.keys.values() if default is NEEDED and key not in config]
         found = self.fixed | {ours: config.get(key, default) for ours, (key, default) in self.keys.items()}
-        if found["positions"] == "rope":
+        if self.scales_rope:
             rope, wrong = _rope(config)
             found, problems = found | rope, problems + wrong
         problems += [
@@ -55,13 +58,18 @@ class Family:
             for key, wanted in self.same.items()
             if config.get(key, wanted) != wanted
         ]
-        kinds = set(config.get("layer_types") or ())
-        if len(kinds) > 1 or kinds - {"sliding_attention" if found.get("window") else "full_attention"}:
-            problems.append(f"layer_types={sorted(kinds)}: one kind of attention in all layers is computed here")
+        kinds = config.get("layer_types")
+        if kinds and not problems and kinds != _layer_types(found):
+            problems.append(f"layer_types={kinds}: one kind of attention in all layers is computed here, or ModernBERT's two")
         known = {*self.same, *(key for key, _ in self.keys.values()), *WITHOUT_EFFECT}
         unknown = [key for key in config if key not in known and not key.startswith("_")]
         problems += [f"{key}={config[key]}: not understood, it may change the model" for key in unknown]
         return found, problems
+
+    @property
+    def scales_rope(self) -> bool:
+        """Whether its config.json has Llama's keys for rotary positions."""
+        return self.fixed["positions"] == "rope" and "rope_base" not in self.keys
 
     def source(self, name: str) -> tuple[str, int, bool]:
         """Of a parameter: the tensor that holds it, which of the parameters in it it is, whether they are transposed there."""
@@ -78,12 +86,16 @@ SCALING = {
 }
 # They say how a model is trained, generates, is stored, or what other heads it may have.
 WITHOUT_EFFECT = {
-    "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-    "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range",
-    "is_encoder_decoder", "is_llama_config", "label2id", "layer_types", "max_position_embeddings", "max_window_layers",
-    "model_type", "n_ctx", "n_positions", "output_attentions", "output_hidden_states", "output_past", "pad_token_id",
-    "predict_special_tokens", "pretraining_tp", "problem_type", "reorder_and_upcast_attn", "resid_pdrop", "return_dict",
-    "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "summary_activation", "summary_first_dropout",
+    "architectures", "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "auto_map", "bos_token_id",
+    "chunk_size_feed_forward", "classifier_dropout", "classifier_pooling", "cls_token_id", "deterministic_flash_attn",
+    "directionality", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id", "finetuning_task", "gradient_checkpointing",
+    "hidden_dropout_prob", "id2label", "initializer_cutoff_factor", "initializer_range", "is_encoder_decoder",
+    "is_llama_config", "label2id", "layer_norm_eps", "layer_types", "max_position_embeddings", "max_window_layers",
+    "mlp_dropout", "model_type", "n_ctx", "n_positions", "output_attentions", "output_hidden_states", "output_past",
+    "pad_token_id", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
+    "pooler_type", "predict_special_tokens", "pretraining_tp", "problem_type", "reference_compile", "reorder_and_upcast_attn",
+    "repad_logits_with_grad", "resid_pdrop", "return_dict", "rope_parameters", "rope_scaling", "rope_theta", "sep_token_id",
+    "sliding_window", "sparse_pred_ignore_index", "sparse_prediction", "summary_activation", "summary_first_dropout",
     "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params", "torch_dtype",
     "transformers.js_config", "transformers_version", "unk_token_id", "use_cache", "vocab_size",
 }  # fmt: skip
@@ -97,6 +109,28 @@ def _rope(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if scaling.keys() != set(SCALING.get(kind, ["?"])):
         return {}, [f"rope_scaling={kind} with {scaling}: computed here are {SCALING}"]
     return {"rope_base": float(base), "rope_scaling": {key: float(value) for key, value in scaling.items()} or None}, []
+
+
+def _without_kinds(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json of ModernBERT's with numbers in place of kinds of layers, as transformers wrote it before version 5."""
+    rope, kinds = config.get("rope_parameters") or {}, config.get("layer_types") or []
+    if "full_attention" not in rope:
+        return config
+    told: dict[str, Any] = {}
+    if kinds:
+        told["global_attn_every_n_layers"] = [*kinds[1:], "full_attention"].index("full_attention") + 1
+    for kind, key in (("full_attention", "global_rope_theta"), ("sliding_attention", "local_rope_theta")):
+        for name, value in (rope.get(kind) or {}).items():
+            if (name, value) != ("rope_type", "default"):
+                told[key if name == "rope_theta" else f"rope_parameters.{kind}.{name}"] = value
+    return told | config
+
+
+def _layer_types(arguments: dict[str, Any]) -> list[str]:
+    """What `layer_types` is for arguments of the Transformer."""
+    window, every = arguments.get("window"), arguments.get("global_every")
+    local = [window and (not every or i % every) for i in range(arguments["depth"])]
+    return ["sliding_attention" if each else "full_attention" for each in local]
 
 
 def _rules(names: Iterable[tuple[str, str]], transposed: Iterable[str] = ()) -> tuple[Rule, ...]:
@@ -200,7 +234,113 @@ GPT2 = Family(
            "attn_pdrop": 0.0},
 )  # fmt: skip
 
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3)}
+
+def _encoder(prefix: str) -> list[tuple[str, str]]:
+    return [
+        (f"{prefix}.embeddings.word_embeddings", "embed.tokens"),
+        (f"{prefix}.embeddings.position_embeddings", "embed.positions"),
+        (f"{prefix}.embeddings.token_type_embeddings", "embed.types"),
+        (f"{prefix}.embeddings.LayerNorm", "embed.norm"),
+        (f"{prefix}.encoder.layer.*.attention.self.query", "blocks.*.attention.query"),
+        (f"{prefix}.encoder.layer.*.attention.self.key", "blocks.*.attention.key"),
+        (f"{prefix}.encoder.layer.*.attention.self.value", "blocks.*.attention.value"),
+        (f"{prefix}.encoder.layer.*.attention.output.dense", "blocks.*.attention.out"),
+        (f"{prefix}.encoder.layer.*.attention.output.LayerNorm", "blocks.*.attention_norm"),
+        (f"{prefix}.encoder.layer.*.intermediate.dense", "blocks.*.mlp.up"),
+        (f"{prefix}.encoder.layer.*.output.dense", "blocks.*.mlp.down"),
+        (f"{prefix}.encoder.layer.*.output.LayerNorm", "blocks.*.mlp_norm"),
+    ]
+
+
+# The weights of their decoder are the embedding's; its bias stands beside it.
+MASKED = {**PLAIN, "norm": "layernorm", "causal": False, "embed_norm": True, "head_transform": True, "tied": True}
+BERT = Family(
+    model_type="bert",
+    architecture="BertForMaskedLM",
+    keys={
+        "width": ("hidden_size", NEEDED),
+        "depth": ("num_hidden_layers", NEEDED),
+        "heads": ("num_attention_heads", NEEDED),
+        "mlp_width": ("intermediate_size", NEEDED),
+        "norm_eps": ("layer_norm_eps", 1e-12),
+        "token_types": ("type_vocab_size", 2),
+    },
+    fixed={
+        **MASKED, "positions": "learned", "post_norm": True, "activation": "gelu", "bias": True, "qkv_bias": None,
+        "head_bias": True,
+    },
+    same={"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
+          "tie_word_embeddings": True},
+    rules=_rules([
+        *_encoder("bert"),
+        ("cls.predictions.transform.dense", "head.transform.dense"),
+        ("cls.predictions.transform.LayerNorm", "head.transform.norm"),
+        ("cls.predictions", "head.projection"),
+    ]),
+    prefix="bert.",
+    given={"vocab_size": "vocabulary", "max_position_embeddings": "places", "hidden_dropout_prob": "dropout",
+           "attention_probs_dropout_prob": 0.0},
+    head=("cls.",),
+)  # fmt: skip
+ROBERTA = replace(
+    BERT,
+    model_type="roberta",
+    architecture="RobertaForMaskedLM",
+    fixed=BERT.fixed | {"position_offset": 2},
+    same=BERT.same | {"pad_token_id": 1},  # positions are counted from the number after it
+    rules=_rules([
+        *_encoder("roberta"),
+        ("lm_head.dense", "head.transform.dense"),
+        ("lm_head.layer_norm", "head.transform.norm"),
+        ("lm_head", "head.projection"),
+    ]),
+    prefix="roberta.",
+    head=("lm_head.",),
+)  # fmt: skip
+MODERNBERT = Family(
+    model_type="modernbert",
+    architecture="ModernBertForMaskedLM",
+    keys={
+        "width": ("hidden_size", NEEDED),
+        "depth": ("num_hidden_layers", NEEDED),
+        "heads": ("num_attention_heads", NEEDED),
+        "mlp_width": ("intermediate_size", NEEDED),
+        "norm_eps": ("norm_eps", 1e-5),
+        "window": ("local_attention", 128),
+        "global_every": ("global_attn_every_n_layers", 3),
+        "rope_base": ("global_rope_theta", 160000.0),
+        "local_rope_base": ("local_rope_theta", 10000.0),
+        "head_bias": ("decoder_bias", True),
+    },
+    fixed={
+        **{key: value for key, value in MASKED.items() if key != "window"},
+        "positions": "rope", "activation": "geglu", "bias": False, "qkv_bias": False,
+    },
+    same={"hidden_activation": "gelu", "classifier_activation": "gelu", "attention_bias": False, "mlp_bias": False,
+          "norm_bias": False, "classifier_bias": False, "position_embedding_type": "absolute", "tie_word_embeddings": True},
+    rules=_rules([
+        ("model.embeddings.tok_embeddings", "embed.tokens"),
+        ("model.embeddings.norm", "embed.norm"),
+        ("model.layers.*.attn_norm", "blocks.*.attention_norm"),
+        ("model.layers.*.attn.Wqkv", "blocks.*.attention.query blocks.*.attention.key blocks.*.attention.value"),
+        ("model.layers.*.attn.Wo", "blocks.*.attention.out"),
+        ("model.layers.*.mlp_norm", "blocks.*.mlp_norm"),
+        ("model.layers.*.mlp.Wi", "blocks.*.mlp.gate blocks.*.mlp.up"),
+        ("model.layers.*.mlp.Wo", "blocks.*.mlp.down"),
+        ("model.final_norm", "head.norm"),
+        ("head.dense", "head.transform.dense"),
+        ("head.norm", "head.transform.norm"),
+        ("decoder", "head.projection"),
+    ]),
+    prefix="model.",
+    given={"vocab_size": "vocabulary", "max_position_embeddings": "sequence", "embedding_dropout": "dropout",
+           "mlp_dropout": "dropout", "pad_token_id": None, "cls_token_id": None, "sep_token_id": None},
+    head=("head.", "decoder."),
+)  # fmt: skip
+
+FAMILIES = {
+    family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, BERT, ROBERTA, MODERNBERT)
+}  # fmt: skip
 
 
 def family_of(config: dict[str, Any], where: str) -> tuple[Family, dict[str, Any]]:

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from leanlm.common.errors import UserError
 from leanlm.models.contract import Model
 
 
@@ -14,10 +15,11 @@ class LogitsAfter:
 
     Work grows linearly with the length: a model that carries state goes on from it; others keep their keys and values, and
     when the context is full they read its newer half again. A history that does not go on from the last one is read anew.
-    `net` is in eval mode. `cached=False` reads the whole context anew for every token, which must give the same.
+    `net` is in eval mode, and causal. `cached=False` reads the whole context anew for every token, which must give the same.
     """
 
     def __init__(self, net: Model, cached: bool = True) -> None:
+        needs_causal(net)
         self.net, self.cached = net, cached
         self.seen: list[list[int]] = []  # the histories of which a part is in the states
         self.position = 0  # of the next token in the context
@@ -41,6 +43,12 @@ class LogitsAfter:
         self.position += length - read
         self.seen = [list(history) for history in histories]
         return net.head(hidden[:, -1:])[:, 0]
+
+
+def needs_causal(net: Model) -> None:
+    """Raise UserError if a model cannot go on from a text, nor say how likely its next token is."""
+    if not net.causal:
+        raise UserError("causal=false: this model reads a text in both directions, and cannot go on from one")
 
 
 def newer_half(net: Model) -> int:

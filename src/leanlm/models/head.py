@@ -1,4 +1,4 @@
-"""The end of a model: a final norm and what gives each token type its probability."""
+"""The end of a model: a final norm, perhaps a transform, and what gives each token type its probability."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,24 +18,40 @@ class Choice(NamedTuple):
     target: Tensor  # [n], which output; IGNORE: not counted
 
 
+class Transform(nn.Module):
+    """What BERT's head for masked tokens does before its projection: `norm(gelu(dense(hidden)))`."""
+
+    def __init__(self, width: int, norm: nn.Module, bias: bool) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width, bias=bias)
+        self.norm = norm
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.dense(hidden)))
+
+
 class Head(nn.Module):
-    """Final norm and projection to the vocabulary: `hidden [b, s, h] -> logits [b, s, v]`.
+    """Final norm, transform if there is one, and projection to the vocabulary: `hidden [b, s, h] -> logits [b, s, v]`.
 
     `choices` says what a token's likelihood is the product of, so that a loss can take the projections in chunks of tokens.
     """
 
     projection: Any
 
-    def __init__(self, width: int, vocabulary: int, norm: nn.Module, bias: bool) -> None:
+    def __init__(self, width: int, vocabulary: int, norm: nn.Module, bias: bool, transform: nn.Module | None = None) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm, self.transform = norm, transform or nn.Identity()
         self.projection = nn.Linear(width, vocabulary, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.projection(self.norm(hidden))
+        return self.projection(self.before(hidden))
+
+    def before(self, hidden: Tensor) -> Tensor:
+        """What the projection reads, `[b, s, h]`."""
+        return self.transform(self.norm(hidden))
 
     def choices(self, hidden: Tensor, target: Tensor) -> list[Choice]:
-        """Of tokens `target [n]` given `hidden [n, h]`, after the norm."""
+        """Of tokens `target [n]` given what `before` returns for them, `hidden [n, h]`."""
         return [Choice(hidden, self.projection, target)]
 
 
@@ -49,13 +65,15 @@ class AdaptiveHead(Head):
         cutoffs: where the bands begin; band i is read through a linear map to `width / 4**(i + 1)`.
     """
 
-    def __init__(self, width: int, vocabulary: int, norm: nn.Module, bias: bool, cutoffs: Sequence[int]) -> None:
+    def __init__(
+        self, width: int, vocabulary: int, norm: nn.Module, bias: bool, cutoffs: Sequence[int], transform: nn.Module | None = None
+    ) -> None:
         nn.Module.__init__(self)
-        self.norm = norm
+        self.norm, self.transform = norm, transform or nn.Identity()
         self.projection = nn.AdaptiveLogSoftmaxWithLoss(width, vocabulary, cutoffs, head_bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = self.norm(hidden)
+        hidden = self.before(hidden)
         return self.projection.log_prob(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
 
     def choices(self, hidden: Tensor, target: Tensor) -> list[Choice]:
@@ -72,10 +90,13 @@ class AdaptiveHead(Head):
         return [Choice(hidden, self.projection.head, short), *found]
 
 
-def make_head(width: int, vocabulary: int, norm: nn.Module, bias: bool, cutoffs: Sequence[int] | None = None) -> Head:
+def make_head(
+    width: int, vocabulary: int, norm: nn.Module, bias: bool, cutoffs: Sequence[int] | None, transform: nn.Module | None = None
+) -> Head:
     """A plain head, or an adaptive one if there are cutoffs below the size of the vocabulary."""
     below = [end for end in cutoffs or () if end < vocabulary]
-    return AdaptiveHead(width, vocabulary, norm, bias, below) if below else Head(width, vocabulary, norm, bias)
+    parts = (width, vocabulary, norm, bias)
+    return AdaptiveHead(*parts, below, transform) if below else Head(*parts, transform)
 
 
 def head_problems(cutoffs: Sequence[Any] | None, tied: bool, width: int) -> list[str]:

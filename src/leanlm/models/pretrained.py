@@ -20,7 +20,12 @@ from leanlm.models.families import family_of
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 POSITIONS = "embed.positions.weight"
 SAMPLES, PIECE = 512, 1 << 16  # of a file, for its fingerprint; bytes of each
-BUFFERS = re.compile(r"\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")  # that earlier versions of transformers have written
+# Buffers and copies of tied weights that earlier versions of transformers have written, and BERT's heads for whole sentences.
+LEFT_OUT = re.compile(
+    r"\.(attn\.(masked_)?bias|rotary_emb\.inv_freq|embeddings\.position_ids|decoder\.(weight|bias))$"
+    r"|^(bert|roberta)\.pooler\.|^cls\.seq_relationship\."
+)
+RENAMED = re.compile(r"LayerNorm\.(gamma|beta)$")  # in the first files of BERT's
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -49,12 +54,18 @@ class Weights:
         for path in (folder / name for name in names):
             with opened(path) as file:
                 for key in file.keys():  # noqa: SIM118
-                    self.held[self._with_prefix(key)] = path, key, file.get_slice(key).get_shape()
+                    self.held[self._by_rules(key)] = path, key, file.get_slice(key).get_shape()
+        self.without_head = bool(self.family.head) and not any(name.startswith(self.family.head) for name in self.held)
 
-    def _with_prefix(self, name: str) -> str:
+    def _by_rules(self, name: str) -> str:
         """A name as the rules have it: some files leave out the prefix of all names but the head's."""
-        prefix = self.family.prefix
-        return name if name.startswith((prefix, "lm_head.")) else prefix + name
+        name = RENAMED.sub(lambda end: f"LayerNorm.{'weight' if end[1] == 'gamma' else 'bias'}", name)
+        first = {rule.theirs.partition(".")[0] for rule in self.family.rules}
+        return name if name.partition(".")[0] in first else self.family.prefix + name
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the value of a parameter is in the file: of a family's head it may not be."""
+        return not (self.without_head and self.family.source(name)[0].startswith(self.family.head))
 
     def problems(self, net: Model) -> list[str]:
         """What of the weights is not in a model, or of the model not in the weights, one line each."""
@@ -62,15 +73,18 @@ class Weights:
         want: dict[str, list[int]] = {}
         for name, parameter in net.named_parameters():
             theirs, part, transposed = self.family.source(name)
+            if name not in self:
+                continue
             rows, *columns = parameter.shape
-            want[theirs] = [*columns, rows * (part + 1)] if transposed else [rows * (part + 1), *columns]
+            shape = [*columns, rows * (part + 1)] if transposed else [rows * (part + 1), *columns]
+            want[theirs] = max(want.get(theirs, []), shape)  # it ends with its last part
             if name == POSITIONS and theirs in have and rows <= have[theirs][0]:
                 want[theirs] = have[theirs]  # a shorter context
-        unused = {"lm_head.weight"} if "lm_head.weight" not in want else set()  # a copy of the embedding, where they are tied
+        unused = {self.family.source("head.projection.weight")[0]} - {*want}  # a copy of the embedding, where they are tied
         return [
             f"{self.folder}: {name} is {have.get(name, 'not there')}; by {CONFIG} it should be {want.get(name, 'not there')}"
             for name in sorted({*have, *want} - unused)
-            if have.get(name) != want.get(name) and not BUFFERS.search(name)
+            if have.get(name) != want.get(name) and not LEFT_OUT.search(name)
         ]
 
     def fingerprint(self) -> str:

@@ -37,7 +37,8 @@ class Stage(nn.Module):
         self.embed = net.embed if first else None
         self.blocks = nn.ModuleDict({name: net.blocks[name] for name in blocks})
         self.head = net.head if last else None
-        self.carries_state, self.seed, self.plan, self.autocast = net.carries_state, seed, plan, autocast
+        self.carries_state, self.causal = net.carries_state, net.causal
+        self.seed, self.plan, self.autocast = seed, plan, autocast
         self.levels = levels(plan.recompute, list(self.blocks.values()), plan.compiled)
         self.dropouts = sites(self)
         self.dropouts_of = {part: sites(part) for part in (self.embed, *self.blocks.values()) if part}
@@ -67,7 +68,7 @@ class Stage(nn.Module):
             hidden `[b, s, h]`; in the last stage the summed loss in nats, or without targets logits `[v]`.
         """
         x = x if self.embed is not None else _Received.apply(x)
-        states = self._states(rows) if positions is None else [Borders.of(positions)] * len(self.blocks)
+        states = self._states(rows) if positions is None else [Borders.of(positions, self.causal)] * len(self.blocks)
         keys = None  # of the dropout masks, [b, dropouts]
         if self.training and self.dropouts:
             keys = kernels.to_device(row_keys(self.seed, self.step, rows, self.dropouts), x.device)

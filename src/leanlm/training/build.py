@@ -65,7 +65,7 @@ def parallel_model(config: Config, plan: Plan, vocabulary: int, source: str | No
         initialize(net, config.seed)
 
     def value_of(name: str, like: Tensor) -> Tensor:
-        if weights is None or (config.adapter and like.requires_grad):
+        if weights is None or (config.adapter and like.requires_grad) or name not in weights:
             return initial(net, config.seed, name, like)
         return weights(name, like)
 

@@ -16,6 +16,7 @@ from leanlm.common.files import write
 from leanlm.common.machine import memory_now, peak_memory
 from leanlm.common.precision import gpu_has_bf16
 from leanlm.common.run_folder import Run
+from leanlm.config.pretrained import is_run
 from leanlm.config.schema import Settings
 from leanlm.data.decoding import stream
 from leanlm.data.mixture import rows_of, turns
@@ -24,6 +25,7 @@ from leanlm.data.tokenizer import Tokenizer
 from leanlm.data.tokens import Tokens
 from leanlm.launch.ranks import comfort, of_ranks, on_rank_0, on_rank_0_first, rank, say
 from leanlm.models.generation import LogitsAfter, generate
+from leanlm.models.pretrained import Weights
 from leanlm.reporting.pictures import loss_curve
 from leanlm.reporting.summary import summary
 from leanlm.strategies import relay
@@ -52,6 +54,8 @@ def fit(settings: Settings, path: Path) -> dict[str, Any]:
     parallel = build.parallel_model(asked, settings.plan, tokens.tokenizer.vocabulary, source)
     module = build.module(settings, parallel)
     announce(settings, tokens, module, run)
+    if source and not is_run(source) and Weights(Path(source)).without_head:
+        say(f"{source} has no head for masked tokens: it is drawn anew")
 
     card = torch.cuda.get_device_name(parallel.device) if parallel.device.type == "cuda" else None
     full_speed = utilization.full_speed(settings, tokens.tokenizer.vocabulary, card)
@@ -71,7 +75,7 @@ def fit(settings: Settings, path: Path) -> dict[str, Any]:
         write(run.result, json.dumps(result, indent=2))
         with comfort("the picture"):
             loss_curve({"": run}, run.path / "loss.png")
-    writes = rank() == 0 or settings.plan.splits_model
+    writes = parallel.net.causal and (rank() == 0 or settings.plan.splits_model)
     sample = sample_of(parallel, tokens.tokenizer, asked.sample, asked.sample_tokens) if writes else None
     if rank() == 0:
         if sample is not None:
