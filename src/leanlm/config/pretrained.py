@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from leanlm.common.errors import UserError, refuse
-from leanlm.common.files import literal
+from leanlm.common.files import defaults, literal
 from leanlm.common.run_folder import Run
 from leanlm.config.of_model import model_without_storage
 from leanlm.config.schema import Config
@@ -44,6 +44,8 @@ def begun_from_weights(config: DictConfig, overrides: list[str]) -> DictConfig:
         model = {"_target_": f"{Transformer.__module__}.{Transformer.__name__}", **family_of(read_json(path), str(path))[1]}
     if "model.dropout" in given:
         model["dropout"] = config.model.dropout
+    if model.get("causal") is False and "objective" not in given:
+        OmegaConf.update(config, "objective", literal(defaults("objective/masked.yaml")), merge=False, force_add=True)
     for key, value in {"init_from": os.path.abspath(folder), "model": model, "data.tokenizer": os.path.abspath(folder)}.items():
         OmegaConf.update(config, key, literal(value), merge=False, force_add=True)
     return config

@@ -19,7 +19,9 @@ def summary(result: dict[str, Any], sample: str | None, run: Run) -> None:
     for name, value in (
         ("validation loss", f"{result['loss']:.4f} nats per token"),
         ("perplexity", f"{result['perplexity']:.2f}"),
-        ("bits per byte", f"{result['bits_per_byte']:.3f}"),
+        ("accuracy", f"{result['accuracy']:.2%}")
+        if "accuracy" in result
+        else ("bits per byte", f"{result['bits_per_byte']:.3f}"),
         ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s of training"),
         ("peak memory", peak),
         ("parameters", f"{result['parameters']:,}"),

@@ -37,11 +37,18 @@ class Stage(nn.Module):
         self.embed = net.embed if first else None
         self.blocks = nn.ModuleDict({name: net.blocks[name] for name in blocks})
         self.head = net.head if last else None
-        self.carries_state, self.causal, self.seed, self.plan, self.autocast = net.carries_state, net.causal, seed, plan, autocast
+        self.carries_state, self.causal, self.seed, self.plan, self.autocast = (
+            net.carries_state,
+            net.causal,
+            seed,
+            plan,
+            autocast,
+        )
         self.levels = levels(plan.recompute, list(self.blocks.values()), plan.compiled)
         self.dropouts = sites(self)
         self.dropouts_of = {part: sites(part) for part in (self.embed, *self.blocks.values()) if part}
         self.loss: Callable[[Tensor, Tensor], Tensor] = partial(token_loss, net.head)
+        self.score = self.loss  # of evaluation; another may return more than the loss, `[n]`
         self.graph: Callable[..., tuple[Tensor, States]] | None = None  # of the whole stage, compiled
         if plan.compiled:
             self._compile()
@@ -108,7 +115,7 @@ class Stage(nn.Module):
             return hidden.to(sent), after
         if targets is None:
             return self.head(hidden[:, -1:])[0, 0], after
-        return self.loss(hidden, targets), after
+        return (self.loss if self.training else self.score)(hidden, targets), after
 
     def _masked(self, part: nn.Module, keys: Tensor | None, first: int, *inputs: Any) -> Any:
         """A part with its own rows' masks, which are drawn here: when backward computes it again, others have been drawn."""
