@@ -19,7 +19,7 @@ from leanlm.data.corpus import Corpus
 
 MOVED = {"strategy.precision": "precision", "strategy.optimizer_state": "optim.state"}  # in runs of earlier versions, too
 
-NEEDED = ("model", "data", "objective", "device")  # groups that are not complete without a choice
+NEEDED = ("model", "data", "device")  # groups that are not complete without a choice
 BASES = {  # group -> the class from which what it names is derived
     "model": "leanlm.models.contract.Model",
     "adapter": "leanlm.models.lora.Lora",

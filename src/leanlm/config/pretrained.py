@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from leanlm.common.errors import UserError, refuse
 from leanlm.common.files import defaults, literal
 from leanlm.common.run_folder import Run
+from leanlm.config.arguments import made
 from leanlm.config.of_model import model_without_storage
 from leanlm.config.schema import Config
 from leanlm.config.words import parsed
@@ -55,6 +56,9 @@ def weights_problems(config: Config) -> list[str]:
     """Why the weights of `init_from` do not fit the model, one line each; nothing of them is read but their names and sizes."""
     if not config.init_from:
         return []
+    tokenizer = tokenizers.given(config.init_from)
+    if made("objective", config.objective).vocabulary(tokenizer) is not tokenizer:
+        return [f"init_from={config.init_from}: its weights have no row for a mask token, which objective=masked needs"]
     if is_run(config.init_from):
         run, length = Run(config.init_from), Run(config.init_from).config().sequence
         net = model_without_storage(config.model, 2, config.sequence)

@@ -38,7 +38,7 @@ class Config:
     sample_tokens: int = SHIPPED["sample_tokens"]
     model: Any = None
     data: Any = None
-    objective: Any = field(default_factory=defaults("objective/causal.yaml").copy)
+    objective: Any = None
     allow: list[str] = field(default_factory=SHIPPED["allow"].copy)
     adapter: Any = None
     strategy: Plan = field(default_factory=Plan)

@@ -125,7 +125,7 @@ class MixedBatches(GlobalBatches):
             here = starts[:, 0] == i
             if here.any():
                 *found, within = part._read(starts[here, 1])
-                whole[:, here] = torch.stack(found)
+                whole[:, torch.from_numpy(here)] = torch.stack(found)
                 positions[here] = positions[here] if within is None else within
         return Text(*whole, positions if any(getattr(part, "isolate", False) for part in self.parts) else None)
 

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from leanlm.common.errors import UserError
@@ -18,7 +20,7 @@ from leanlm.models.contract import stable_hash
 from leanlm.models.dropout import random_words
 from leanlm.models.head import IGNORE
 
-FIXED = {"rate": 0.15, "random": 0.1, "kept": 0.1, "whole_words": False}  # of evaluation, whatever was trained (BERT's)
+FIXED: dict[str, Any] = {"rate": 0.15, "random": 0.1, "kept": 0.1, "whole_words": False}  # of evaluation, whatever was trained (BERT's)
 
 
 class Text(NamedTuple):
@@ -48,8 +50,12 @@ class Causal:
         """The same for the token numbers of a tokenizer."""
         return self
 
+    def frame(self, tokenizer: Tokenizer, numbers: NDArray[np.integer]) -> NDArray[np.integer]:
+        """The tokens of a single text, as the model is to read them."""
+        return numbers
+
     def one_by_one(self) -> "Causal":
-        """The objective that scores each token by itself."""
+        """The objective that scores each token by itself. It is not `ready`."""
         raise UserError("pseudo=true: a causal model gives each token its probability in one pass; leave it out")
 
     def of_text(self) -> "Causal":
@@ -108,10 +114,13 @@ class Masked(Causal):
         self.closes = torch.tensor([not piece or piece[-1].isspace() for piece in pieces])  # or after it
         return self
 
+    def frame(self, tokenizer: Tokenizer, numbers: NDArray[np.integer]) -> NDArray[np.integer]:
+        names = getattr(tokenizer, "beside", {}).get("marks", ())  # what begins a text and what ends it
+        marks = [number for name in names for number in tokenizer.numbers(name)]
+        return np.array([marks[0], *numbers, marks[1]]) if len(marks) == 2 else numbers
+
     def one_by_one(self) -> "Masked":
-        made = OneByOne()
-        made.__dict__.update(self.__dict__)
-        return made
+        return OneByOne()
 
     def of_text(self) -> "Masked":
         return self.one_by_one()
@@ -123,7 +132,8 @@ class Masked(Causal):
         return self._hidden(text, bits, self.rate, self.random, self.kept, self.whole_words)
 
     def of_split(self, text: Text, places: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return *self._hidden(text, random_words(stable_hash("fixed masks"), places), **FIXED), apart(text.positions)
+        bits = random_words(stable_hash("fixed masks"), places)
+        return *self._hidden(text, bits, **FIXED), apart(text.positions)
 
     def _hidden(
         self, text: Text, bits: Tensor, rate: float, random: float, kept: float, whole_words: bool

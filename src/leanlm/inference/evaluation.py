@@ -85,7 +85,7 @@ def _work(settings: Settings, path: Path, asked: Evaluate) -> dict[str, Any]:
     text = asked.text
     with process_group(settings.config.device["accelerator"]):
         tokenizer, parallel, state = restore(settings.config, settings.plan, Run(path), asked.checkpoint)
-        objective = data.objective(settings.config).ready(tokenizer, settings.config.seed)
+        objective = data.objective(settings.config)
         if text is None:
             if rank() == 0 and "text" in state and (said := data.differs(settings, state["text"])):
                 say(f"{said}; it is read with the tokenizer of {path}")
@@ -94,10 +94,11 @@ def _work(settings: Settings, path: Path, asked: Evaluate) -> dict[str, Any]:
         else:
             numbers, size = np.asarray(tokenizer.encode(text.encode())), len(text.encode())
             objective = objective.of_text()
+            numbers = objective.frame(tokenizer, numbers)
             if not len(numbers):
                 raise UserError("text is empty")
         module = build.module(settings, parallel, training=False)
-        batches = data.whole_split(settings, tokenizer, parallel.net, numbers, objective)
+        batches = data.whole_split(settings, tokenizer, parallel.net, numbers, objective.ready(tokenizer, settings.config.seed))
         build.trainer(settings, [], []).validate(module, batches, verbose=False)
         found = module.split_loss.compute()
     loss, count = float(found["loss"]), int(found["tokens"])

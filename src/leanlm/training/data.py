@@ -134,14 +134,14 @@ def whole_split(settings: Settings, tokenizer: Tokenizer, net: Model, numbers: A
     if isinstance(numbers, Packed):
         rows = max(1, min(most, len(numbers.pieces)))
         return scored.whole(PieceByPiece(numbers, rows, *_share(plan), ignored(config, tokenizer), scored), most)
-    overlap = config.val_overlap
+    overlap, sequence = config.val_overlap, config.sequence
     if net.carries_state:
         overlap = max(overlap, config.sequence)  # a lane first reads some text to come to a state
         length = WholeSplit.lane_length(len(numbers), config.val_lanes, overlap)
     else:
-        length = config.sequence
+        length = sequence = min(config.sequence, len(numbers))
     rows = max(1, min(most, -(-len(numbers) // length)))
-    lanes = config.sequence, length, overlap, rows
+    lanes = sequence, length, overlap, rows
     return scored.whole(WholeSplit(numbers, tokenizer.start, *lanes, *_share(plan), ignored(config, tokenizer), scored), most)
 
 
