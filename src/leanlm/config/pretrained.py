@@ -56,8 +56,8 @@ def weights_problems(config: Config) -> list[str]:
     """Why the weights of `init_from` do not fit the model, one line each; nothing of them is read but their names and sizes."""
     if not config.init_from:
         return []
-    tokenizer = tokenizers.given(config.init_from)
-    if made("objective", config.objective).vocabulary(tokenizer) is not tokenizer:
+    objective = made("objective", config.objective)
+    if objective.chooses and objective.vocabulary(tokenizer := tokenizers.given(config.init_from)) is not tokenizer:
         return [f"init_from={config.init_from}: its weights have no row for a mask token, which objective=masked needs"]
     if is_run(config.init_from):
         run, length = Run(config.init_from), Run(config.init_from).config().sequence
