@@ -23,6 +23,7 @@ NEEDED = ("model", "data", "device")  # groups that are not complete without a c
 BASES = {  # group -> the class from which what it names is derived
     "model": "leanlm.models.contract.Model",
     "adapter": "leanlm.models.lora.Lora",
+    "objective": "leanlm.data.objectives.Causal",
     "callbacks": "lightning.pytorch.callbacks.Callback",
     "logger": "lightning.pytorch.loggers.Logger",
 }

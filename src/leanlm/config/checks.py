@@ -22,6 +22,7 @@ from leanlm.common.precision import PRECISIONS, automatic
 from leanlm.config.adapters import adapter_problems
 from leanlm.config.arguments import argument_problems, made, target, typed
 from leanlm.config.callbacks import callback_problems, missing_packages
+from leanlm.config.objectives import objective_problems
 from leanlm.config.of_model import model_problems, settle_compile
 from leanlm.config.pretrained import weights_problems
 from leanlm.config.schema import ALLOWED, Config, Settings
@@ -51,10 +52,11 @@ def check(config: DictConfig, needs_text: bool = True, needs_tokenizer: bool = T
     refuse(problems)
     if checked.precision == "auto":
         checked.precision = automatic(checked.device)
+    wrong = objective_problems(checked)
     devices = world_size() if launched() else checked.devices
     auto = checked.strategy.auto  # axes and micro-batches are chosen later, so that they work
     plan, found = resolve(checked.strategy, None if auto else devices, checked.global_batch)
-    problems = _values(checked, devices) + found + checked.optim.problems() + _device(checked.device)
+    problems = wrong + _values(checked, devices) + found + checked.optim.problems() + _device(checked.device)
     problems += without_planner(checked.device, checked.strategy.auto) + _model(checked)
     problems += missing_packages(checked.logger) + callback_problems(checked)
     problems += of_run(plan, checked.optim, checked.precision, checked.clip)

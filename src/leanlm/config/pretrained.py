@@ -7,8 +7,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from leanlm.common.errors import UserError, refuse
-from leanlm.common.files import literal
+from leanlm.common.files import defaults, literal
 from leanlm.common.run_folder import Run
+from leanlm.config.arguments import made
 from leanlm.config.of_model import model_without_storage
 from leanlm.config.schema import Config
 from leanlm.config.words import parsed
@@ -48,6 +49,8 @@ def begun_from_weights(config: DictConfig, overrides: list[str]) -> DictConfig:
         model = {"_target_": f"{Transformer.__module__}.{Transformer.__name__}", **family_of(read_json(path), str(path))[1]}
     if "model.dropout" in given:
         model["dropout"] = config.model.dropout
+    if model.get("causal") is False and "objective" not in given:
+        OmegaConf.update(config, "objective", literal(defaults("objective/masked.yaml")), merge=False, force_add=True)
     for key, value in {"init_from": os.path.abspath(folder), "model": model, "data.tokenizer": os.path.abspath(folder)}.items():
         OmegaConf.update(config, key, literal(value), merge=False, force_add=True)
     return config
@@ -57,6 +60,9 @@ def weights_problems(config: Config) -> list[str]:
     """Why the weights of `init_from` do not fit the model, one line each; nothing of them is read but their names and sizes."""
     if not config.init_from:
         return []
+    objective = made("objective", config.objective)
+    if objective.chooses and objective.vocabulary(tokenizer := tokenizers.given(config.init_from)) is not tokenizer:
+        return [f"init_from={config.init_from}: its weights have no row for a mask token, which objective=masked needs"]
     if is_run(config.init_from):
         run, length = Run(config.init_from), Run(config.init_from).config().sequence
         net = model_without_storage(config.model, 2, config.sequence)

@@ -38,6 +38,7 @@ class Config:
     sample_tokens: int = SHIPPED["sample_tokens"]
     model: Any = None
     data: Any = None
+    objective: Any = None
     allow: list[str] = field(default_factory=SHIPPED["allow"].copy)
     adapter: Any = None
     strategy: Plan = field(default_factory=Plan)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from leanlm.data.objectives import Causal, Text
 from leanlm.models.head import IGNORE
 
 
@@ -108,7 +109,7 @@ class GlobalBatches:
     """This rank's micro-batches of every step from `first_step` on, without end.
 
     Rank r of `replicas` holds the contiguous rows from r * global_batch / replicas, cut into `accumulate`
-    micro-batches. `ignore` lists token numbers that are not counted as targets.
+    micro-batches. `ignore` lists token numbers that are not counted as targets. `objective` says what is read and predicted.
     """
 
     tokens: NDArray[np.unsignedinteger]
@@ -118,6 +119,7 @@ class GlobalBatches:
     accumulate: int = 1
     ignore: list[int] = field(default_factory=list)
     first_step: int = 0
+    objective: Causal = field(default_factory=Causal)
 
     def __iter__(self) -> Iterator[Batch]:
         for step in count(self.first_step):
@@ -127,22 +129,28 @@ class GlobalBatches:
         """The micro-batches of one step."""
         starts, fresh = self.order.offsets(step)
         size = len(starts) // (self.replicas * self.accumulate)
-        counts = self._counts(starts)
+        counts = self._counts(starts, step, torch.arange(len(starts)))
         for micro in range(self.accumulate):
             first = (self.rank * self.accumulate + micro) * size
             rows = torch.arange(first, first + size)
-            tokens, target, positions = self._read(starts[first : first + size])
-            yield Batch(tokens, target, rows, step, micro, fresh, sum(counts), positions, counts)
+            text = self._read(starts[first : first + size])
+            tokens, target = self.objective.of_rows(text, step, rows)
+            yield Batch(tokens, target, rows, step, micro, fresh, sum(counts), text.positions, counts)
 
-    def _counts(self, starts: NDArray[np.int64]) -> tuple[int, ...]:
-        """Counted targets of rows: only with `ignore` do they depend on the text, so that it has to be looked at."""
-        return (int((self._read(starts)[1] != IGNORE).sum()) if self.ignore else len(starts) * self.order.sequence,)
+    def _counts(self, starts: NDArray[np.int64], step: int, rows: Tensor) -> tuple[int, ...]:
+        """Counted targets of the global rows `rows`: the text is looked at where `ignore` or a draw decides."""
+        if not self.ignore and not self.objective.chooses:
+            return (self._known(starts),)
+        return (int((self.objective.of_rows(self._read(starts), step, rows)[1] != IGNORE).sum()),)
 
-    def _read(self, starts: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Input, targets and positions of rows, see `Batch`."""
+    def _known(self, starts: NDArray[np.int64]) -> int:
+        """Tokens of rows that the data counts."""
+        return len(starts) * self.order.sequence
+
+    def _read(self, starts: NDArray[np.int64]) -> Text:
         length = self.order.sequence
-        target = ignored(_gather(self.tokens, starts + 1, length), self.ignore)
-        return _gather(self.tokens, starts, length), target, None
+        tokens = _gather(self.tokens, starts + 1, length)
+        return Text(_gather(self.tokens, starts, length), tokens, ignored(tokens, self.ignore))
 
 
 @dataclass
@@ -164,6 +172,7 @@ class WholeSplit:
     replicas: int = 1
     rank: int = 0
     ignore: list[int] = field(default_factory=list)
+    objective: Causal = field(default_factory=Causal)
 
     @classmethod
     def lane_length(cls, tokens: int, lanes: int, overlap: int) -> int:
@@ -189,13 +198,17 @@ class WholeSplit:
         total = len(self.tokens)
         within = piece * self.sequence + np.arange(min(self.sequence, self.length - piece * self.sequence))
         position = lanes[:, None] * (self.length - self.overlap) + within  # of the target, [rows, sequence]
+        within_text = torch.from_numpy((position < total).sum(1))[:, None]
         counted = (position < total) & ((within >= self.overlap) | (lanes[:, None] == 0))
         text = torch.from_numpy(self.tokens[np.minimum(position, total - 1)].astype(np.int64))
         before = torch.from_numpy(self.tokens[np.clip(position - 1, 0, total - 1)].astype(np.int64))
         before[torch.from_numpy(position == 0)] = self.start
         target = ignored(text.masked_fill(~torch.from_numpy(counted), IGNORE), self.ignore)
+        at = torch.arange(len(within))
+        found = Text(before, text, target, torch.where(at < within_text, at, at - within_text))
+        tokens, target, positions = self.objective.of_split(found, torch.from_numpy(position))
         counts = int((target != IGNORE).sum())
-        return Batch(before, target, torch.from_numpy(lanes), piece, 0, piece == 0, counts)
+        return Batch(tokens, target, torch.from_numpy(lanes), piece, 0, piece == 0, counts, positions)
 
 
 def ignored(target: Tensor, ignore: list[int]) -> Tensor:

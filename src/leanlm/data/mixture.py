@@ -18,6 +18,7 @@ from torch import Tensor
 from leanlm.common.errors import UserError, refuse
 from leanlm.data.batches import Batch, GlobalBatches
 from leanlm.data.corpus import Corpus
+from leanlm.data.objectives import Text
 from leanlm.data.tokens import Tokens
 
 PERIOD = 10_000  # rows after which the sources follow each other as before, at most: the finest fractions
@@ -112,19 +113,21 @@ class MixedBatches(GlobalBatches):
 
     parts: list[GlobalBatches]
 
-    def _counts(self, rows: NDArray[np.int64]) -> tuple[int, ...]:
-        return tuple(sum(part._counts(rows[rows[:, 0] == i, 1])) for i, part in enumerate(self.parts))
+    def _counts(self, starts: NDArray[np.int64], step: int, rows: Tensor) -> tuple[int, ...]:
+        each = [np.flatnonzero(starts[:, 0] == i) for i in range(len(self.parts))]
+        return tuple(sum(part._counts(starts[here, 1], step, rows[here])) for part, here in zip(self.parts, each, strict=True))
 
-    def _read(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _read(self, starts: NDArray[np.int64]) -> Text:
         length = self.parts[0].order.sequence
-        tokens, target = torch.empty(2, len(rows), length, dtype=torch.long)
-        positions = torch.arange(length).repeat(len(rows), 1)
+        whole = torch.empty(3, len(starts), length, dtype=torch.long)
+        positions = torch.arange(length).repeat(len(starts), 1)
         for i, part in enumerate(self.parts):
-            here = rows[:, 0] == i
+            here = starts[:, 0] == i
             if here.any():
-                tokens[here], target[here], within = part._read(rows[here, 1])
+                *found, within = part._read(starts[here, 1])
+                whole[:, torch.from_numpy(here)] = torch.stack(found)
                 positions[here] = positions[here] if within is None else within
-        return tokens, target, positions if any(getattr(part, "isolate", False) for part in self.parts) else None
+        return Text(*whole, positions if any(getattr(part, "isolate", False) for part in self.parts) else None)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from leanlm.common.errors import UserError
 from leanlm.common.files import cache_folder
 from leanlm.data.batches import Batch, GlobalBatches, ignored
 from leanlm.data.documents import Documents
+from leanlm.data.objectives import Causal, Text
 from leanlm.data.tokens import Progress, whole, written
 from leanlm.models.head import IGNORE
 
@@ -57,23 +57,22 @@ class Packed:
         """The pieces of a row."""
         return self.pieces[self.ends[number - 1] if number else 0 : self.ends[number]]
 
-    def read(self, rows: Iterable[NDArray[np.int64]], length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of some pieces each: their tokens, targets (IGNORE where not counted), and positions within the documents,
-        `[rows, length]` each."""
+    def read(self, rows: Iterable[NDArray[np.int64]], length: int, ignore: list[int]) -> Text:
+        """Rows of some pieces each. `ignore`: token numbers that are not counted."""
         found = [self._row(pieces, length) for pieces in rows]
-        inputs, targets, positions = (torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True))
-        return inputs, targets, positions
+        before, tokens, counted, positions = (torch.from_numpy(np.stack(part)) for part in zip(*found, strict=True))
+        return Text(before, tokens, ignored(counted, ignore), positions)
 
     def _row(self, pieces: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """Input, targets and positions of a row, `[3, length]`; what remains of it is as a document of which nothing counts."""
-        row = np.stack([np.zeros(length, np.int64), np.full(length, IGNORE), np.arange(length)])
+        """The parts of a `Text` for a row, `[4, length]`; what remains of it is as a document of which nothing counts."""
+        row = np.stack([*np.zeros((2, length), np.int64), np.full(length, IGNORE), np.arange(length)])
         place = 0
         for first, size in pieces.tolist():
             text = self.documents.numbers[first : first + size + 1].astype(np.int64)
             counted = self.documents.counted[first + 1 : first + size + 1]
-            row[:, place : place + size] = text[:-1], np.where(counted, text[1:], IGNORE), np.arange(size)
+            row[:, place : place + size] = text[:-1], text[1:], np.where(counted, text[1:], IGNORE), np.arange(size)
             place += size
-        row[2, place:] = np.arange(length - place)
+        row[3, place:] = np.arange(length - place)
         return row
 
 
@@ -174,20 +173,20 @@ class PackedBatches(GlobalBatches):
     packed: Packed
     isolate: bool
 
-    def _counts(self, rows: NDArray[np.int64]) -> tuple[int, ...]:
-        return (int((self._read(rows)[1] != IGNORE).sum()) if self.ignore else int(self.packed.counts[rows].sum()),)
+    def _known(self, starts: NDArray[np.int64]) -> int:
+        return int(self.packed.counts[starts].sum())
 
-    def _read(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor | None]:
-        tokens, target, positions = self.packed.read(map(self.packed.row, rows.tolist()), self.packed.sequence)
-        return tokens, ignored(target, self.ignore), positions if self.isolate else None
+    def _read(self, starts: NDArray[np.int64]) -> Text:
+        text = self.packed.read(map(self.packed.row, starts.tolist()), self.packed.sequence, self.ignore)
+        return text if self.isolate else text._replace(positions=None)
 
 
 @dataclass
 class PieceByPiece:
     """Every token of a split that counts, exactly once: each document, or a row's length of it, by itself.
 
-    So its loss depends on no other document, and on no seed. All ranks yield the same number of batches, each as long as its
-    longest row; rows too many are IGNORE throughout.
+    So its loss depends on no other document, and on no seed. All ranks yield the same number of batches, each as long as the
+    longest row of all ranks; rows too many are IGNORE throughout.
     """
 
     packed: Packed
@@ -195,17 +194,23 @@ class PieceByPiece:
     replicas: int = 1
     rank: int = 0
     ignore: list[int] = field(default_factory=list)
+    objective: Causal = field(default_factory=Causal)
 
     def __len__(self) -> int:
         """Batches of each rank."""
         return -(-len(self.packed.pieces) // (self.rows * self.replicas))
 
     def __iter__(self) -> Iterator[Batch]:
+        together = self.rows * self.replicas
         for group in range(len(self)):
-            first = (group * self.replicas + self.rank) * self.rows
-            numbers = np.arange(first, first + self.rows)
-            mine = [self.packed.pieces[number : number + 1] for number in numbers]
-            longest = max((int(size) for piece in mine for _, size in piece), default=1)
-            tokens, target, _ = self.packed.read(mine, longest)
-            target = ignored(target, self.ignore)
-            yield Batch(tokens, target, torch.from_numpy(numbers), 0, 0, True, int((target != IGNORE).sum()))
+            pieces = self.packed.pieces[group * together : (group + 1) * together]
+            numbers = np.arange(self.rank * self.rows, (self.rank + 1) * self.rows)
+            length = int(pieces[:, 1].max())
+            text = self.packed.read([pieces[number : number + 1] for number in numbers], length, self.ignore)
+            first = np.zeros(self.rows, np.int64)
+            mine = pieces[numbers[0] : numbers[-1] + 1]
+            first[: len(mine)] = mine[:, 0] + 1
+            places = torch.from_numpy(first[:, None] + np.arange(length))
+            tokens, target, positions = self.objective.of_split(text, places)
+            rows = torch.from_numpy(group * together + numbers)
+            yield Batch(tokens, target, rows, 0, 0, True, int((target != IGNORE).sum()), positions)

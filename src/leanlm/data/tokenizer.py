@@ -22,43 +22,57 @@ NAMES = ("byte", "char", "word", "bpe")
 PIECE, OVERLAP = 1 << 16, 1 << 12  # characters that the tokenizers library gets at a time, and that two pieces share
 OF_A_LINE = re.compile(rf"(?s).{{{PIECE}}}\S*|.+")  # all of it, unless it is very long
 TOGETHER = 16  # pieces: enough for some cores, little enough for memory
+MASK = "[MASK]"  # name of the token that is added where a text is masked
+SPACES = str.maketrans("ĠĊĉ▁", " \n\t ")  # as vocabularies write white space
 ALIKE = 8  # tokens before a place, and from it on, that tell that two pieces agree there
 
 
 class Tokenizer(Protocol):
     vocabulary: int
     start: int
+    mask: int | None  # the token that hides others, if there is one
 
     def encode(self, text: bytes) -> NDArray[np.integer]: ...
     def decode(self, tokens: Iterable[int]) -> str: ...
     def numbers(self, text: str) -> list[int]: ...  # of a token's own name, [] if there is no such token
     def state(self) -> dict: ...  # JSON from which `restore` makes it again
+    def with_mask(self) -> "Tokenizer": ...  # the same with one more token, `mask`
+    def pieces(self) -> list[str]: ...  # text of each token, which begins with white space where a word does; "" of a mark
 
 
 class Bytes:
-    """The 256 bytes. Knows every text."""
+    """The 256 bytes. Knows every text. `masked`: and a mask token."""
 
-    vocabulary, start = 256, ord("\n")
+    start = ord("\n")
+
+    def __init__(self, masked: bool = False) -> None:
+        self.vocabulary, self.mask = 256 + masked, 256 if masked else None
 
     def encode(self, text: bytes) -> NDArray[np.integer]:
         return np.frombuffer(text, np.uint8)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return bytes(tokens).decode("utf-8", "replace")
+        return b"".join(MASK.encode() if token == self.mask else bytes([token]) for token in tokens).decode("utf-8", "replace")
 
     def numbers(self, text: str) -> list[int]:
         return list(text.encode()) if len(text.encode()) == 1 else []
 
     def state(self) -> dict:
-        return {"kind": "byte"}
+        return {"kind": "byte"} | ({} if self.mask is None else {"masked": True})
+
+    def with_mask(self) -> "Bytes":
+        return Bytes(masked=True)
+
+    def pieces(self) -> list[str]:
+        return [chr(byte) if byte < 0x80 else "?" for byte in range(256)] + [""] * (self.vocabulary - 256)
 
 
 class Characters:
-    """The characters that the corpus holds, in the order of their code points."""
+    """The characters that the corpus holds, in the order of their code points. `masked`: and a mask token."""
 
-    def __init__(self, characters: str) -> None:
+    def __init__(self, characters: str, masked: bool = False) -> None:
         self.characters = characters
-        self.vocabulary = len(characters)
+        self.vocabulary, self.mask = len(characters) + masked, len(characters) if masked else None
         self.start = max(characters.find("\n"), characters.find("\r"), 0)
         self.table = np.full(0x110000, -1, np.int32)  # code point -> token
         self.table[[ord(c) for c in characters]] = np.arange(len(characters))
@@ -75,17 +89,23 @@ class Characters:
         tokens = self.table[points]
         if (tokens < 0).any():
             unknown = chr(points[(tokens < 0).argmax()])
-            raise UserError(f"the character {unknown!r} is not among the {self.vocabulary} that the corpus holds")
+            raise UserError(f"the character {unknown!r} is not among the {len(self.characters)} that the corpus holds")
         return tokens
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return "".join(self.characters[token] for token in tokens)
+        return "".join(MASK if token == self.mask else self.characters[token] for token in tokens)
 
     def numbers(self, text: str) -> list[int]:
         return [self.characters.index(text)] if len(text) == 1 and text in self.characters else []
 
     def state(self) -> dict:
-        return {"kind": "char", "characters": self.characters}
+        return {"kind": "char", "characters": self.characters} | ({} if self.mask is None else {"masked": True})
+
+    def with_mask(self) -> "Characters":
+        return Characters(self.characters, masked=True)
+
+    def pieces(self) -> list[str]:
+        return [*self.characters] + [""] * (self.vocabulary - len(self.characters))
 
 
 class Words:
@@ -95,7 +115,7 @@ class Words:
         self.words = words
         self.vocabulary = len(words)
         self.index = {word: i for i, word in enumerate(words)}
-        self.start, self.unknown = self.index["<eos>"], self.index["<unk>"]
+        self.start, self.unknown, self.mask = self.index["<eos>"], self.index["<unk>"], self.index.get(MASK)
 
     @classmethod
     def train(cls, chunks: Iterable[bytes]) -> "Words":
@@ -115,6 +135,12 @@ class Words:
 
     def state(self) -> dict:
         return {"kind": "word", "words": self.words}
+
+    def with_mask(self) -> "Words":
+        return Words([*self.words, MASK])
+
+    def pieces(self) -> list[str]:
+        return ["" if i in (self.start, self.unknown, self.mask) else f" {word}" for i, word in enumerate(self.words)]
 
 
 def _words(chunk: bytes) -> Iterator[str]:
@@ -147,6 +173,7 @@ class Subwords:
         marks = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[CLS]", "[SEP]", "<eos>", "\n", "Ċ", "<0x0A>")
         numbers = [self.model.token_to_id(mark) for mark in (*self.beside.get("marks", ()), *marks)]
         self.start: int = next((number for number in numbers if number is not None), 0)
+        self.mask = next((number for mark in (MASK, "<mask>") for number in self.numbers(mark)), None)
 
     @classmethod
     def train(cls, chunks: Iterable[bytes], vocabulary: int) -> "Subwords":
@@ -200,6 +227,20 @@ class Subwords:
 
     def state(self) -> dict:
         return {"kind": "subword", "model": self.model.to_str(), **({"beside": self.beside} if self.beside else {})}
+
+    def with_mask(self) -> "Subwords":
+        made = Subwords(self.model.to_str())
+        made.model.add_special_tokens([MASK])
+        known = 1 + max(made.model.get_vocab().values())
+        padded = {"vocabulary": max(self.vocabulary, known)} if "vocabulary" in self.beside else {}
+        return Subwords(made.model.to_str(), self.beside | padded)
+
+    def pieces(self) -> list[str]:
+        marks = {number for number, token in self.model.get_added_tokens_decoder().items() if token.special}
+        names = [(self.model.id_to_token(i) if i not in marks else None) or "" for i in range(self.vocabulary)]
+        if any(name.startswith("##") for name in names):  # WordPiece marks what goes on with a word
+            return [name[2:] if name.startswith("##") and name[2:] else name and f" {name}" for name in names]
+        return [name.translate(SPACES) for name in names]
 
 
 def _pieces(chunks: Iterable[bytes]) -> Iterator[str]:

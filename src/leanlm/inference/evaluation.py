@@ -27,6 +27,7 @@ class Evaluate:
     checkpoint: str = "last"
     split: str = "validation"
     text: str | None = None
+    pseudo: bool = False
     data: Any = None
     sequence: int | None = None
     devices: int | None = None
@@ -38,15 +39,16 @@ class Evaluate:
 
 
 def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None = None) -> dict[str, Any]:
-    """Mean loss over every token of a split, once each, or of `asked.text` by the chain rule.
+    """Mean loss over every token of a split, once each, or of `asked.text` by the chain rule; of a masked model over hidden
+    tokens, of `asked.text` or with `asked.pseudo` over each, hidden by itself.
 
     Args:
         asked: what `conf/evaluate.yaml` sets.
         within: where `device.memory` is set, settings and vocabulary -> settings that take no more.
 
     Returns:
-        `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens`, `log_probability` (nats, of all together), of a
-        mixture also `sources`, the loss of each.
+        `loss` (nats per token), `perplexity`, `bits_per_byte` (of hidden tokens instead `accuracy`), `tokens`,
+        `log_probability` (nats, of all together), of a mixture also `sources`, the loss of each.
     """
     run, config = find(asked.run, asked.sequence, asked.data)
     given: dict[str, Any] = dict.fromkeys(("callbacks", "logger"))
@@ -67,35 +69,43 @@ def evaluate(asked: Evaluate, within: Callable[[Settings, int], Settings] | None
         settings = replace(settings, plan=replace(settings.plan, replicate=1))
     if within is not None and settings.config.device.get("memory"):
         settings = within(settings, tokenizer_of(run).vocabulary)
-    result = launch(_work, (settings, run.path, asked.split, asked.text, asked.checkpoint), settings.plan.world)
-    if asked.text is None and asked.data is None and is_run(str(run.path)) and rank() == 0:
+    result = launch(_work, (settings, run.path, asked), settings.plan.world)
+    if asked.text is None and asked.data is None and not asked.pseudo and is_run(str(run.path)) and rank() == 0:
         kind = "" if asked.checkpoint == "last" else f"-{asked.checkpoint}"
         write(run.path / f"evaluation-{asked.split}{kind}.json", json.dumps(result, indent=2))
     return result
 
 
-def _work(settings: Settings, path: Path, split: str, text: str | None, which: str) -> dict[str, Any]:
+def _work(settings: Settings, path: Path, asked: Evaluate) -> dict[str, Any]:
     import numpy as np
 
     from leanlm.training import build, data
     from leanlm.training.lightning_module import measures
 
+    text = asked.text
     with process_group(settings.config.device["accelerator"]):
-        tokenizer, parallel, state = restore(settings.config, settings.plan, Run(path), which)
+        tokenizer, parallel, state = restore(settings.config, settings.plan, Run(path), asked.checkpoint)
+        objective = data.objective(settings.config)
         if text is None:
             if rank() == 0 and "text" in state and (said := data.differs(settings, state["text"])):
                 say(f"{said}; it is read with the tokenizer of {path}")
-            numbers, size = on_rank_0_first(lambda: data.split_of(settings, split, tokenizer))
+            numbers, size = on_rank_0_first(lambda: data.split_of(settings, asked.split, tokenizer))
+            objective = objective.one_by_one() if asked.pseudo else objective
         else:
             numbers, size = np.asarray(tokenizer.encode(text.encode())), len(text.encode())
+            objective = objective.of_text()
+            numbers = objective.frame(tokenizer, numbers)
             if not len(numbers):
                 raise UserError("text is empty")
         module = build.module(settings, parallel, training=False)
-        batches = data.whole_split(settings, tokenizer, parallel.net, numbers)
+        batches = data.whole_split(settings, tokenizer, parallel.net, numbers, objective.ready(tokenizer, settings.config.seed))
         build.trainer(settings, [], []).validate(module, batches, verbose=False)
         found = module.split_loss.compute()
     loss, count = float(found["loss"]), int(found["tokens"])
-    result: dict[str, Any] = measures(loss, len(numbers), size) | {"tokens": count, "log_probability": -loss * count}
+    result: dict[str, Any] = measures(loss, len(numbers), size, float(found["accuracy"])) | {
+        "tokens": count,
+        "log_probability": -loss * count,
+    }
     if text is None and settings.corpus.sources:
         result["sources"] = {name: each.item() for name, each in zip(numbers.parts, found["losses"], strict=False)}
     return result

@@ -19,7 +19,7 @@ def summary(result: dict[str, Any], sample: str | None, run: Run) -> None:
     for name, value in (
         ("validation loss", f"{result['loss']:.4f} nats per token"),
         ("perplexity", f"{result['perplexity']:.2f}"),
-        ("bits per byte", f"{result['bits_per_byte']:.3f}"),
+        *((name.replace("_", " "), f"{result[name]:.3f}") for name in ("accuracy", "bits_per_byte") if name in result),
         ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:.0f} s of training"),
         ("peak memory", peak),
         ("parameters", f"{result['parameters']:,}"),

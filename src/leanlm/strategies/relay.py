@@ -9,7 +9,9 @@ from torch import Tensor
 from leanlm.strategies.parallel_model import ParallelModel
 
 
-def relay(parallel: ParallelModel, tokens: Tensor, rows: Tensor, targets: Tensor | None) -> Tensor | None:
+def relay(
+    parallel: ParallelModel, tokens: Tensor, rows: Tensor, targets: Tensor | None, positions: Tensor | None = None
+) -> Tensor | None:
     """A forward pass in which each rank hands the hidden state on to the next; successive passes overlap.
 
     `tokens [b, s]` are the same on every rank of a pipeline. Returns what the last stage returns, on the rank that holds it;
@@ -20,7 +22,7 @@ def relay(parallel: ParallelModel, tokens: Tensor, rows: Tensor, targets: Tensor
         if number > 0 and parallel.owner(number - 1) != here:
             hidden = torch.empty(*tokens.shape, parallel.width, dtype=parallel.dtype, device=parallel.device)
             dist.recv(hidden, group=parallel.group("pipeline"), group_src=parallel.owner(number - 1))
-        hidden = stage(hidden, rows, targets)
+        hidden = stage(hidden, rows, targets, positions)
         if number < parallel.last and parallel.owner(number + 1) != here:
             dist.send(hidden, group=parallel.group("pipeline"), group_dst=parallel.owner(number + 1))
     return hidden if parallel.last in parallel.stages else None

@@ -43,6 +43,7 @@ class Stage(nn.Module):
         self.dropouts = sites(self)
         self.dropouts_of = {part: sites(part) for part in (self.embed, *self.blocks.values()) if part}
         self.loss: Callable[[Tensor, Tensor], Tensor] = partial(token_loss, net.head)
+        self.score = self.loss  # of evaluation; another may return more than the loss, `[n]`
         self.graph: Callable[..., tuple[Tensor, States]] | None = None  # of the whole stage, compiled
         if plan.compiled:
             self._compile()
@@ -109,7 +110,7 @@ class Stage(nn.Module):
             return hidden.to(sent), after
         if targets is None:
             return self.head(hidden[:, -1:])[0, 0], after
-        return self.loss(hidden, targets), after
+        return (self.loss if self.training else self.score)(hidden, targets), after
 
     def _masked(self, part: nn.Module, keys: Tensor | None, first: int, *inputs: Any) -> Any:
         """A part with its own rows' masks, which are drawn here: when backward computes it again, others have been drawn."""

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from leanlm.config.callbacks import FIRST_RANK, class_name
 from leanlm.config.pretrained import is_run
 from leanlm.config.schema import Config, Settings
 from leanlm.launch.ranks import local_world_size, rank, world_size
+from leanlm.memory.hits import loss_and_hits
 from leanlm.models import kernels
 from leanlm.models.contract import Model, initial, initialize, without_storage
 from leanlm.models.pretrained import Weights
@@ -30,7 +32,7 @@ from leanlm.strategies.lightning import strategy
 from leanlm.strategies.parallel_model import ParallelModel
 from leanlm.strategies.patches import without_asking_for_sigterm
 from leanlm.strategies.plan import Plan
-from leanlm.training import checkpoint
+from leanlm.training import checkpoint, data
 from leanlm.training.lightning_module import LanguageModel
 
 
@@ -95,6 +97,8 @@ def module(settings: Settings, parallel: ParallelModel, training: bool = True) -
         from leanlm.strategies.pipeline import Pipeline
 
         pipeline = Pipeline(parallel, rows, config.sequence)
+    if data.objective(config).chooses and (last := parallel.stages.get(parallel.last)):
+        last.score = partial(loss_and_hits, parallel.net.head)
     chance = config.seed if config.precision == STOCHASTIC else None
     return LanguageModel(
         parallel, pipeline, config.optim, config.max_steps, config.clip, chance, len(settings.corpus.sources) or 1

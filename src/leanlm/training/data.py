@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from leanlm.common.errors import refuse
+from leanlm.config.arguments import made as made_of
 from leanlm.config.checks import fits
 from leanlm.config.schema import Config, Settings
 from leanlm.data.batches import GlobalBatches, Lanes, Order, WholeSplit, Windows
 from leanlm.data.corpus import Corpus
 from leanlm.data.mixture import Mixed, MixedBatches, SourceBySource, Turns, mixed, turns
+from leanlm.data.objectives import Causal
 from leanlm.data.packing import Packed, PackedBatches, PieceByPiece, Rows, packed
 from leanlm.data.preparation_bar import PreparationBar
 from leanlm.data.tokenizer import NAMES, Tokenizer
@@ -49,7 +51,12 @@ def tokens(settings: Settings) -> Tokens:
             what = f"the {split} split" + (f" of data.sources.{source}" if source else "")
             problems.append(f"data.ignore leaves nothing to count: it names all {len(numbers):,} tokens of {what}")
     refuse(problems)
-    return made
+    return replace(made, tokenizer=objective(settings.config).vocabulary(made.tokenizer))
+
+
+def objective(config: Config) -> Causal:
+    """What is learned of the text."""
+    return made_of("objective", config.objective)
 
 
 def _prepared(corpus: Corpus, tokenizer: str | Tokenizer, vocabulary: int, config: Config, report: Progress) -> Tokens:
@@ -101,6 +108,7 @@ def training_batches(settings: Settings, tokens: Tokens, net: Model, first_step:
     text, left_out = tokens.splits["train"], ignored(config, tokens.tokenizer)
     shape = config.sequence, config.global_batch, config.seed
     rest = *_share(plan), plan.batches_per_step, left_out, first_step
+    rest += (objective(config).ready(tokens.tokenizer, config.seed),)
 
     def of(corpus: Corpus, text: Any, kind: type[Order]) -> GlobalBatches:
         if corpus.form is None:
@@ -115,25 +123,26 @@ def training_batches(settings: Settings, tokens: Tokens, net: Model, first_step:
     return MixedBatches(np.empty(0, np.uint8), order, *rest, parts=parts)
 
 
-def whole_split(
-    settings: Settings, tokenizer: Tokenizer, net: Model, numbers: Any
-) -> WholeSplit | PieceByPiece | SourceBySource:
-    """This rank's part of a split (or of any token numbers), each token once."""
+def whole_split(settings: Settings, tokenizer: Tokenizer, net: Model, numbers: Any, scored: Causal | None = None) -> Any:
+    """This rank's batches of a split (or of any token numbers), each token once. `scored`: by another objective than the run's,
+    which knows the tokenizer."""
     config, plan = settings.config, settings.plan
+    scored = scored or objective(config).ready(tokenizer, config.seed)
+    most = plan.micro_batch(config.global_batch)
     if isinstance(numbers, Mixed):
-        return SourceBySource([whole_split(settings, tokenizer, net, part) for part in numbers.parts.values()])
+        return SourceBySource([whole_split(settings, tokenizer, net, part, scored) for part in numbers.parts.values()])
     if isinstance(numbers, Packed):
-        rows = max(1, min(plan.micro_batch(config.global_batch), len(numbers.pieces)))
-        return PieceByPiece(numbers, rows, *_share(plan), ignored(config, tokenizer))
-    overlap = config.val_overlap
+        rows = max(1, min(most, len(numbers.pieces)))
+        return scored.whole(PieceByPiece(numbers, rows, *_share(plan), ignored(config, tokenizer), scored), most)
+    overlap, sequence = config.val_overlap, config.sequence
     if net.carries_state:
         overlap = max(overlap, config.sequence)  # a lane first reads some text to come to a state
         length = WholeSplit.lane_length(len(numbers), config.val_lanes, overlap)
     else:
-        length = config.sequence
-    rows = max(1, min(plan.micro_batch(config.global_batch), -(-len(numbers) // length)))
-    lanes = config.sequence, length, overlap, rows
-    return WholeSplit(numbers, tokenizer.start, *lanes, *_share(plan), ignored(config, tokenizer))
+        length = sequence = min(config.sequence, len(numbers))
+    rows = max(1, min(most, -(-len(numbers) // length)))
+    lanes = sequence, length, overlap, rows
+    return scored.whole(WholeSplit(numbers, tokenizer.start, *lanes, *_share(plan), ignored(config, tokenizer), scored), most)
 
 
 def _share(plan: Plan) -> tuple[int, int]:

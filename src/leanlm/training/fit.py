@@ -142,7 +142,7 @@ def result_of(settings: Settings, tokens: Tokens, module: LanguageModel, trainer
     """What `result.json` holds. All ranks must call it."""
     speed = record.tokens / record.seconds
     result = {
-        **measures(record.val_loss, len(tokens.splits["validation"]), tokens.bytes["validation"]),
+        **measures(record.val_loss, len(tokens.splits["validation"]), tokens.bytes["validation"], record.val_accuracy),
         "steps": trainer.global_step,
         "tokens": record.tokens,
         "tokens_per_second": speed,

@@ -121,10 +121,10 @@ class LanguageModel(pl.LightningModule):
 
     def validation_step(self, batch: Batch, index: int) -> None:
         self.parallel.begin(batch.step, batch.fresh)
-        nats = relay(self.parallel, batch.input, batch.rows, batch.target)
-        if nats is None or not self.parallel.counts_loss:  # another rank counts these rows
-            nats, batch = torch.zeros(()), batch._replace(target=batch.target[:0])
-        self.split_loss.update(nats.to(self.parallel.device), (batch.target != IGNORE).sum(), batch.source)
+        scores = relay(self.parallel, batch.input, batch.rows, batch.target, batch.positions)
+        if scores is None or not self.parallel.counts_loss:  # another rank counts these rows
+            scores, batch = torch.zeros(2), batch._replace(target=batch.target[:0])
+        self.split_loss.update(scores.to(self.parallel.device), (batch.target != IGNORE).sum(), batch.source)
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.state.fn == "fit":
@@ -160,23 +160,28 @@ class TokenLoss(Metric):
 
     full_state_update = False
     nats: Tensor
+    hits: Tensor
     tokens: Tensor
 
     def __init__(self, sources: int = 1) -> None:
         super().__init__()
         self.add_state("nats", torch.zeros(sources, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("hits", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros(sources, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, nats: Tensor, tokens: Tensor, source: int = 0) -> None:
-        self.nats[source] += nats.detach().double()
+    def update(self, scores: Tensor, tokens: Tensor, source: int = 0) -> None:
+        """`scores`: nats of so many tokens, or these and how many of the tokens were the likeliest, `[2]`."""
+        nats, *hits = scores.detach().double().flatten()
+        self.nats[source] += nats
+        self.hits += hits[0] if hits else torch.nan
         self.tokens[source] += tokens
 
     def compute(self) -> dict[str, Tensor]:
-        """`loss`, `tokens`, and `losses [sources]`, NaN for one without tokens."""
+        """`loss`, `accuracy` (NaN if it is not measured), `tokens`, and `losses [sources]`, NaN for one without tokens."""
         nats, tokens = self.nats.sum(), self.tokens.sum()
         if not tokens:
             raise UserError("there is no loss: no token of this text is counted (data.ignore)")
-        return {"loss": nats / tokens, "tokens": tokens, "losses": self.nats / self.tokens}
+        return {"loss": nats / tokens, "accuracy": self.hits / tokens, "tokens": tokens, "losses": self.nats / self.tokens}
 
 
 def held_bytes(tensors: Iterable[Tensor | None]) -> int:
@@ -184,7 +189,10 @@ def held_bytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(local(tensor).nbytes for tensor in tensors if tensor is not None)
 
 
-def measures(loss: float, tokens: int, size: int) -> dict[str, float]:
+def measures(loss: float, tokens: int, size: int, accuracy: float = math.nan) -> dict[str, float]:
     """A loss in nats per token, and what it comes to for a text of so many tokens, `size` bytes: as if the tokens that are not
-    counted cost the mean."""
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": loss * tokens / size / math.log(2)}
+    counted cost the mean. With an accuracy it is of hidden tokens, and says nothing of the size of a text."""
+    found = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+    if not math.isnan(accuracy):
+        return found | {"accuracy": accuracy}
+    return found | {"bits_per_byte": loss * tokens / size / math.log(2)}

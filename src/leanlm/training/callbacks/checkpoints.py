@@ -23,7 +23,7 @@ from leanlm.training import checkpoint
 from leanlm.training.callbacks.average import averages, training_weights
 from leanlm.training.callbacks.record import Record, validate_now
 
-KEPT = ("seconds", "tokens", "source_tokens", "validated", "val_loss", "source_losses")  # of what `Record` has counted
+KEPT = ("seconds", "tokens", "source_tokens", "validated", "val_loss", "val_accuracy", "source_losses")  # of `Record`
 
 
 class Checkpoints(pl.Callback):

@@ -25,7 +25,7 @@ class Record(pl.Callback):
         tokens: counted in those steps.
         source_tokens: of `tokens`, those of each source of the text.
         validated: the last step after which the whole split was validated, and `val_loss` its loss in nats per token,
-            `source_losses` those of each source.
+            `val_accuracy` the share that was predicted right (NaN: not measured), `source_losses` the losses of each source.
     """
 
     def __init__(self, run: Run, every: int, full_speed: float | None = None, sources: Iterable[str] = ()) -> None:
@@ -36,7 +36,7 @@ class Record(pl.Callback):
         self.seconds, self.tokens = 0.0, 0
         self.source_tokens: list[int] = []
         self.source_losses: list[float] = []
-        self.validated, self.val_loss = 0, float("nan")
+        self.validated, self.val_loss, self.val_accuracy = 0, float("nan"), float("nan")
         self.table: Table | None = None
         self.loggers: list[Any] = []
 
@@ -75,6 +75,7 @@ class Record(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         found = module.split_loss.compute()
         self.validated, self.val_loss, self.source_losses = trainer.global_step, float(found["loss"]), found["losses"].tolist()
+        self.val_accuracy = float(found["accuracy"])
         self._finite(self.val_loss, "validation loss", trainer.global_step, module)
         self._write(trainer, trainer.global_step, {"val_loss": self.val_loss})
         self.mark = time.perf_counter()
