@@ -20,7 +20,8 @@ from leanlm.models.contract import stable_hash
 from leanlm.models.dropout import random_words
 from leanlm.models.head import IGNORE
 
-FIXED: dict[str, Any] = {"rate": 0.15, "random": 0.1, "kept": 0.1, "whole_words": False}  # of evaluation, whatever was trained (BERT's)
+# Of evaluation, whatever was trained: BERT's.
+FIXED: dict[str, Any] = {"rate": 0.15, "random": 0.1, "kept": 0.1, "whole_words": False}
 
 
 class Text(NamedTuple):

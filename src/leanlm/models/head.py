@@ -66,7 +66,13 @@ class AdaptiveHead(Head):
     """
 
     def __init__(
-        self, width: int, vocabulary: int, norm: nn.Module, bias: bool, cutoffs: Sequence[int], transform: nn.Module | None = None
+        self,
+        width: int,
+        vocabulary: int,
+        norm: nn.Module,
+        bias: bool,
+        cutoffs: Sequence[int],
+        transform: nn.Module | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.norm, self.transform = norm, transform or nn.Identity()
