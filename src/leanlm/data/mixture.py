@@ -127,7 +127,9 @@ class MixedBatches(GlobalBatches):
                 *found, within = part._read(starts[here, 1])
                 whole[:, torch.from_numpy(here)] = torch.stack(found)
                 positions[here] = positions[here] if within is None else within
-        return Text(*whole, positions if any(getattr(part, "isolate", False) for part in self.parts) else None)
+        before, tokens, counted = whole
+        isolate = any(getattr(part, "isolate", False) for part in self.parts)
+        return Text(before, tokens, counted, positions if isolate else None)
 
 
 @dataclass(frozen=True)

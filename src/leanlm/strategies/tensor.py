@@ -77,7 +77,7 @@ def _split_correction(adapter: Any, kind: str, mesh: DeviceMesh) -> None:
     adapter.forward = partial(_correct_in_parts, adapter, key, mesh)
 
 
-def _correct_in_parts(adapter: Any, key: str, mesh: DeviceMesh, x: Any, out: DTensor) -> DTensor:
+def _correct_in_parts(adapter: Any, key: str, mesh: DeviceMesh, x: Any, out: Any) -> Any:
     """`out` with a correction of an output that is split, or of this device's summand of it. Gradients of the matrix that all
     devices hold, and of an input that all of them read, are summed over them."""
     matrices = {"a": adapter.a, "b": adapter.b}

@@ -107,8 +107,8 @@ def training_batches(settings: Settings, tokens: Tokens, net: Model, first_step:
     config, plan, corpus = settings.config, settings.plan, settings.corpus
     text, left_out = tokens.splits["train"], ignored(config, tokens.tokenizer)
     shape = config.sequence, config.global_batch, config.seed
-    rest = *_share(plan), plan.batches_per_step, left_out, first_step
-    rest += (objective(config).ready(tokens.tokenizer, config.seed),)
+    learned = objective(config).ready(tokens.tokenizer, config.seed)
+    rest = *_share(plan), plan.batches_per_step, left_out, first_step, learned
 
     def of(corpus: Corpus, text: Any, kind: type[Order]) -> GlobalBatches:
         if corpus.form is None:
