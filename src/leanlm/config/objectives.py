@@ -9,8 +9,8 @@ from leanlm.config.schema import Config
 
 
 def objective_problems(config: Config) -> list[str]:
-    """What cannot work about the objective of a run (null: causal), one line each. One that hides tokens makes the model read in
-    both directions."""
+    """What cannot work about the objective of a run (null: causal), one line each. One that hides tokens makes the model read
+    in both directions."""
     config.objective = config.objective or defaults("objective/causal.yaml")
     if problems := argument_problems("objective", config.objective, set(), {"_target_"}):
         return problems
