@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from leanlm.common.errors import UserError
 from leanlm.data import corpus, tokenizer
+from leanlm.data.decoding import stream
+from leanlm.data.documents import end_of
 from leanlm.data.tokenizer import Subwords, given
 from leanlm.data.tokens import prepare
 
@@ -60,6 +62,7 @@ def word_piece() -> Tokenizer:
     model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False)
     model.train_from_iterator([CODE], trainer)
+    model.decoder = decoders.WordPiece()
     model.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
     return model
 
@@ -104,6 +107,17 @@ def test_what_a_file_says_of_sequences_is_left_out(tmp_path: Path) -> None:
     numbers = [token for split in tokens.splits.values() for token in split.tolist()]
     assert numbers.count(999) == 20
     assert tokens.tokenizer.vocabulary == 1000
+
+
+def test_a_text_for_bert_stands_between_its_marks(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(word_piece().to_str())
+    for told in ({}, {"cls_token": "[CLS]", "sep_token": {"content": "[SEP]"}, "bos_token": None}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+        model = given(str(tmp_path))
+        assert (model.start, end_of(model)) == (1, 2)
+        assert model.numbers("[CLS]") == [1]
+        tokens = model.encode(b"Class number7: RETURN x").tolist()
+        assert "".join(stream(model, iter(tokens), {2})) == model.decode(tokens) == "class number7 : return x"
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:

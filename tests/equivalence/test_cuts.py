@@ -46,6 +46,7 @@ PLANS = {
     "pipeline x shard x tensor": {**P2, "shard": 2, "tensor": 2, "accumulate_grad_batches": 2},
 }  # fmt: skip
 TRANSFORMERS = ["gpt2", "modern", "muon", "llama", "adafactor"]
+ENCODERS = ["roberta", "modernbert"]
 RECURRENT = ["lstm", "elman_tanh", "gru", "lstm_muon", "elman_relu", "lstm_token_dropout", "adaptive"]
 
 
@@ -59,7 +60,8 @@ def pairs_for_ci() -> list[tuple[str, str]]:
     }  # fmt: skip
     for i, plan in enumerate(plan for plan in PLANS if plan not in left_out):
         found.append((next(models[i % 2 == 0]), plan))
-    found.append(("adaptive", "tensor"))
+    found += [("adaptive", "tensor"), ("roberta", "shard"), ("roberta", "pipeline x tensor"), ("modernbert", "tensor"),
+              ("modernbert", "1f1b"), ("modernbert", "pipeline x shard")]  # fmt: skip
     return [(model, plan) for model, plan in found if supported(model, PLANS[plan])]
 
 
@@ -68,7 +70,7 @@ def devices(plan: str) -> int:
 
 
 CI = pairs_for_ci()
-REST = [(m, p) for p in PLANS for m in [*TRANSFORMERS, *RECURRENT] if (m, p) not in CI and supported(m, PLANS[p])]
+REST = [(m, p) for p in PLANS for m in [*TRANSFORMERS, *ENCODERS, *RECURRENT] if (m, p) not in CI and supported(m, PLANS[p])]
 
 
 def all_runs(pairs: list[tuple[str, str]], text: Path, root: Path) -> dict[tuple[str, str], Path]:

@@ -111,6 +111,43 @@ def test_transformers_gives_the_same_logits_and_goes_on_with_the_same_tokens(mod
     assert float(loss) == pytest.approx(float(torch.nn.functional.cross_entropy(expected[:, :-1].mT, tokens[:, 1:])), abs=1e-5)
 
 
+ENCODERS = {
+    "bert": (["model=bert", *HEADS], "BertForMaskedLM"),
+    "roberta": (["model=roberta", *HEADS, "model.token_types=3"], "RobertaForMaskedLM"),
+    "modernbert": (
+        ["model=modernbert", *HEADS, "model.depth=3", "model.global_every=2", "model.window=7", "model.mlp_width=24"],
+        "ModernBertForMaskedLM",
+    ),
+    "bidirectional": (["model=small", *HEADS, "model.zero_init=false", "model.causal=false"], "ExportedModel"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ENCODERS)
+@torch.no_grad()
+def test_an_encoder_is_a_masked_language_model_of_transformers(model: str, tmp_path: Path) -> None:
+    overrides, name = ENCODERS[model]
+    run = run_of(tmp_path / "run", *overrides, tokenizer="bpe")
+    folder, with_code = export(Export(run=str(run.path), to=str(tmp_path / "out")))
+    assert with_code == (name == "ExportedModel")
+    own = net_of(run)
+    other = transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(other).__name__ == name
+    tokens = torch.randint(2, 256, (3, 40), generator=torch.Generator().manual_seed(1))
+    expected = own(tokens)[0]
+    assert expected.std() > 0.1
+    found = other(tokens, labels=tokens, attention_mask=torch.ones_like(tokens))
+    torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=0)
+    assert float(found.loss) == pytest.approx(float(torch.nn.functional.cross_entropy(expected.mT, tokens)), abs=1e-5)
+    if with_code:
+        with pytest.raises(ValueError, match="rows are padded"):
+            other(tokens, attention_mask=torch.ones_like(tokens).tril())
+        return
+    begun = check(composed(f"init_from={folder}", "sequence=96", "device=cpu"), needs_text=False).config
+    back = build.parallel_model(begun, Plan(), given(str(folder)).vocabulary, str(folder)).net
+    named = dict(own.named_parameters())
+    assert {name for name, value in back.named_parameters() if torch.equal(value, named[name])} == named.keys()
+
+
 @pytest.mark.parametrize("model", CLASSES)
 def test_an_import_of_an_export_is_the_same_bits(model: str, tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", *MODELS[model], tokenizer="bpe")

@@ -6,9 +6,12 @@ from conftest import composed
 from hydra.utils import instantiate
 from torch import nn
 
+from leanlm.common.errors import UserError
 from leanlm.config.arguments import typed
 from leanlm.models import dropout
+from leanlm.models.borders import Borders
 from leanlm.models.contract import Model, initialize
+from leanlm.models.generation import generate
 
 
 def build(vocabulary: int, sequence: int, *overrides: str) -> Model:
@@ -126,6 +129,54 @@ def test_presets_have_the_published_sizes(preset: str, parameters: int) -> None:
     with torch.device("meta"):
         net = instantiate(composed(f"model={preset}").model, vocabulary=50257, sequence=1024)
     assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind", "parameters", "sizes"),
+    [
+        ("bert", "Bert", 109_514_298, {}),
+        ("roberta", "Roberta", 124_697_433, {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}),
+        ("modernbert", "ModernBert", 149_655_232, {}),
+    ],
+)  # fmt: skip
+def test_encoders_have_the_published_sizes(preset: str, kind: str, parameters: int, sizes: dict) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    sequence = config.max_position_embeddings - (2 if preset == "roberta" else 0)
+    with torch.device("meta"):
+        theirs = getattr(transformers, f"{kind}ForMaskedLM")(config)
+        net = instantiate(composed(f"model={preset}").model, vocabulary=config.vocab_size, sequence=sequence)
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in theirs.parameters()) == parameters
+
+
+ENCODERS = {
+    "bert": ["model=bert", "model.width=16", "model.depth=2", "model.heads=2"],
+    "modernbert": ["model=modernbert", "model.width=16", "model.depth=3", "model.heads=2", "model.window=4",
+                   "model.global_every=2", "model.mlp_width=24"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ENCODERS)
+@torch.no_grad()
+def test_documents_of_a_row_read_in_both_directions_are_what_they_are_alone(model: str) -> None:
+    net = build(50, 16, *ENCODERS[model], "model.init=0.3").double()
+    tokens = torch.randint(50, (1, 16), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(11), torch.arange(5)])[None]
+    hidden = net.embed(tokens, positions)
+    for block in net.blocks.values():
+        hidden, _ = block(hidden, Borders.of(positions, net.causal))
+    alone = torch.cat([net(tokens[:, :11])[0], net(tokens[:, 11:])[0]], 1)
+    torch.testing.assert_close(net.head(hidden), alone, atol=1e-12, rtol=0)
+    changed = tokens.clone()
+    changed[0, 10] = (tokens[0, 10] + 1) % 50
+    assert ((net(changed)[0] - net(tokens)[0]).abs().amax((0, 2)) > 0).all(), "every position sees the others"
+
+
+def test_who_reads_in_both_directions_does_not_go_on() -> None:
+    net = build(50, 16, *ENCODERS["bert"])
+    with pytest.raises(UserError, match="causal=false: this model reads a text in both directions, and cannot go on from one"):
+        next(generate(net, [1], 4))
 
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:

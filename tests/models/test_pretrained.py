@@ -37,8 +37,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", ENCODER),
     "roberta": ("Roberta", {**ENCODER, "max_position_embeddings": LENGTH + 2, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
     "modernbert": ("ModernBert", {**ENCODER, "num_hidden_layers": 5, "local_attention": 9}),
-    "modernbert, alternating": ("ModernBert", {**ENCODER, "num_hidden_layers": 4, "local_attention": 16, "decoder_bias": False,
-                                               "global_attn_every_n_layers": 2, "global_rope_theta": 500.0}),
+    "modernbert, alternating": (
+        "ModernBert",
+        {**ENCODER, "local_attention": 16, "decoder_bias": False, "global_attn_every_n_layers": 2, "global_rope_theta": 500.0},
+    ),
 }
 ENCODERS = [case for case, (_, sizes) in CASES.items() if "pad_token_id" in sizes]
 
@@ -114,12 +116,37 @@ def test_a_shorter_context_and_names_without_their_prefix(tmp_path: Path) -> Non
     assert "transformer.wpe.weight is [64, 48]; by config.json it should be [65, 48]" in problem
 
 
+@torch.no_grad()
+def test_a_checkpoint_without_a_head_as_bert_was_published(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file, bert = tmp_path / "model.safetensors", saved("bert", tmp_path).bert
+    named = {name.removeprefix("bert."): value for name, value in load_file(file).items() if not name.startswith("cls.")}
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for name, value in named.items()
+    }
+    save_file({**old, "pooler.dense.weight": torch.ones(2), "embeddings.position_ids": torch.ones(1, LENGTH)}, file)
+    weights = Weights(tmp_path)
+    net = Transformer(TYPES, LENGTH, **family_of(weights.config, "")[1])
+    assert weights.problems(net) == []
+    assert [name for name, _ in net.named_parameters() if name not in weights] == [
+        "head.transform.dense.weight", "head.transform.dense.bias", "head.transform.norm.weight", "head.transform.norm.bias",
+        "head.projection.bias",
+    ]  # fmt: skip
+    for name, parameter in net.named_parameters():
+        parameter.copy_(weights(name, parameter) if name in weights else parameter)
+    torch.testing.assert_close(net.hidden(tokens())[0], bert(tokens()).last_hidden_state, rtol=0, atol=1e-4)
+    save_file({**old, "cls.predictions.bias": torch.ones(TYPES)}, file)
+    assert any("cls.predictions.transform.dense.weight is not there" in each for each in Weights(tmp_path).problems(net))
+
+
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_rules_name_each_parameter_once(family: Any) -> None:
     _, arguments = CASES[next(case for case, (name, _) in CASES.items() if name.lower() == family.model_type)]
     with without_storage():
         net = Transformer(
-            TYPES, LENGTH, **{**family.arguments({"model_type": family.model_type, **arguments})[0], "tied": False}
+            TYPES, LENGTH, **{**family.arguments({"model_type": family.model_type, **arguments})[0], "tied": False, "depth": 2}
         )
     names = {re.sub(r"\.\d+\.", ".*.", name) for name, _ in net.named_parameters()}
     ours = [name for rule in family.rules for name in rule.ours]
@@ -131,7 +158,7 @@ def test_rules_name_each_parameter_once(family: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "gemma"}, "model_type=gemma is not known here; the families are gpt2, llama, mistral, qwen2, qwen3, bert"),
+        ({"model_type": "gemma"}, "model_type=gemma is not known here; the families are gpt2, llama, mistral, qwen2, qwen3,"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu: only silu is computed here"),
         ({"logit_scale": 2.0}, "logit_scale=2.0: not understood, it may change the model"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling=yarn with {'factor': 4.0}: computed here are"),
@@ -146,6 +173,24 @@ def test_what_is_not_understood_is_refused_by_name(change: dict[str, Any], says:
         family_of({key: value for key, value in config.items() if value is not None}, "f/config.json")
     (problem,) = error.value.problems
     assert problem.startswith("f/config.json: ")
+    assert says in problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    [
+        ("bert", {"hidden_act": "relu"}, "hidden_act=relu: only gelu is computed here"),
+        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type=relative_key: only absolute is"),
+        ("roberta", {"pad_token_id": 0}, "pad_token_id=0: only 1 is computed here"),
+        ("modernbert", {"layer_types": ["sliding_attention", "full_attention"]}, "or ModernBERT's two"),
+        ("modernbert", {"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 9.0}}},
+         "rope_parameters.full_attention.rope_type=yarn: not understood, it may change the model"),
+    ],
+)  # fmt: skip
+def test_encoders_that_are_not_understood(kind: str, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        family_of({"model_type": kind, **ENCODER, **change}, "f/config.json")
+    (problem,) = error.value.problems
     assert says in problem
 
 

@@ -145,7 +145,7 @@ class Attention(nn.Module):
         return self.out(out.transpose(1, 2).flatten(2))  # [b, n, s, d] -> [b, s, h]
 
     def mask(self, start: int, length: int, device: torch.device) -> Tensor | None:
-        """Which of all tokens up to the last `[start + length]` each of the last `length` attends to; None: all, or all up to it."""
+        """Which of all tokens up to the last `[start + length]` each of the last `length` attends to; None: see `attend`."""
         window = self.window or self.capacity
         behind, ahead = (window - 1, 0) if self.causal else (window // 2, window // 2)
         if start == 0 and length <= behind + 1:
@@ -159,7 +159,10 @@ class Attention(nn.Module):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = True) -> Tensor:
-    """Softmax attention by a mask, or if there is none, causal or over all; query `[b, n, s, d]`, key and value `[b, g, t, d]`."""
+    """Softmax attention over what a mask allows; without one over all, if `causal` all up to the query.
+
+    query `[b, n, s, d]`, key and value `[b, g, t, d]`.
+    """
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         grouped = key.shape[1] != query.shape[1]

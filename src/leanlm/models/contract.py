@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from leanlm.models.dropout import RowDropout
 from leanlm.models.head import Head, head_problems
 
-SIZES = ("width", "depth", "heads", "embedding", "head_size", "window", "global_every")  # arguments of models that count something
+SIZES = ("width", "depth", "heads", "embedding", "head_size", "window", "global_every")  # arguments that count
 
 
 class Model(nn.Module):

@@ -60,7 +60,7 @@ class Family:
         ]
         kinds = config.get("layer_types")
         if kinds and not problems and kinds != _layer_types(found):
-            problems.append(f"layer_types={kinds}: one kind of attention in all layers is computed here, or as ModernBERT has them")
+            problems.append(f"layer_types={kinds}: one kind of attention in all layers is computed here, or ModernBERT's two")
         known = {*self.same, *(key for key, _ in self.keys.values()), *WITHOUT_EFFECT}
         unknown = [key for key in config if key not in known and not key.startswith("_")]
         problems += [f"{key}={config[key]}: not understood, it may change the model" for key in unknown]
@@ -233,7 +233,6 @@ GPT2 = Family(
     given={"vocab_size": "vocabulary", "n_positions": "sequence", "resid_pdrop": "dropout", "embd_pdrop": "dropout",
            "attn_pdrop": 0.0},
 )  # fmt: skip
-
 
 
 def _encoder(prefix: str) -> list[tuple[str, str]]:

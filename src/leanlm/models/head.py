@@ -66,7 +66,7 @@ class AdaptiveHead(Head):
     """
 
     def __init__(
-        self, width: int, vocabulary: int, norm: nn.Module, bias: bool, transform: nn.Module | None, cutoffs: Sequence[int]
+        self, width: int, vocabulary: int, norm: nn.Module, bias: bool, cutoffs: Sequence[int], transform: nn.Module | None = None
     ) -> None:
         nn.Module.__init__(self)
         self.norm, self.transform = norm, transform or nn.Identity()
@@ -95,8 +95,8 @@ def make_head(
 ) -> Head:
     """A plain head, or an adaptive one if there are cutoffs below the size of the vocabulary."""
     below = [end for end in cutoffs or () if end < vocabulary]
-    parts = (width, vocabulary, norm, bias, transform)
-    return AdaptiveHead(*parts, below) if below else Head(*parts)
+    parts = (width, vocabulary, norm, bias)
+    return AdaptiveHead(*parts, below, transform) if below else Head(*parts, transform)
 
 
 def head_problems(cutoffs: Sequence[Any] | None, tied: bool, width: int) -> list[str]:

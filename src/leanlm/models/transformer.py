@@ -18,7 +18,6 @@ from leanlm.models.linear import together
 
 Norm = Literal["layernorm", "rmsnorm"]
 Activation = Literal["gelu", "gelu_tanh", "relu2", "swiglu", "geglu"]
-GATES = {"swiglu": F.silu, "geglu": F.gelu}
 
 
 class Transformer(Model):
@@ -41,8 +40,8 @@ class Transformer(Model):
         rope_base: wavelength base of the rotary positions.
         local_rope_base: that in layers with a window; None: the same.
         rope_scaling: how their wavelengths are stretched, see `attention.Rotary`; None: not at all.
-        window: tokens up to itself that a position attends to (Mistral 7B, Jiang et al. 2023), or without `causal`, half as many
-            to each side; None: all.
+        window: tokens up to itself that a position attends to (Mistral 7B, Jiang et al. 2023), or half as many to each side,
+            if it is not `causal`; None: all.
         global_every: each so many-th layer, from the first on, has no window (ModernBERT, Warner et al. 2024); None: all have.
         norm: LayerNorm or RMSNorm.
         post_norm: after each sublayer, norm(x + f(x)), as in BERT; else before it, x + f(norm(x)), and before the head.
@@ -50,8 +49,7 @@ class Transformer(Model):
         norm_weight: whether norms have a learned scale.
         qk_norm: RMS-normalise queries and keys per head (Dehghani et al. 2023).
         qk_norm_weight: whether these norms have a learned scale, and add `norm_eps` (Qwen3).
-        activation: gelu, gelu_tanh (GPT-2's approximation), relu2 (So et al. 2021), swiglu and geglu (Shazeer
-            2020).
+        activation: gelu, gelu_tanh (GPT-2's approximation), relu2 (So et al. 2021), swiglu, geglu (Shazeer 2020).
         bias: biases in linear layers and LayerNorms.
         qkv_bias: biases in the layers of queries, keys and values (Qwen2); None: as `bias`.
         tied: share the embedding's weights with the head's.
@@ -187,7 +185,7 @@ class Transformer(Model):
         elif parameter.dim() == 1:  # the scale of a norm
             parameter.fill_(1)
         elif name.endswith(("attention.out.weight", "mlp.down.weight")):
-            writes = 1 if self.post_norm else 2 * self.depth  # GPT-2's scaling: what is added to a stream that nothing normalises
+            writes = 1 if self.post_norm else 2 * self.depth  # into a stream that nothing normalises; GPT-2's scaling
             std = 0 if self.zero_init else self.init / writes**0.5
             parameter.normal_(0, std, generator=generator)
         else:
@@ -195,7 +193,7 @@ class Transformer(Model):
 
 
 class Embedding(nn.Module):
-    """Of tokens, their positions (a table whose first `offset` rows are unused) and the first of `types`, summed and normalised."""
+    """Tokens, their positions (a table whose first `offset` rows are unused) and the first of `types`, added and normalised."""
 
     def __init__(
         self, vocabulary: int, width: int, positions: int, offset: int, types: int, norm: nn.Module, dropout: float
@@ -243,13 +241,13 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = activation
         self.up = nn.Linear(width, inner, bias=bias)
-        self.gate = nn.Linear(width, inner, bias=bias) if activation in GATES else None
+        self.gate = nn.Linear(width, inner, bias=bias) if activation.endswith("glu") else None
         self.down = nn.Linear(inner, width, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.gate is not None:
             up, gate = together(hidden, self.up, self.gate)
-            inner = GATES[self.activation](gate) * up
+            inner = (F.silu(gate) if self.activation == "swiglu" else F.gelu(gate)) * up
         elif self.activation == "relu2":
             inner = F.relu(self.up(hidden))
             inner = inner * inner  # not `square`: a GPU's autocast computes powers in float32

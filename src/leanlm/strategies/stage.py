@@ -37,7 +37,8 @@ class Stage(nn.Module):
         self.embed = net.embed if first else None
         self.blocks = nn.ModuleDict({name: net.blocks[name] for name in blocks})
         self.head = net.head if last else None
-        self.carries_state, self.causal, self.seed, self.plan, self.autocast = net.carries_state, net.causal, seed, plan, autocast
+        self.carries_state, self.causal = net.carries_state, net.causal
+        self.seed, self.plan, self.autocast = seed, plan, autocast
         self.levels = levels(plan.recompute, list(self.blocks.values()), plan.compiled)
         self.dropouts = sites(self)
         self.dropouts_of = {part: sites(part) for part in (self.embed, *self.blocks.values()) if part}
