@@ -43,8 +43,8 @@ def _byte_names() -> dict[str, int]:
 
 
 def marks(tokenizer: Tokenizer, model: Any) -> dict[str, str]:
-    """`mask_token`, and `bos_token` and `eos_token` where they are marks: a line end or another part of a text must not be taken
-    for one."""
+    """`mask_token`, and `bos_token` and `eos_token` where they are marks: a line end or another part of a text must not be
+    taken for one."""
     known = {number: token.content for number, token in model.get_added_tokens_decoder().items()}
     mask = {} if tokenizer.mask is None else {"mask_token": known[tokenizer.mask]}
     if tokenizer.start not in known:
