@@ -102,7 +102,7 @@ def test_subwords_and_marks() -> None:
     [
         (["objective.rate=1.5"], r"objective.rate=1.5: a share above 0"),
         (["objective.random=0.7", "objective.kept=0.4"], "at most 1 together"),
-        (["model=lstm"], "LSTM reads a text in one direction"),
+        (["model=lstm"], "RNN reads a text in one direction"),
         (["objective=causal", "model.causal=false"], "each token would see the one"),
     ],
 )

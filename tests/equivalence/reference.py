@@ -30,9 +30,9 @@ MODELS = {
     "muon": ["model=transformer", "model.width=16", "model.depth=2", "model.heads=2", "optim=muon"],
     "lstm_muon": ["model=lstm", "model.width=12", "model.depth=2", "optim=muon"],
     "adaptive": ["model=lstm", "model.width=16", "model.depth=2", "model.cutoffs=[6,14]", "model.tied=false"],
-    "roberta": ["model=roberta", "model.width=16", "model.depth=2", "model.heads=2"],
-    "modernbert": ["model=modernbert", "model.width=16", "model.depth=2", "model.heads=4", "model.mlp_width=24",
-                   "model.window=4", "model.global_every=2"],
+    "roberta": ["model=roberta", "objective=masked", "model.width=16", "model.depth=2", "model.heads=2"],
+    "modernbert": ["model=modernbert", "objective=masked", "model.width=16", "model.depth=2", "model.heads=4",
+                   "model.mlp_width=24", "model.window=4", "model.global_every=2"],
     "adafactor": ["model=gpt2", "model.width=16", "model.depth=2", "model.heads=2", "optim=adafactor"],
 }  # fmt: skip
 

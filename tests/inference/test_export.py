@@ -32,6 +32,7 @@ TOKENIZERS: dict[str, Tokenizer] = {
     "char": Characters("".join(sorted({*TEXT} - {"\r"}))),
     "word": Words.train([TEXT.encode()] * 2),
     "bpe": Subwords.train([TEXT.encode()] * 9, 290),
+    "masked": Subwords.train([TEXT.encode()] * 9, 290).with_mask(),
 }
 SMALL = ["model.width=16", "model.depth=2", "model.init=0.3"]
 HEADS = [*SMALL, "model.heads=4"]
@@ -126,7 +127,7 @@ ENCODERS = {
 @torch.no_grad()
 def test_an_encoder_is_a_masked_language_model_of_transformers(model: str, tmp_path: Path) -> None:
     overrides, name = ENCODERS[model]
-    run = run_of(tmp_path / "run", *overrides, tokenizer="bpe")
+    run = run_of(tmp_path / "run", *overrides, "objective=masked", tokenizer="masked")
     folder, with_code = export(Export(run=str(run.path), to=str(tmp_path / "out")))
     assert with_code == (name == "ExportedModel")
     own = net_of(run)

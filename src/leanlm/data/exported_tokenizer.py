@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from leanlm.data.tokenizer import Bytes, Characters, Subwords, Tokenizer, Words
+from leanlm.data.tokenizer import MASK, Bytes, Characters, Subwords, Tokenizer, Words
 
 SPACE = r"[\t-\r\x1c- \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+"  # where Python's `split` parts words
 
@@ -30,6 +30,8 @@ def portable(tokenizer: Tokenizer) -> Any:
         model.add_special_tokens([AddedToken("<eos>", single_word=True)])
     else:
         raise TypeError(f"{type(tokenizer).__name__} has no counterpart in the tokenizers library")
+    if tokenizer.mask is not None:
+        model.add_special_tokens([MASK])
     return model
 
 
@@ -41,13 +43,15 @@ def _byte_names() -> dict[str, int]:
 
 
 def marks(tokenizer: Tokenizer, model: Any) -> dict[str, str]:
-    """`bos_token` and `eos_token`, where they are marks: a line end or another part of a text must not be taken for one."""
+    """`mask_token`, and `bos_token` and `eos_token` where they are marks: a line end or another part of a text must not be
+    taken for one."""
     known = {number: token.content for number, token in model.get_added_tokens_decoder().items()}
+    mask = {} if tokenizer.mask is None else {"mask_token": known[tokenizer.mask]}
     if tokenizer.start not in known:
-        return {}
+        return mask
     told = tokenizer.beside.get("marks", []) if isinstance(tokenizer, Subwords) else []
     ends = [mark for mark in told if mark in known.values()] or [known[tokenizer.start]]
-    return {"bos_token": known[tokenizer.start], "eos_token": ends[-1]}
+    return mask | {"bos_token": known[tokenizer.start], "eos_token": ends[-1]}
 
 
 def stops(tokenizer: Tokenizer, model: Any) -> list[int]:

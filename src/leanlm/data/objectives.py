@@ -20,8 +20,7 @@ from leanlm.models.contract import stable_hash
 from leanlm.models.dropout import random_words
 from leanlm.models.head import IGNORE
 
-# Of evaluation, whatever was trained: BERT's.
-FIXED: dict[str, Any] = {"rate": 0.15, "random": 0.1, "kept": 0.1, "whole_words": False}
+FIXED: dict[str, Any] = {"rate": 0.15, "random": 0.1, "kept": 0.1, "whole_words": False}  # in evaluation
 
 
 class Text(NamedTuple):
@@ -56,11 +55,7 @@ class Causal:
         return numbers
 
     def one_by_one(self) -> "Causal":
-        """The objective that scores each token by itself. It is not `ready`."""
-        raise UserError("pseudo=true: a causal model gives each token its probability in one pass; leave it out")
-
-    def of_text(self) -> "Causal":
-        """The objective that gives a single text its log-probability."""
+        """The objective that gives every token of a text a probability, in one pass if it can. It is not `ready`."""
         return self
 
     def of_rows(self, text: Text, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,9 +117,6 @@ class Masked(Causal):
 
     def one_by_one(self) -> "Masked":
         return OneByOne()
-
-    def of_text(self) -> "Masked":
-        return self.one_by_one()
 
     def of_rows(self, text: Text, step: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         of_step = int(random_words(self.seed, torch.tensor([step])))

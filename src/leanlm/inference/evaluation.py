@@ -86,14 +86,14 @@ def _work(settings: Settings, path: Path, asked: Evaluate) -> dict[str, Any]:
     with process_group(settings.config.device["accelerator"]):
         tokenizer, parallel, state = restore(settings.config, settings.plan, Run(path), asked.checkpoint)
         objective = data.objective(settings.config)
+        if asked.pseudo or text is not None:
+            objective = objective.one_by_one()
         if text is None:
             if rank() == 0 and "text" in state and (said := data.differs(settings, state["text"])):
                 say(f"{said}; it is read with the tokenizer of {path}")
             numbers, size = on_rank_0_first(lambda: data.split_of(settings, asked.split, tokenizer))
-            objective = objective.one_by_one() if asked.pseudo else objective
         else:
             numbers, size = np.asarray(tokenizer.encode(text.encode())), len(text.encode())
-            objective = objective.of_text()
             numbers = objective.frame(tokenizer, numbers)
             if not len(numbers):
                 raise UserError("text is empty")

@@ -37,10 +37,11 @@ class Head(nn.Module):
     """
 
     projection: Any
+    transform: nn.Module
 
-    def __init__(self, width: int, vocabulary: int, norm: nn.Module, bias: bool, transform: nn.Module | None = None) -> None:
+    def __init__(self, width: int, vocabulary: int, norm: nn.Module, bias: bool) -> None:
         super().__init__()
-        self.norm, self.transform = norm, transform or nn.Identity()
+        self.norm, self.transform = norm, nn.Identity()
         self.projection = nn.Linear(width, vocabulary, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -65,17 +66,9 @@ class AdaptiveHead(Head):
         cutoffs: where the bands begin; band i is read through a linear map to `width / 4**(i + 1)`.
     """
 
-    def __init__(
-        self,
-        width: int,
-        vocabulary: int,
-        norm: nn.Module,
-        bias: bool,
-        cutoffs: Sequence[int],
-        transform: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, width: int, vocabulary: int, norm: nn.Module, bias: bool, cutoffs: Sequence[int]) -> None:
         nn.Module.__init__(self)
-        self.norm, self.transform = norm, transform or nn.Identity()
+        self.norm, self.transform = norm, nn.Identity()
         self.projection = nn.AdaptiveLogSoftmaxWithLoss(width, vocabulary, cutoffs, head_bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -96,13 +89,10 @@ class AdaptiveHead(Head):
         return [Choice(hidden, self.projection.head, short), *found]
 
 
-def make_head(
-    width: int, vocabulary: int, norm: nn.Module, bias: bool, cutoffs: Sequence[int] | None, transform: nn.Module | None = None
-) -> Head:
+def make_head(width: int, vocabulary: int, norm: nn.Module, bias: bool, cutoffs: Sequence[int] | None = None) -> Head:
     """A plain head, or an adaptive one if there are cutoffs below the size of the vocabulary."""
     below = [end for end in cutoffs or () if end < vocabulary]
-    parts = (width, vocabulary, norm, bias)
-    return AdaptiveHead(*parts, below, transform) if below else Head(*parts, transform)
+    return AdaptiveHead(width, vocabulary, norm, bias, below) if below else Head(width, vocabulary, norm, bias)
 
 
 def head_problems(cutoffs: Sequence[Any] | None, tied: bool, width: int) -> list[str]:

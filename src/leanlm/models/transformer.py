@@ -148,9 +148,9 @@ class Transformer(Model):
         normed = make_norm() if embed_norm else nn.Identity()
         self.embed = Embedding(vocabulary, width, table, position_offset, token_types, normed, dropout)
         self.blocks = nn.ModuleDict({str(i): make_block(i) for i in range(depth)})
-        transform = Transform(width, make_norm(), bias) if head_transform else None
-        final = nn.Identity() if post_norm else make_norm()
-        self.head = make_head(width, vocabulary, final, head_bias, cutoffs, transform)
+        self.head = make_head(width, vocabulary, nn.Identity() if post_norm else make_norm(), head_bias, cutoffs)
+        if head_transform:
+            self.head.transform = Transform(width, make_norm(), bias)
         if tied:
             self.head.projection.weight = self.embed.tokens.weight
         self.name_sites()
