@@ -60,7 +60,7 @@ def test_its_limits_are_found_before_anything_starts(text: Path) -> None:
     assert "model.width=32 does not divide by tensor=3: write strategy.tensor=2" in str(error.value)
 
 
-KNOWN = ("leanlm.models.borders", "leanlm.models.contract", "leanlm.models.dropout", "leanlm.models.kernels")
+KNOWN = {f"leanlm.models.{name}" for name in ("borders", "contract", "dropout", "kernels", "lora")}
 
 
 def test_strategies_know_the_contract_of_models_and_no_model() -> None:
