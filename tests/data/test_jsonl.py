@@ -169,7 +169,7 @@ def test_rows_hold_every_counted_token_once_and_cut_no_pair_that_fits(rows: Pack
     found = dict(rows.pieces[np.isin(rows.pieces[:, 0], list(short))].tolist())
     assert len(short) - len(found) == 1, "all but the one without a completion"
     assert all(short[start] == length for start, length in found.items())
-    inputs, targets, positions = rows.read(map(rows.row, range(len(rows.ends))), 40)
+    inputs, _, targets, positions = rows.read(map(rows.row, range(len(rows.ends))), 40, [])
     assert ((targets != IGNORE).sum(1) > 0).all()
     assert np.array_equal((targets != IGNORE).sum(1), rows.counts)
     assert len(rows) == documents.counted.sum()

@@ -98,7 +98,7 @@ def test_rows_of_a_step_are_those_of_each_source_in_turn(isolate: bool, ignore: 
         next_of[name] += 1
         if name == "chat":
             place = Rows(len(part.ends), 32, 1, 5).offsets(number)[0][0]
-            tokens, target, positions = (each[0] for each in part.read([part.row(place)], 32))
+            tokens, _, target, positions = (each[0] for each in part.read([part.row(place)], 32, []))
         else:
             start = Windows(len(part), 32, 1, 5).offsets(number)[0][0]
             tokens, target = (torch.from_numpy(part[start + i : start + i + 32].astype(np.int64)) for i in (0, 1))
