@@ -8,6 +8,7 @@ import pytest
 import torch
 from runner import losses, run_all
 
+from leanlm.common.errors import UserError
 from leanlm.common.run_folder import Run
 from leanlm.data.corpus import text as text_of
 from leanlm.data.tokenizer import Subwords, given
@@ -82,6 +83,15 @@ def test_a_folder_is_scored_and_goes_on_as_transformers_has_it(folder: Path, tex
     theirs = model.generate(torch.tensor([begun]), max_new_tokens=12, do_sample=False, eos_token_id=None)[0, len(begun) :]
     ours = continuation(Generate(run=str(folder), prompt="the of", tokens=12, temperature=0, device=CPU))
     assert "".join(ours) == tokenizer.decode(theirs.tolist())
+
+
+def test_text_of_weights_that_are_not_as_told_is_refused(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**told, "intermediate_size": 40}))
+    with pytest.raises(UserError, match=r"mlp.up_proj.weight is \[48, 32\]; by config.json it should be \[40, 32\]"):
+        "".join(continuation(Generate(run=str(tmp_path), prompt="the of", tokens=3, device=CPU)))
 
 
 def test_a_run_begins_from_another(folder: Path, text: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from leanlm.common.errors import UserError
 from leanlm.models.contract import Model
-from leanlm.models.families import FAMILIES, Family
+from leanlm.models.families import FAMILIES
+from leanlm.models.family import Family
 from leanlm.models.transformer import Transformer
 
 PACKAGE, MODELS = Model.__module__.rpartition(".")[0], Path(__file__).parents[1] / "models"

@@ -9,11 +9,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from leanlm.common.errors import UserError
+from leanlm.common.errors import UserError, refuse
 from leanlm.common.files import CONF, literal
 from leanlm.common.run_folder import Run
 from leanlm.config.arguments import typed
-from leanlm.config.pretrained import begun_from_weights, is_run
+from leanlm.config.pretrained import begun_from_weights, is_run, weights_problems
 from leanlm.config.schema import Config
 from leanlm.data import tokenizer as tokenizers
 from leanlm.data.tokenizer import Tokenizer
@@ -58,11 +58,12 @@ def restore(config: Config, plan: Plan, run: Run, which: str = "last") -> "tuple
     `callbacks=best` keeps.
 
     Raises:
-        UserError: the run has no whole checkpoint.
+        UserError: the run has no whole checkpoint, or the weights are not those that config.json tells of.
     """
     from leanlm.training import base, build, checkpoint
 
     if not is_run(str(run.path)):
+        refuse(weights_problems(config))
         tokenizer = tokenizer_of(run)
         return tokenizer, build.parallel_model(config, plan, tokenizer.vocabulary, str(run.path)), {}
     if which not in FOLDERS:
